@@ -1,0 +1,1 @@
+"""KL divergences in torch that do not go negative, infinite or NaN."""

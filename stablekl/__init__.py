@@ -1,1 +1,43 @@
-"""KL divergences in torch that do not go negative, infinite or NaN."""
+"""KL divergences in torch that do not go negative, infinite or NaN.
+
+Importing stablekl teaches `torch.distributions.kl_divergence` pairs it has no rule for: mixtures of Gaussians, and every pair
+of Gaussian families. torch's own rules stay until `harden` replaces them.
+"""
+
+from . import linalg, special
+from .distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
+from .linalg import NotPositiveDefiniteError, safe_cholesky
+from .mixtures import AccuracyWarning, GaussianMixture, KLEstimate, MixtureSameFamily, accuracy, kl_estimate
+from .parameterizations import (
+    bounded_log_scale,
+    inverse_bounded_log_scale,
+    inverse_softplus_scale,
+    scale_tril_from_unconstrained,
+    softplus_scale,
+    unconstrained_from_scale_tril,
+)
+from .registry import harden, kl_divergence
+
+__all__ = [
+    "AccuracyWarning",
+    "GaussianMixture",
+    "KLEstimate",
+    "LowRankMultivariateNormal",
+    "MixtureSameFamily",
+    "MultivariateNormal",
+    "Normal",
+    "NotPositiveDefiniteError",
+    "accuracy",
+    "bounded_log_scale",
+    "harden",
+    "inverse_bounded_log_scale",
+    "inverse_softplus_scale",
+    "kl_divergence",
+    "kl_estimate",
+    "linalg",
+    "safe_cholesky",
+    "scale_tril_from_unconstrained",
+    "softplus_scale",
+    "special",
+    "unconstrained_from_scale_tril",
+]

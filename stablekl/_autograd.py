@@ -3,8 +3,8 @@
 Autograd through a cancellation-free formula cancels again (the derivative of ``x - log1p(x)`` is
 ``1 - 1/(1 + x)``), so each primitive and each KL rule states its own gradient. `rowwise` turns a
 value and a gradient, both plain functions of tensors, into one callable that supports backward, double
-backward, forward mode, ``vmap`` and ``torch.compile``. `blockwise` runs an elementwise function through
-the cache instead of through memory.
+backward, forward mode, ``vmap`` and ``torch.compile``; `custom` is the same for functions whose rows share
+inputs. `blockwise` runs an elementwise function through the cache instead of through memory.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["blockwise", "rowwise"]
+__all__ = ["blockwise", "custom", "is_plain", "rowwise"]
 
-# Elements per block: float64 temporaries of 1 MiB stay in a core's L2 cache. Measured: 2**17 is the
-# fastest of 2**13 ... 2**18 for 4 million elements (an elementwise pass that allocates its result costs
-# four times one that writes into warm memory).
-BLOCK = 2**17
+# Elements per block. torch splits an elementwise pass over threads in pieces of 2**15; two threads with a handful of
+# float64 temporaries of 256 KiB each stay in L2. Measured: 2**16 or 2**17 is the fastest of 2**12 ... 2**18 for 4 million elements,
+# and the smaller one suffers less from a neighbour on a shared cache.
+BLOCK = 2**16
 
 
-def _is_plain(tensors: Sequence[Tensor]) -> bool:
+def is_plain(tensors: Sequence[Tensor]) -> bool:
     """True when the tensors hold data here and now: no tracing, no vmap, no graph to record."""
     if torch.compiler.is_compiling():
         return False
@@ -41,7 +41,7 @@ def blockwise(f: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Te
     transform it is that call.
     """
     shape, n = inputs[0].shape, inputs[0].numel()
-    if n <= 2 * BLOCK or inputs[0].device.type != "cpu" or not _is_plain(inputs):
+    if n <= 2 * BLOCK or inputs[0].device.type != "cpu" or not is_plain(inputs):
         return f(*inputs)
     # An expanded scalar stays a scalar: broadcasting inside the block is free, materialising is not.
     flat = [x.reshape(-1)[:1] if not any(x.stride()) else x.reshape(-1) for x in inputs]
@@ -62,18 +62,12 @@ def _scaled(g: Tensor, d: Tensor) -> Tensor:
     A row whose KL is infinite has an infinite gradient; whoever masks that row out sends it g = 0, and
     must get 0 back rather than NaN.
     """
+    if d.device.type == "cpu" and g.numel() and not any(g.stride()) and is_plain((g, d)):
+        scale = float(g.reshape(-1)[0])  # one number for all rows, as from .sum() or .mean()
+        if scale != 0:
+            return d if scale == 1 else d * scale
     g = g.reshape(g.shape + (1,) * (d.ndim - g.ndim))
-    if g.ndim and not any(g.stride()) and _is_plain((g, d)):
-        scale = float(g.reshape(-1)[0]) if g.device.type == "cpu" and g.numel() else None
-        if scale == 1.0:  # the gradient of a plain .sum(): nothing to multiply
-            return d
-
-    def scale_block(g: Tensor, d: Tensor) -> tuple[Tensor]:
-        return (torch.where(g == 0, torch.zeros_like(d), g * d),)
-
-    if g.shape == d.shape:
-        return blockwise(scale_block, g, d)[0]
-    return scale_block(g, d)[0]
+    return torch.where(g == 0, torch.zeros_like(d), g * d)
 
 
 def rowwise(
@@ -89,6 +83,52 @@ def rowwise(
         gradient: ``gradient(inputs, saved) -> (d out / d input_i, ...)``, of the shapes of the inputs, row
             by row. ``saved`` is None when the result itself must be differentiable: everything is
             then recomputed from ``inputs`` with differentiable operations.
+
+    Returns:
+        ``f(*inputs) -> out``.
+    """
+
+    def vjp(
+        grad: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor] | None, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        def scaled_partials(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            partials = gradient(inputs, saved)
+            return tuple(_scaled(grad, d) for d, n in zip(partials, needed, strict=True) if n)
+
+        if not saved and all(x.shape == grad.shape for x in inputs):  # elementwise
+            results = iter(blockwise(scaled_partials, grad, *inputs))
+        else:
+            results = iter(scaled_partials(grad, *inputs))
+        return tuple(next(results) if n else None for n in needed)
+
+    def jvp(inputs: Sequence[Tensor], tangents: Sequence[Tensor | None], ndim: int) -> Tensor | None:
+        total: Tensor | None = None
+        for d, t in zip(gradient(inputs, None), tangents, strict=True):
+            if t is not None:
+                # an event dimension of d is one that the output has not
+                term = torch.where(t == 0, torch.zeros_like(d), d * t)
+                events = d.ndim - ndim
+                term = term.sum(tuple(range(-events, 0))) if events else term
+                total = term if total is None else total + term
+        return total
+
+    return custom(value, vjp, jvp)
+
+
+def custom(
+    value: Callable[..., tuple[Tensor, ...]],
+    vjp: Callable[..., tuple[Tensor | None, ...]],
+    jvp: Callable[..., Tensor | None],
+) -> Callable[..., Tensor]:
+    """A function with hand-written derivatives, whose inputs may be shared by many rows of the output.
+
+    Args:
+        value: ``value(*inputs) -> (out, *saved)``, as in `rowwise`, except that the shapes of the inputs are
+            free. ``vmap`` puts one more dimension in front of every input and of ``out``.
+        vjp: ``vjp(grad, inputs, saved, needed) -> (gradient with respect to input_i, ...)``, where ``grad``
+            has the shape of ``out`` and ``needed`` says which inputs want a gradient (None elsewhere).
+            ``saved`` is None when the result itself must be differentiable.
+        jvp: ``jvp(inputs, tangents, ndim) -> tangent of out``, differentiable; ``ndim`` is that of ``out``.
 
     Returns:
         ``f(*inputs) -> out``.
@@ -110,11 +150,7 @@ def rowwise(
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors
             inputs, saved = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
-            partials = gradient(inputs, None if torch.is_grad_enabled() else saved)
-            return tuple(
-                _scaled(grads[0], d) if needed else None
-                for d, needed in zip(partials, ctx.needs_input_grad, strict=True)
-            )
+            return vjp(grads[0], inputs, None if torch.is_grad_enabled() else saved, ctx.needs_input_grad)
 
     class Eager(Traceable):
         @staticmethod
@@ -122,20 +158,12 @@ def rowwise(
             Traceable.setup_context(ctx, inputs, output)
             ctx.save_for_forward(*inputs, *output[1:])
             ctx.set_materialize_grads(True)
-            ctx.num_outputs, ctx.batch_ndim = len(output), output[0].ndim
+            ctx.num_outputs, ctx.out_ndim = len(output), output[0].ndim
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
             inputs = ctx.saved_tensors[: ctx.num_inputs]
-            total: Tensor | None = None
-            for d, t in zip(gradient(inputs, None), tangents, strict=True):
-                if t is not None:
-                    # an event dimension of d is one that the output has not
-                    term = torch.where(t == 0, torch.zeros_like(d), d * t)
-                    events = d.ndim - ctx.batch_ndim
-                    term = term.sum(tuple(range(-events, 0))) if events else term
-                    total = term if total is None else total + term
-            return (total,) + (None,) * (ctx.num_outputs - 1)
+            return (jvp(inputs, tangents, ctx.out_ndim),) + (None,) * (ctx.num_outputs - 1)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Any, Any]:

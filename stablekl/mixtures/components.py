@@ -1,12 +1,15 @@
-"""The parameters of a Gaussian mixture as the integration engines read them."""
+"""The parameters of a Gaussian mixture as the density and the integration engines read them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Components"]
+from ..distributions._gaussian import Gaussian, lower_factor
+
+__all__ = ["Components", "gaussian_components"]
 
 
 class Components(NamedTuple):
@@ -27,3 +30,24 @@ class Components(NamedTuple):
     def is_diagonal(self) -> bool:
         """Whether ``scale`` holds standard deviations rather than Cholesky factors."""
         return self.scale.ndim == self.loc.ndim
+
+    def to(self, dtype: torch.dtype) -> Components:
+        """The same in another dtype."""
+        return Components(self.log_weights.to(dtype), self.loc.to(dtype), self.scale.to(dtype))
+
+    def expand(self, batch_shape: torch.Size) -> Components:
+        """The same with the batch shape expanded; no memory is allocated."""
+        n = self.log_weights.ndim - 1
+        return Components(*(x.expand(batch_shape + x.shape[n:]) for x in self))
+
+
+def gaussian_components(log_weights: Tensor, gaussian: Gaussian) -> Components:
+    """Weights ``batch_shape + (K,)`` and the Gaussians they weigh, of batch shape ``batch_shape + (K,)``."""
+    scale = gaussian.scale if gaussian.kind == "scale_diag" else lower_factor(gaussian)
+    batch = torch.broadcast_shapes(log_weights.shape, gaussian.loc.shape[:-1], scale.shape[: -1 - (gaussian.kind != "scale_diag")])
+    events = 1 if gaussian.kind == "scale_diag" else 2
+    return Components(
+        log_weights.expand(batch),
+        gaussian.loc.expand(batch + gaussian.loc.shape[-1:]),
+        scale.expand(batch + scale.shape[-events:]),
+    )

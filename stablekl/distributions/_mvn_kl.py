@@ -1,0 +1,234 @@
+r"""KL divergences between full Gaussians, by what the caller gave: factors, covariances or precisions.
+
+All three are one formula. With :math:`\Sigma_q = L_q L_q^\top`, :math:`m = L_q^{-1}(\mu_p - \mu_q)` and a triangular X such that
+:math:`(I + X)(I + X)^\top = L_q^{-1} \Sigma_p L_q^{-\top}`,
+
+.. math:: KL = \tfrac12 |m|^2 + \tfrac12 \|X\|_F^2 + \sum_j L(x_{jj}), \qquad L(r) = r - \log(1 + r),
+
+a sum of non-negative terms. torch evaluates :math:`\tfrac12(\mathrm{tr} + |m|^2 - D) + \log\det L_q - \log\det L_p`, which subtracts numbers
+near D/2 when p is near q. The rules differ only in how X is obtained so that it keeps its relative accuracy:
+
+* factors: :math:`X = L_q^{-1}(L_p - L_q)`, the difference first;
+* covariances: two Cholesky factors near each other carry eps * cond(Sigma) of noise each, which no later
+  subtraction removes (3e6 ulp). So :math:`W = L_q^{-1}(\Sigma_p - \Sigma_q)L_q^{-\top}` first, and X from :math:`X + X^\top + XX^\top = W` by one Newton step;
+* precisions: likewise from :math:`U_q^{-1}(P_p - P_q)U_q^{-\top}`, no inverse of a matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.linalg import solve_triangular
+
+from .._autograd import rowwise
+from ..special import log1pmx_value, log_ratio_bregman_value
+from ._base import widened
+
+__all__ = ["covariance_kl", "precision_kl", "scale_tril_kl"]
+
+Tensors = tuple[Tensor, ...]
+
+
+def _diagonal(a: Tensor) -> Tensor:
+    return a.diagonal(dim1=-2, dim2=-1)
+
+
+def _whitened(factor_p: Tensor, factor_q: Tensor, shift: Tensor) -> Tensor:
+    """``[X, m]``, shape (..., D, D + 1), from triangular factors; the diagonal of X is (p - q)/q itself.
+
+    Off the diagonal, Lq^-1 Lp and Lq^-1 (Lp - Lq) are the same numbers. Subtracting first is exact for columns that
+    are near each other; for a column with Lp << Lq it would bury Lp under Lq (1e4 eps), so it is left alone there.
+    """
+    dp, dq = _diagonal(factor_p), _diagonal(factor_q)
+    near = ((dp > 0.5 * dq) & (dp < 2 * dq)).to(dp.dtype).unsqueeze(-2)
+    r = (dp - dq) / dq
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        difference = torch.addcmul(factor_p, factor_q, near, value=-1)
+        z = solve_triangular(factor_q, torch.cat((difference, shift.unsqueeze(-1)), -1), upper=False)
+        return torch.diagonal_scatter(z, r, 0, -2, -1)
+    # The same, with nothing recorded, written column by column, as LAPACK reads it: two copies fewer.
+    d = dp.shape[-1]
+    rhs = shift.new_empty((*shift.shape[:-1], d + 1, d)).mT
+    torch.addcmul(factor_p, factor_q, near, value=-1, out=rhs[..., :d])
+    rhs[..., d] = shift
+    z = solve_triangular(factor_q, rhs, upper=False)
+    z.diagonal(dim1=-2, dim2=-1).copy_(r)
+    return z
+
+
+def _diagonal_excess(dp: Tensor, dq: Tensor) -> Tensor:
+    """sum_j L(dp_j/dq_j - 1), in float64 where the device has it."""
+    lifted = dp.dtype == torch.float32
+    return log_ratio_bregman_value(widened(dp), widened(dq), lifted=lifted and dp.device.type != "mps").sum(-1).to(dp.dtype)
+
+
+def _half_square(z: Tensor) -> Tensor:
+    # (z/2) z rather than z*z/2: the square may overflow where its half does not
+    flat = z.flatten(-2)
+    return torch.linalg.vecdot(0.5 * flat, flat)
+
+
+# ---- factors ----------------------------------------------------------------------------------------------------
+
+
+def _tril_value(mu_p: Tensor, tril_p: Tensor, mu_q: Tensor, tril_q: Tensor) -> Tensors:
+    z = _whitened(tril_p, tril_q, mu_p - mu_q)
+    return _half_square(z) + _diagonal_excess(_diagonal(tril_p), _diagonal(tril_q)), z
+
+
+def _tril_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
+    mu_p, tril_p, mu_q, tril_q = inputs
+    z = _whitened(tril_p, tril_q, mu_p - mu_q) if saved is None else saved[0]
+    # [Y, y] = Lq^-T [X, m]. d/dLp = tril(Lq^-T (I + X)) - diag(1/Lp) and d/dLq = tril(Lq^-T (I - (I+X)(I+X)' - mm')),
+    # written without the identity, which would cancel near p = q.
+    y = solve_triangular(tril_q.mT, z, upper=True)
+    r = _diagonal(z)
+    d_mu = y[..., -1]
+    d_p = y[..., :-1].tril() + torch.diag_embed(r / _diagonal(tril_p))
+    d_q = -(y @ z.mT + y[..., :-1]).tril() - torch.diag_embed(r / _diagonal(tril_q))
+    return d_mu, d_p, -d_mu, d_q
+
+
+_tril_kl = rowwise(_tril_value, _tril_gradient)
+
+
+# ---- covariances ------------------------------------------------------------------------------------------------
+
+
+def _sandwich(factor: Tensor, a: Tensor, *, transposed: bool = False) -> Tensor:
+    """``F^-1 A F^-T`` for a lower-triangular factor and symmetric A; ``F^-T A F^-1`` if transposed."""
+    f = factor.mT if transposed else factor
+    half = solve_triangular(f, a, upper=transposed)
+    full = solve_triangular(f, half.mT, upper=transposed)
+    return 0.5 * (full + full.mT)
+
+
+def _root_minus_identity(w: Tensor) -> Tensor:
+    """Lower-triangular X with (I + X)(I + X)' = I + W, to the relative accuracy of W, for |W| < 1/2.
+
+    cholesky(I + W) - I knows X to eps only. I + W is well conditioned, so one Newton step from there, with the
+    residual formed from the small matrices, leaves eps^2.
+    """
+    identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+    root = torch.linalg.cholesky_ex(identity + w)[0]
+    x = root - identity
+    step = _sandwich(root, w - (x + x.mT + x @ x.mT))
+    return x + root @ (step.tril(-1) + torch.diag_embed(0.5 * _diagonal(step)))
+
+
+def _is_small(w: Tensor) -> Tensor:
+    """Where the Frobenius norm is below 1/2: the eigenvalues then lie in (-1/2, 1/2)."""
+    return w.square().sum((-2, -1)) < 0.25
+
+
+def _factor(a: Tensor) -> Tensor:
+    # The constructor has said what there is to say about matrices that are not positive definite.
+    return torch.linalg.cholesky_ex(a)[0]
+
+
+def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) -> Tensors:
+    dtype = mu_p.dtype
+    mu_p, cov_p, mu_q, cov_q = map(widened, (mu_p, cov_p, mu_q, cov_q))
+    factor_p, factor_q = _factor(cov_p), _factor(cov_q)
+    w = _sandwich(factor_q, cov_p - cov_q)
+    near = _is_small(w)[..., None, None]
+    far = _whitened(factor_p, factor_q, mu_p - mu_q)
+    m, x_far = far[..., -1:], far[..., :-1]
+    x = torch.where(near, _root_minus_identity(torch.where(near, w, torch.zeros_like(w))), x_far)
+    w = torch.where(near, w, x_far + x_far.mT + x_far @ x_far.mT)
+    l_near = -log1pmx_value(torch.where(near[..., 0], _diagonal(x), torch.zeros_like(_diagonal(x))))
+    l_far = log_ratio_bregman_value(_diagonal(factor_p), _diagonal(factor_q))
+    value = _half_square(x) + _half_square(m) + torch.where(near[..., 0], l_near, l_far).sum(-1)
+    return value.to(dtype), factor_q, x, m, w
+
+
+def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
+    dtype = inputs[0].dtype
+    mu_p, cov_p, mu_q, cov_q = map(widened, inputs)
+    identity = torch.eye(cov_q.shape[-1], dtype=cov_q.dtype, device=cov_q.device)
+    if saved is None:
+        factor_q = torch.linalg.cholesky(cov_q)
+        w = _sandwich(factor_q, cov_p - cov_q)
+        m = solve_triangular(factor_q, (mu_p - mu_q).unsqueeze(-1), upper=False)
+        w_over_1_plus_w = torch.linalg.solve(identity + w, w)
+    else:
+        factor_q, x, m, w = saved
+        w_over_1_plus_w = torch.cholesky_solve(w, identity + x)
+    # (Sq^-1 - Sp^-1)/2 and -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2, both as Lq^-T (something small) Lq^-1
+    d_mu = solve_triangular(factor_q.mT, m, upper=True).squeeze(-1)
+    d_p = 0.5 * _sandwich(factor_q, 0.5 * (w_over_1_plus_w + w_over_1_plus_w.mT), transposed=True)
+    d_q = -0.5 * _sandwich(factor_q, w + m @ m.mT, transposed=True)
+    return tuple(d.to(dtype) for d in (d_mu, d_p, -d_mu, d_q))
+
+
+_covariance_kl = rowwise(_covariance_value, _covariance_gradient)
+
+
+# ---- precisions -------------------------------------------------------------------------------------------------
+
+
+def _precision_value(mu_p: Tensor, precision_p: Tensor, mu_q: Tensor, precision_q: Tensor) -> Tensors:
+    dtype = mu_p.dtype
+    mu_p, precision_p, mu_q, precision_q = map(widened, (mu_p, precision_p, mu_q, precision_q))
+    factor_p, factor_q = _factor(precision_p), _factor(precision_q)
+    shift = (factor_q.mT @ (mu_p - mu_q).unsqueeze(-1)).squeeze(-1)
+    # (I + M)(I + M)' = U_q^-1 P_p U_q^-T is the inverse of what X stands for, so X = (I + M)^-1 - I = -(I + M)^-1 M.
+    v = _sandwich(factor_q, precision_p - precision_q)
+    near = _is_small(v)[..., None, None]
+    m = _root_minus_identity(torch.where(near, v, torch.zeros_like(v)))
+    identity = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+    x_near = -solve_triangular(identity + m, m, upper=False)
+    # Far: U_p^-1 U_q has the diagonal and the norm of the transposed X.
+    x_far = _whitened(factor_q, factor_p, torch.zeros_like(shift))[..., :-1]
+    x = torch.where(near, x_near, x_far)
+    l_near = -log1pmx_value(torch.where(near[..., 0], _diagonal(x), torch.zeros_like(_diagonal(x))))
+    l_far = log_ratio_bregman_value(_diagonal(factor_q), _diagonal(factor_p))
+    value = _half_square(x) + (0.5 * shift * shift).sum(-1) + torch.where(near[..., 0], l_near, l_far).sum(-1)
+    return (value.to(dtype),)
+
+
+def _precision_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
+    dtype = inputs[0].dtype
+    mu_p, precision_p, mu_q, precision_q = map(widened, inputs)
+    shift = (mu_p - mu_q).unsqueeze(-1)
+    difference = precision_p - precision_q
+    half = torch.linalg.solve(precision_p, difference)  # Sp (P_p - P_q)
+    d_mu = (precision_q @ shift).squeeze(-1)
+    d_p = 0.5 * torch.linalg.solve(precision_p, half.mT)  # Sp (P_p - P_q) Sp / 2
+    d_q = 0.5 * (shift @ shift.mT - torch.linalg.solve(precision_q, half.mT))  # (Sp - Sq + dmu dmu')/2
+    return d_mu.to(dtype), _symmetric(d_p).to(dtype), -d_mu.to(dtype), _symmetric(d_q).to(dtype)
+
+
+def _symmetric(a: Tensor) -> Tensor:
+    return 0.5 * (a + a.mT)
+
+
+_precision_kl = rowwise(_precision_value, _precision_gradient)
+
+
+# ---- the three, with broadcasting -------------------------------------------------------------------------------
+
+
+def _broadcast(mu_p: Tensor, a_p: Tensor, mu_q: Tensor, a_q: Tensor) -> Tensors:
+    batch = torch.broadcast_shapes(mu_p.shape[:-1], a_p.shape[:-2], mu_q.shape[:-1], a_q.shape[:-2])
+    return (
+        mu_p.expand(batch + mu_p.shape[-1:]),
+        a_p.expand(batch + a_p.shape[-2:]),
+        mu_q.expand(batch + mu_q.shape[-1:]),
+        a_q.expand(batch + a_q.shape[-2:]),
+    )
+
+
+def scale_tril_kl(mu_p: Tensor, tril_p: Tensor, mu_q: Tensor, tril_q: Tensor) -> Tensor:
+    """KL from means (..., D) and lower-triangular factors (..., D, D); batch shapes broadcast."""
+    return _tril_kl(*_broadcast(mu_p, tril_p, mu_q, tril_q))
+
+
+def covariance_kl(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) -> Tensor:
+    """KL from means (..., D) and covariances (..., D, D). The gradient is that of the symmetric matrices."""
+    return _covariance_kl(*_broadcast(mu_p, cov_p, mu_q, cov_q))
+
+
+def precision_kl(mu_p: Tensor, precision_p: Tensor, mu_q: Tensor, precision_q: Tensor) -> Tensor:
+    """KL from means (..., D) and precisions (..., D, D). The gradient is that of the symmetric matrices."""
+    return _precision_kl(*_broadcast(mu_p, precision_p, mu_q, precision_q))

@@ -1,0 +1,114 @@
+"""Cholesky factors with an honest answer, and triangular factors of nearby matrices.
+
+Accuracy: a Cholesky factor of a matrix with condition number kappa carries a relative error of about
+``eps * kappa``; `whitened_difference` exists because the *difference* of two such factors would carry that error
+undiminished, however near the matrices are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._autograd import is_plain
+
+__all__ = ["NotPositiveDefiniteError", "safe_cholesky"]
+
+# Jitter is raised by this factor until the factorisation succeeds: fine enough that at most ten times the
+# necessary amount is added, coarse enough that max_jitter is reached in a few steps.
+_JITTER_GROWTH = 10.0
+
+
+class NotPositiveDefiniteError(ValueError):
+    """A matrix that should be positive definite is not; the message says which one and what to do."""
+
+
+def _first(mask: Tensor) -> tuple[int, ...]:
+    """Index of the first True."""
+    return tuple(int(i) for i in mask.nonzero()[0])
+
+
+def _raise_not_finite(a: Tensor) -> None:
+    index = _first(~a.isfinite())
+    raise ValueError(
+        f"matrix {list(index[:-2])} has the entry {float(a[index])} at {list(index[-2:])}: the input is not "
+        "finite, so there is nothing to factorise. The likely cause lies upstream (an overflow, a division by "
+        "zero, or a diverged optimiser step); look for the first non-finite tensor there. "
+        "torch.autograd.set_detect_anomaly(True) finds it in a backward pass."
+    )
+
+
+def _raise_not_positive_definite(a: Tensor, bad: Tensor, max_jitter: float | None) -> None:
+    index = _first(bad) if bad.ndim else ()
+    eigenvalue = float(torch.linalg.eigvalsh(a[index].double())[0])
+    tried = "no jitter was tried (max_jitter=None)" if max_jitter is None else f"jitter up to {max_jitter:g}"
+    raise NotPositiveDefiniteError(
+        f"matrix {list(index)} is not positive definite to working precision: smallest eigenvalue "
+        f"{eigenvalue:.6g}, mean diagonal {float(a[index].diagonal().mean()):.6g}; {tried}. Likely causes: fewer samples than "
+        "dimensions, a variance that is exactly 0 (a ReLU output), duplicated columns, or too little precision for "
+        "its condition number. Use float64, give scale_tril or scale_diag instead of the covariance "
+        "(stablekl.scale_tril_from_unconstrained, stablekl.softplus_scale), or allow "
+        "stablekl.safe_cholesky(A, max_jitter=...) and look at the jitter it returns."
+    )
+
+
+def safe_cholesky(a: Tensor, *, max_jitter: float | None = None) -> tuple[Tensor, Tensor]:
+    r"""Cholesky factor of the symmetric part of ``a``, and the jitter it took.
+
+    Factorises :math:`(A + A^\top)/2 + j\,\bar a I = L L^\top`, with :math:`\bar a` the mean of the diagonal. Nothing is
+    added (:math:`j = 0`) unless ``max_jitter`` allows it; then, for each matrix on its own that needs it, j is the smallest of
+    ``eps * 10**k`` that succeeds. A matrix counts as positive definite when every pivot exceeds ``eps`` times
+    its own diagonal entry: below that rounding alone decides its sign. The test is invariant under scaling of
+    the variables, so ``diag(1, 1e-20)`` is fine.
+
+    Args:
+        a: symmetric matrices, shape ``(..., D, D)``. Not modified.
+        max_jitter: the largest j allowed, relative to the mean diagonal. None: no jitter.
+
+    Returns:
+        ``(factor, jitter)``: lower triangular with positive diagonal, ``(..., D, D)``; and j, ``(...)``, in units of the
+        mean diagonal, 0 where none was needed.
+
+    Raises:
+        ValueError: ``a`` is not square, or holds a NaN or an infinity (says where).
+        NotPositiveDefiniteError: a matrix is not positive definite (says which, and its smallest eigenvalue).
+            The checks that need the data are skipped under ``vmap`` and ``torch.compile``.
+
+    Example:
+        >>> import torch, stablekl
+        >>> factor, jitter = stablekl.safe_cholesky(torch.tensor([[1.0, 1.0], [1.0, 1.0]]), max_jitter=1e-4)
+        >>> bool(0 < jitter <= 1e-4)
+        True
+    """
+    if a.ndim < 2 or a.shape[-1] != a.shape[-2]:
+        raise ValueError(f"expected square matrices of shape (..., D, D), got {tuple(a.shape)}")
+    if max_jitter is not None and not max_jitter >= 0:
+        raise ValueError(f"max_jitter must be a non-negative number relative to the mean diagonal, got {max_jitter}")
+    # is_plain is about recording too, but here only a transform matters: detach first.
+    eager = is_plain((a.detach(),))
+    if eager and not bool(a.isfinite().all()):
+        _raise_not_finite(a)
+    eps = torch.finfo(a.dtype).eps
+    symmetric = 0.5 * a + 0.5 * a.mT
+    diagonal = symmetric.diagonal(dim1=-2, dim2=-1)
+    mean_diagonal = diagonal.mean(-1)
+    jitter = torch.zeros_like(mean_diagonal)
+    factor, bad = _factor_and_verdict(symmetric, diagonal)
+    level = eps
+    while max_jitter is not None and level <= max_jitter and not (eager and not bool(bad.any())):
+        jitter = torch.where(bad, torch.full_like(jitter, level), jitter)
+        shift = torch.diag_embed((jitter * mean_diagonal).unsqueeze(-1).expand_as(diagonal))
+        retry, still_bad = _factor_and_verdict(symmetric + shift, diagonal + (jitter * mean_diagonal).unsqueeze(-1))
+        factor, bad = torch.where(bad[..., None, None], retry, factor), bad & still_bad
+        level *= _JITTER_GROWTH
+    if eager and bool(bad.any()):
+        _raise_not_positive_definite(symmetric.detach(), bad, max_jitter)
+    return factor, jitter
+
+
+def _factor_and_verdict(symmetric: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor (NaN-free where it exists) and whether each matrix failed the pivot test."""
+    factor, info = torch.linalg.cholesky_ex(symmetric)
+    pivots = factor.detach().diagonal(dim1=-2, dim2=-1).square()
+    bad = (info != 0) | ~(pivots > torch.finfo(symmetric.dtype).eps * diagonal.detach()).all(-1)
+    return factor, bad

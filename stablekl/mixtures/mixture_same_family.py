@@ -1,0 +1,190 @@
+"""Mixtures whose components share a family: torch's class with a density that stays in log space.
+
+The density of Gaussian components is streamed (`density`); that of any other family is the log-sum-exp of
+the components' own, where a point outside a component's support makes that component -inf rather than the mixture NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, biject_to
+from torch.distributions import MixtureSameFamily as TorchMixtureSameFamily
+from torch.types import _size
+
+from .._autograd import is_plain
+from ..distributions._base import Movable
+from ..distributions._gaussian import as_gaussian
+from ..special import logsumexp
+from .components import Components, gaussian_components
+from .density import component_log_probs, mixture_log_prob
+from .weights import categorical_log_weights
+
+__all__ = ["MixtureSameFamily"]
+
+
+class MixtureSameFamily(Movable, TorchMixtureSameFamily):
+    r"""`torch.distributions.MixtureSameFamily` with an exact, streamed log-density and exact weights.
+
+    The density is :math:`m(x) = \sum_k w_k p_k(x)`. Weights of exactly 0 contribute nothing, as read from what the Categorical was
+    given (torch clamps its logits). No N x K x D tensor is built for Gaussian components, forward or backward.
+
+    Args:
+        mixture_distribution: the weights, batch shape broadcasting with the component's but for its last dimension.
+        component_distribution: any torch distribution; the last batch dimension indexes the K components.
+        validate_args: as in torch; on by default.
+
+    Example:
+        >>> import torch, stablekl
+        >>> from torch.distributions import Categorical, Normal
+        >>> m = stablekl.MixtureSameFamily(
+        ...     Categorical(probs=torch.tensor([1.0, 0.0])), Normal(torch.tensor([0.0, 10.0]), torch.ones(2)))
+        >>> print(f"{m.log_prob(torch.tensor(10.0)):.4f}")
+        -50.9189
+    """
+
+    def __init__(
+        self,
+        mixture_distribution: Categorical,
+        component_distribution: Distribution,
+        validate_args: bool | None = None,
+    ) -> None:
+        """Build torch's mixture, over the batch shape the weights and the components broadcast to."""
+        super().__init__(mixture_distribution, component_distribution, validate_args=validate_args)
+        k = component_distribution.batch_shape[-1]
+        batch_shape = torch.broadcast_shapes(
+            mixture_distribution.batch_shape, component_distribution.batch_shape[:-1]
+        )
+        if component_distribution.batch_shape != (*batch_shape, k):
+            self._component_distribution = component_distribution.expand(torch.Size((*batch_shape, k)))
+        if mixture_distribution.batch_shape != batch_shape:
+            self._mixture_distribution = mixture_distribution.expand(batch_shape)
+        self._batch_shape = batch_shape
+
+    def expand(self, batch_shape: _size, _instance: Any = None) -> MixtureSameFamily:
+        """Return this mixture with its batch shape expanded; no memory is allocated."""
+        new = self._get_checked_instance(MixtureSameFamily, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new._component_distribution = self._component_distribution.expand(
+            torch.Size((*batch_shape, self._num_component))
+        )
+        new._mixture_distribution = self._mixture_distribution.expand(batch_shape)
+        new._num_component, new._event_ndims = self._num_component, self._event_ndims
+        Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Normalised log-weights, ``batch_shape + (K,)``; -inf for a weight of 0."""
+        return categorical_log_weights(self._mixture_distribution)
+
+    def _components(self) -> Components | None:
+        """The parameters of Gaussian components; None for other families."""
+        gaussian = as_gaussian(self._component_distribution)
+        return None if gaussian is None else gaussian_components(self.log_weights, gaussian)
+
+    def _event(self, value: Tensor) -> Tensor:
+        """A scalar as the vector of length 1 that the Gaussian density works on."""
+        return value if self._event_ndims else value.unsqueeze(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats, ``sample_shape + batch_shape``.
+
+        Raises:
+            ValueError: a value is NaN or outside the support of every component (when validation is on).
+        """
+        if self._validate_args:
+            self._check_value(value)
+        components = self._components()
+        if components is not None:
+            return mixture_log_prob(self._event(value), components)
+        return logsumexp(self.component_log_probs(value) + self.log_weights, -1)
+
+    def component_log_probs(self, value: Tensor) -> Tensor:
+        """Log-density under each component, without its weight, ``sample_shape + batch_shape + (K,)``.
+
+        -inf where the value lies outside a component's support.
+        """
+        components = self._components()
+        if components is not None:
+            return component_log_probs(self._event(value), components)
+        component, padded = self._component_distribution, self._pad(value)
+        inside = component.support.check(padded)
+        events = (1,) * self._event_ndims
+        # The component's formula may raise or return NaN outside its support: evaluate it at a point inside.
+        mask = inside.reshape(inside.shape + events)
+        log_prob = component.log_prob(torch.where(mask, padded, _interior_point(component, padded)))
+        return torch.where(inside, log_prob, torch.full_like(log_prob, -torch.inf))
+
+    def posterior_marginal(self, value: Tensor) -> Categorical:
+        """Distribution of the component label given each value: weights proportional to w_k p_k(x)."""
+        joint = self.component_log_probs(value) + self.log_weights
+        return Categorical(logits=joint, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, ``batch_shape + event_shape``."""
+        return self._weighted(self._component_distribution.mean)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each coordinate, ``batch_shape + event_shape``: within plus between components."""
+        centred = self._component_distribution.mean - self._pad(self.mean)
+        return self._weighted(self._component_distribution.variance + centred.square())
+
+    def _weighted(self, x: Tensor) -> Tensor:
+        """Sum over components with the weights; a component of weight 0 contributes 0, even if x is infinite there."""
+        w = self.log_weights.exp()
+        w = w.reshape(w.shape + (1,) * self._event_ndims)
+        x = torch.where(w > 0, x, torch.zeros_like(x))
+        return (w * x).sum(-1 - self._event_ndims)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """Covariance of vector-valued events, ``batch_shape + (D, D)``: within plus between components.
+
+        Raises:
+            AttributeError: events are not vectors, or the component has no covariance of its own.
+        """
+        if self._event_ndims != 1:
+            raise AttributeError(f"a covariance matrix needs vector events, not event shape {self.event_shape}")
+        component = self._component_distribution
+        within = getattr(component, "covariance_matrix", None)
+        if within is None:
+            within = torch.diag_embed(component.variance)
+        w = self.log_weights.exp()
+        centred = component.mean - self._pad(self.mean)
+        outer = centred.unsqueeze(-1) * centred.unsqueeze(-2)
+        total = torch.where(w[..., None, None] > 0, within + outer, torch.zeros_like(outer))
+        return (w[..., None, None] * total).sum(-3)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Cumulative distribution function of scalar events, ``sample_shape + batch_shape``."""
+        return (self._component_distribution.cdf(self._pad(value)) * self.log_weights.exp()).sum(-1)
+
+    def _check_value(self, value: Tensor) -> None:
+        if not is_plain((value.detach(),)):
+            return
+        inside = self._component_distribution.support.check(self._pad(value)).any(-1)
+        if not bool(inside.all()):
+            index = (~inside).nonzero()[0].tolist()
+            point = value.detach().expand(inside.shape + self.event_shape)[tuple(index)]
+            raise ValueError(
+                f"value {point.tolist()} at {index} lies outside the support of every component "
+                f"({self._component_distribution.support}) or is NaN. Look for the first such value upstream, or pass "
+                "validate_args=False to get -inf."
+            )
+
+
+def _interior_point(component: Distribution, like: Tensor) -> Tensor:
+    """A point inside the support of each component, to evaluate a formula at whose result is discarded."""
+    zeros = like.new_zeros(component.batch_shape + component.event_shape)
+    try:
+        return biject_to(component.support)(zeros)
+    except NotImplementedError:  # discrete supports have no bijection; 0 or 1 belongs to all that torch has
+        inside = component.support.check(zeros)
+        inside = inside.reshape(inside.shape + (1,) * (zeros.ndim - inside.ndim))
+        return torch.where(inside, zeros, torch.ones_like(zeros))

@@ -1,0 +1,417 @@
+"""Elementary functions of tensors without cancellation, with analytic first and second derivatives.
+
+Everything the closed-form rules are sums of: `log1pmx`, `expm1mx`, `bd0`, `log_ratio_bregman` (all four of
+one sign, zero at the obvious point, accurate next to it), `logsumexp` and `log_ndtr`.
+
+How a value is computed. float32 on a CPU is *lifted*: evaluated in float64 and rounded once, which is
+faster there than any float32 formula without cancellation (fewer passes) and correctly rounded but for
+about one result in 10^5. float64, and float32 on other devices (consumer GPUs, MPS), use a minimax
+polynomial on a wide interval and the textbook form outside, where it no longer cancels. float16 and
+bfloat16 are computed in float32 and rounded once. The plain functions ``*_value(..., lifted=...)`` are
+those formulas without the gradient, for rules that inline them in a pass of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._autograd import blockwise, rowwise
+
+__all__ = ["bd0", "expm1mx", "log1pmx", "log_ndtr", "log_ratio_bregman", "logsumexp"]
+
+# (atanh(s) - s)/s^3 as a polynomial in s^2, |s| <= 3/7, that is x = 2s/(1-s) in [-0.6, 1.5]; highest power
+# first. mpmath.chebyfit(f, [0, (3/7)^2], 6 or 12) at 50 digits: absolute error 3e-9 and 2e-17, of which
+# log1pmx sees a tenth. Used for -0.6 < x < 1: a narrower interval needs fewer terms, but log1p(x) - x still
+# cancels just outside it (8 ulp at the ends of (-0.3, 0.45)).
+_ATANH_CENTRE, _ATANH_REACH = 0.2, 0.8
+# fmt: off
+_ATANH = {
+    torch.float32: (
+        0.12836656903309876, 0.07916553741166653, 0.11228274835155692, 0.14280546023105845,
+        0.20000082331202174, 0.33333333122827435,
+    ),
+    torch.float64: (
+        0.11974262895067175, -0.0027016372512737754, 0.06160893542716858, 0.05003989026028942,
+        0.05913487309275028, 0.06664198430842003, 0.07692435595045058, 0.09090904910246529,
+        0.11111111191430766, 0.14285714284919523, 0.2000000000000307, 0.3333333333333333,
+    ),
+}
+# (expm1(x) - x)/x^2 on [-1.6, 1.3]: mpmath.chebyfit with 10 or 16 terms, absolute error 2e-10 and 2e-18.
+_EXP_CENTRE, _EXP_REACH = -0.15, 1.45
+_EXP = {
+    torch.float32: (
+        2.2865580395505246e-08, 2.844979219777663e-07, 2.7659981117644425e-06, 2.478811304365866e-05,
+        0.00019839855801238025, 0.0013888974350581417, 0.008333340314569603, 0.04166666468194205,
+        0.1666666657559696, 0.500000000078261,
+    ),
+    torch.float64: (
+        2.521787304106386e-15, 4.871034539917216e-14, 7.668281912639482e-13, 1.1468690828927503e-11,
+        1.6058468153483998e-10, 2.087677893072447e-09, 2.505211629487346e-08, 2.7557319115262285e-07,
+        2.755731916576075e-06, 2.480158730175495e-05, 0.0001984126984149074, 0.0013888888888889182,
+        0.008333333333332962, 0.04166666666666666, 0.16666666666666669, 0.5,
+    ),
+}
+# Subtraction costs a lifted argument 2^-53/x, nothing where |x| > 2^-6; below, these Taylor terms are enough.
+_LIFTED_REACH = 2.0**-6
+_ATANH_LIFTED, _EXP_LIFTED = (1 / 5, 1 / 3), (1 / 120, 1 / 24, 1 / 6, 1 / 2)
+# (h(y) - y)(1 + y) for y >= 0, h(y) = phi(y)/Phi(-y) the hazard of a standard normal, as a polynomial in
+# t = (y - 4)/(y + 4), -1 <= t <= 1: mpmath.chebyfit with 16 or 28 terms, error 7e-10 and 6e-17 (the change
+# of variable is Shepherd and Laframboise's, Math. Comp. 36, 1981).
+_HAZARD = {
+    torch.float32: (
+        -6.912031589277716e-05, 5.830872711959097e-05, 0.0004615517140311779, -0.0005277949236795466,
+        -0.0015579588925596342, 0.0027198677670734095, 0.0032325937649701547, -0.010589496091150518,
+        -0.0011143209885643218, 0.03241999601547849, -0.030771199590969984, -0.06107054968919523,
+        0.19293255403422896, -0.19210377383788793, -0.06205638064500404, 1.1280357226480178,
+    ),
+    torch.float64: (
+        2.2501328670616362e-09, -2.4718037307037143e-08, 6.152648471664335e-09, 2.4793195546526405e-07,
+        -2.6802602884846845e-07, -1.2537891945577625e-06, 2.311160155885865e-06, 4.253147833626413e-06,
+        -1.2769619217049497e-05, -9.992943426249927e-06, 5.530731245130676e-05, 9.04926190807614e-06,
+        -0.0002024281888011342, 6.880733798298331e-05, 0.0006390008528879599, -0.0005604024685909188,
+        -0.0016937135976097686, 0.0027520409331516877, 0.0032926605391776654, -0.010605539423600189,
+        -0.001129086112549831, 0.032424205079456946, -0.030769392022650558, -0.06107108420454685,
+        0.192932468879107, -0.19210374819081538, -0.06205637998113664, 1.1280357224473554,
+    ),
+}
+# fmt: on
+_LOW, _HIGH = math.log(2) - 0.5, 1 - math.log(2)
+_SQRT_2PI = math.sqrt(2 * math.pi)
+
+
+# --- plumbing ---------------------------------------------------------------------------------------------
+
+
+def is_lifted(x: Tensor) -> bool:
+    """Whether values of this tensor are computed in float64: float32 on a CPU."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+class Elementwise:
+    """An elementwise function of tensors of one shape and dtype, float32 or float64, with its derivatives.
+
+    Args:
+        value: ``value(*inputs, lifted=...)``, plain operations.
+        partials: for each input, the partial derivative: an `Elementwise` again where autograd through its
+            formula would cancel, else differentiable operations.
+    """
+
+    def __init__(self, value: Callable[..., Tensor], *partials: Callable[..., Tensor]) -> None:
+        self._value, self._partials = value, partials
+        self._call = rowwise(lambda *inputs: blockwise(lambda *x: (self.plain(*x),), *inputs), self._gradient)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self._call(*inputs)
+
+    def plain(self, *inputs: Tensor) -> Tensor:
+        """The value without its derivatives, lifted where that pays."""
+        if is_lifted(inputs[0]):
+            return self._value(*(x.double() for x in inputs), lifted=True).float()
+        return self._value(*inputs)
+
+    def _gradient(self, inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
+        # torch.compile can neither differentiate twice nor trace an autograd function within another
+        if saved is None and not torch.compiler.is_compiling():
+            return tuple(f(*inputs) for f in self._partials)
+        return tuple(f.plain(*inputs) if isinstance(f, Elementwise) else f(*inputs) for f in self._partials)
+
+
+def broadcast_apply(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``f`` on inputs of one dtype and shape; half precisions computed in float32, rounded once."""
+    dtype = inputs[0].dtype
+    for x in inputs[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    if not dtype.is_floating_point:
+        dtype = torch.promote_types(dtype, torch.get_default_dtype())
+    working = torch.promote_types(dtype, torch.float32)
+    shape = torch.broadcast_shapes(*(x.shape for x in inputs))  # type: ignore[no-untyped-call]
+    return f(*(x.to(working).expand(shape) for x in inputs)).to(dtype)
+
+
+def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    p = x * coefficients[0] + coefficients[1]
+    for c in coefficients[2:]:
+        p = p * x + c
+    return p
+
+
+# --- log1p(x) - x -----------------------------------------------------------------------------------------
+
+
+def _log1pmx_near(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    # log1p(x) = 2 atanh(s), s = x/(x + 2), and x - 2 s = x^2/2 (1 - s). So x^2/2 comes first, and the
+    # roundings of s only enter through a term s times as large; s (2 s^2 p - x), which needs one product
+    # fewer, doubles the error near zero. A polynomial in x itself would need twice the terms.
+    h = (0.5 * x) * x
+    s = x / (x + 2)
+    w = s * s
+    return s * (h + 2 * w * _horner(w, coefficients)) - h
+
+
+def log1pmx_value(x: Tensor, *, lifted: bool = False) -> Tensor:
+    """`log1pmx` without its gradient; ``lifted``: x holds float32 values as float64."""
+    # min(log1p, max) changes infinity alone, for which inf - inf would be NaN
+    far = torch.log1p(x).clamp(max=torch.finfo(x.dtype).max) - x
+    if lifted:
+        return torch.where(x.abs() < _LIFTED_REACH, _log1pmx_near(x, _ATANH_LIFTED), far)
+    near = _log1pmx_near(x, _ATANH[x.dtype])
+    return torch.where((x - _ATANH_CENTRE).abs() < _ATANH_REACH, near, far)
+
+
+def _log1pmx_slope_value(x: Tensor, *, lifted: bool = False) -> Tensor:
+    return torch.where(x.isinf(), -x.sign(), -x / (1 + x))
+
+
+_log1pmx_slope = Elementwise(_log1pmx_slope_value, lambda x: -(1 / (1 + x)).square())
+_log1pmx = Elementwise(log1pmx_value, _log1pmx_slope)
+
+
+def log1pmx(x: Tensor) -> Tensor:
+    """``log1p(x) - x``, which is never positive, without cancellation near zero.
+
+    Args:
+        x: any shape; the function is -inf at -1 and NaN below.
+    """
+    return broadcast_apply(_log1pmx, x)
+
+
+# --- expm1(x) - x -----------------------------------------------------------------------------------------
+
+
+def expm1mx_value(x: Tensor, *, lifted: bool = False) -> Tensor:
+    """`expm1mx` without its gradient; ``lifted``: x holds float32 values as float64."""
+    # clamping the subtrahend changes x = inf alone (expm1 has long overflowed), where inf - inf would be NaN
+    far = torch.expm1(x) - x.clamp(max=1e4)
+    if lifted:
+        return torch.where(x.abs() < _LIFTED_REACH, x * _horner(x, _EXP_LIFTED) * x, far)
+    # (x p) x, not p x^2: one rounding where the result is subnormal
+    near = x * _horner(x, _EXP[x.dtype]) * x
+    return torch.where((x - _EXP_CENTRE).abs() < _EXP_REACH, near, far)
+
+
+def _expm1_value(x: Tensor, *, lifted: bool = False) -> Tensor:
+    return torch.expm1(x)
+
+
+# torch's own expm1 differentiates to expm1(x) + 1, which is 0 from x = -17 (float32) on
+_expm1 = Elementwise(_expm1_value, torch.exp)
+_expm1mx = Elementwise(expm1mx_value, _expm1)
+
+
+def expm1mx(x: Tensor) -> Tensor:
+    """``expm1(x) - x``, which is never negative, without cancellation near zero.
+
+    Args:
+        x: any shape.
+    """
+    return broadcast_apply(_expm1mx, x)
+
+
+# --- (a - b)/b - log(a/b) ---------------------------------------------------------------------------------
+
+
+def _log_quotient(a: Tensor, b: Tensor, q: Tensor) -> Tensor:
+    """log(a/b), q = a/b, to an absolute error of an ulp of max(1, |log|); finite where a and b are."""
+    info = torch.finfo(q.dtype)
+    return torch.where((q >= info.tiny) & (q <= info.max), torch.log(q), torch.log(a) - torch.log(b))
+
+
+def log_ratio_bregman_value(a: Tensor, b: Tensor, *, lifted: bool = False) -> Tensor:
+    """`log_ratio_bregman` without its gradient; ``lifted``: a and b hold float32 values as float64.
+
+    Then q = a/b is 1 or at least 2^-24 from it, the error of q hardly matters (the function is stationary
+    at q = 1) and q - 1 is exact there: (q - 1) - log q keeps 2^-28 in four passes and no branch.
+    """
+    q = a / b
+    if lifted:
+        return (q - 1) - torch.log(q).clamp_(max=1e4)  # the bound changes q = inf alone
+    # With q = 2^k (1 + z) and L = -log1pmx, L(q - 1) = (2^k - 1 - k log 2) + (2^k - 1) z + L(z), all terms
+    # positive. For k = -1, 0, 1 the difference in z is exact (Sterbenz's lemma); a - b is not beyond a
+    # factor of 2, and either L((a - b)/b) or log q alone costs 8 ulp at q = 0.3.
+    low, high = q < 0.5, q > 2
+    a_k, b_k = torch.where(low, 2 * a, a), torch.where(high, 2 * b, b)
+    z = (a_k - b_k) / b_k
+    shift = torch.where(low, _LOW - 0.5 * z, torch.where(high, _HIGH + z, 0))
+    near = shift - _log1pmx_near(z, _ATANH[q.dtype])
+    # q - 1, not (a - b)/b: the error of q then cancels partly against that of log q
+    far = (q - 1) - _log_quotient(a, b, q).clamp(max=torch.finfo(q.dtype).max)
+    return torch.where((q > 0.25) & (q < 4), near, far)
+
+
+def _reciprocal_gap_value(a: Tensor, b: Tensor, *, lifted: bool = False) -> Tensor:
+    """1/b - 1/a; dividing by the larger first neither overflows nor underflows early."""
+    return (a - b) / torch.maximum(a, b) / torch.minimum(a, b)
+
+
+def _scaled_gap_value(a: Tensor, b: Tensor, *, lifted: bool = False) -> Tensor:
+    """(b - a)/b^2."""
+    return (b - a) / b / b
+
+
+_reciprocal_gap = Elementwise(_reciprocal_gap_value, lambda a, b: 1 / a / a, lambda a, b: -1 / b / b)
+_scaled_gap = Elementwise(
+    _scaled_gap_value,
+    lambda a, b: -1 / b / b,
+    lambda a, b: (a - 0.5 * b) / b / b / b * 2,  # 2a - b without its overflow
+)
+_log_ratio_bregman = Elementwise(log_ratio_bregman_value, _reciprocal_gap, _scaled_gap)
+
+
+def log_ratio_bregman(a: Tensor, b: Tensor) -> Tensor:
+    """``(a - b)/b - log(a/b)``, which is never negative and 0 only where a = b.
+
+    Args:
+        a: positive, any shape.
+        b: positive, broadcastable with ``a``.
+    """
+    return broadcast_apply(_log_ratio_bregman, a, b)
+
+
+# --- x log(x/M) + M - x -----------------------------------------------------------------------------------
+
+
+def log_ratio_value(a: Tensor, b: Tensor, *, lifted: bool = False) -> Tensor:
+    """log(a/b) to its relative accuracy near a = b too, where log of the rounded quotient has none."""
+    x, q = (a - b) / b, a / b
+    return torch.where(x.abs() < 0.5, torch.log1p(x), torch.log(q) if lifted else _log_quotient(a, b, q))
+
+
+def bd0_value(x: Tensor, M: Tensor, *, lifted: bool = False) -> Tensor:
+    """`bd0` without its gradient; ``lifted``: x and M hold float32 values as float64."""
+    q = M / x
+    if lifted:
+        return torch.where((x == 0) | M.isinf(), M, x * log_ratio_bregman_value(M, x, lifted=True))
+    # for M >> x, q may be infinite where the result is not
+    above = (M - x) - torch.where((x == 0) | M.isinf(), 0, x * _log_quotient(M, x, q))
+    return torch.where((x == 0) | (q > 4), above, x * log_ratio_bregman_value(M, x))
+
+
+def _bd0_x_value(x: Tensor, M: Tensor, *, lifted: bool = False) -> Tensor:
+    return torch.where(x == 0, 0, log_ratio_value(x, M, lifted=lifted))
+
+
+def _bd0_M_value(x: Tensor, M: Tensor, *, lifted: bool = False) -> Tensor:
+    # (M - x)/M; 1 - x/M, which would cancel, where the former is NaN
+    return torch.where(M.isinf(), 1 - x / M, torch.where(x == 0, 1, (M - x) / M))
+
+
+def _unless_zero(x: Tensor, value: Tensor) -> Tensor:
+    return torch.where(x == 0, 0, value)
+
+
+_bd0_x = Elementwise(
+    _bd0_x_value,
+    lambda x, M: _unless_zero(x, 1 / torch.where(x == 0, 1, x)),
+    lambda x, M: _unless_zero(x, -1 / torch.where(x == 0, 1, M)),
+)
+_bd0_M = Elementwise(
+    _bd0_M_value,
+    lambda x, M: _unless_zero(x, -1 / torch.where(x == 0, 1, M)),
+    lambda x, M: _unless_zero(x, x / torch.where(x == 0, 1, M) / M),
+)
+_bd0 = Elementwise(bd0_value, _bd0_x, _bd0_M)
+
+
+def bd0(x: Tensor, M: Tensor) -> Tensor:
+    """Loader's deviance term ``x log(x/M) + M - x``, which is never negative and 0 only where x = M.
+
+    Args:
+        x: not negative, any shape. At 0 the value is M and the gradient in x is returned as 0 (the one-sided
+            derivative is -inf), as are the second derivatives: 0 log 0 is taken to be constant.
+        M: not negative, broadcastable with ``x``; +inf where M = 0 < x.
+    """
+    return broadcast_apply(_bd0, x, M)
+
+
+# --- log of a sum of exponentials -------------------------------------------------------------------------
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """The weights of the last dimension: they sum to 1; 0 for a row of -inf; shared among entries of +inf."""
+    top = x.detach().amax(-1, keepdim=True)
+    at_infinity = torch.where(x == top, 0.0, -torch.inf).to(x.dtype)
+    weights = torch.softmax(torch.where(top.isinf(), at_infinity, x - top), -1)
+    return torch.where(top == -torch.inf, 0, weights)
+
+
+def _logsumexp_value(x: Tensor) -> tuple[Tensor]:
+    working = x.double() if is_lifted(x) else x
+    top, index = working.max(-1, keepdim=True)
+    terms = torch.exp(working - torch.where(top.isinf(), 0, top))
+    # log1p of the others' sum: log of the whole sum loses them where they are small and top is zero
+    others = terms.scatter(-1, index, 0.0).sum(-1)
+    return ((top.squeeze(-1) + torch.log1p(others)).to(x.dtype),)
+
+
+_logsumexp = rowwise(_logsumexp_value, lambda inputs, saved: (_softmax(inputs[0]),))
+
+
+def logsumexp(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    """``log(sum(exp(x), dim))`` whose gradient is the softmax, so that its weights sum to 1.
+
+    Args:
+        x: any shape. A row of -inf gives -inf and zero gradient; entries of +inf give +inf and share the
+            gradient.
+        dim: the dimension summed over.
+        keepdim: whether to keep it with size one.
+    """
+    if x.shape[dim] == 0:
+        return x.sum(dim, keepdim) - torch.inf
+    out = broadcast_apply(_logsumexp, x.movedim(dim, -1))
+    return out.unsqueeze(dim) if keepdim else out
+
+
+# --- log of the normal distribution function ----------------------------------------------------------
+
+
+def _hazard_excess(y: Tensor, lifted: bool = False) -> Tensor:
+    """h(y) - y for y >= 0, h = phi/(1 - Phi): positive, 1/y for large y, where h - y would cancel."""
+    return _horner(1 - 8 / (y + 4), _HAZARD[torch.float32 if lifted else y.dtype]) / (1 + y)
+
+
+def _density(y: Tensor) -> Tensor:
+    """phi(y), y >= 0: m^2 is exact, so that exp does not magnify the rounding of y^2 by y^2."""
+    y = y.clamp(max=64.0)  # where exp(-y^2/2) has long underflowed
+    m = torch.round(y * 64) / 64
+    return torch.exp(-0.5 * m * m) * torch.exp(-0.5 * (y - m) * (y + m)) / _SQRT_2PI
+
+
+def log_ndtr_value(x: Tensor, *, lifted: bool = False) -> Tensor:
+    """`log_ndtr` without its gradient; ``lifted``: x holds float32 values as float64."""
+    y = x.abs()
+    h = y + _hazard_excess(y, lifted)
+    lower = -((0.5 * x) * x + torch.log(h * _SQRT_2PI))
+    tail = torch.where(x < 0, lower, torch.log1p(-_density(y) / h))
+    # near 0 log 2 can be taken apart, whose share of the hazard's error is the largest
+    return torch.where(y < 0.6, torch.log1p(torch.erf(x * math.sqrt(0.5))) - math.log(2), tail)
+
+
+def _inverse_mills_value(x: Tensor, *, lifted: bool = False) -> Tensor:
+    """phi(x)/Phi(x)."""
+    y = x.abs()
+    h, phi = y + _hazard_excess(y, lifted), _density(y)
+    return torch.where(x < 0, h, phi / (1 - phi / h))
+
+
+def _inverse_mills_slope(x: Tensor) -> Tensor:
+    y = x.abs().clamp(max=1e18)  # from there on the result is -1 or 0
+    g, phi = _hazard_excess(y), _density(y)
+    upper = phi / (1 - phi / (y + g))
+    return torch.where(x < 0, -(y * g + g * g), -upper * (y + upper))
+
+
+_inverse_mills = Elementwise(_inverse_mills_value, _inverse_mills_slope)
+_log_ndtr = Elementwise(log_ndtr_value, _inverse_mills)
+
+
+def log_ndtr(x: Tensor) -> Tensor:
+    """Log of the standard normal distribution function, ``log Phi(x)``, with its gradient ``phi(x)/Phi(x)``.
+
+    Args:
+        x: any shape.
+    """
+    return broadcast_apply(_log_ndtr, x)

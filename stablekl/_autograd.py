@@ -175,8 +175,13 @@ def custom(
             return outputs, (0,) * len(outputs)
 
     def call(*inputs: Tensor) -> Tensor:
-        function = Traceable if torch.compiler.is_compiling() else Eager
-        result: Tensor = function.apply(*inputs)[0]
+        if not torch.compiler.is_compiling():
+            outputs = Eager.apply(*inputs)
+        elif torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            outputs = Traceable.apply(*inputs)
+        else:  # tracing a Function that records nothing fails (torch 2.13), and there is nothing to record
+            outputs = value(*inputs)
+        result: Tensor = outputs[0]
         return result
 
     return call

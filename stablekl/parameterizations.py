@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from .special import Elementwise, broadcast_apply
+from ._elementwise import broadcast_apply, elementwise
 
 __all__ = [
     "bounded_log_scale",
@@ -121,9 +121,9 @@ def _sigmoid_value(x: Tensor, *, lifted: bool = False) -> Tensor:
     return torch.where(x < 0, e, 1) / (1 + e)
 
 
-_sigmoid = Elementwise(_sigmoid_value, lambda x: _sigmoid_value(x) * _sigmoid_value(-x))
-_softplus = Elementwise(_softplus_value, _sigmoid)
-_inverse_softplus = Elementwise(
+_sigmoid = elementwise(_sigmoid_value, lambda x: _sigmoid_value(x) * _sigmoid_value(-x))
+_softplus = elementwise(_softplus_value, _sigmoid)
+_inverse_softplus = elementwise(
     # y + log(1 - exp(-y)) for large y, where expm1(y) overflows; log(expm1(y)) for small y, where they cancel
     lambda y, lifted=False: torch.where(y < 1, torch.log(torch.expm1(y)), y + torch.log1p(-torch.exp(-y))),
     lambda y: -1 / torch.expm1(-y),
@@ -190,7 +190,7 @@ def _squash_value(t: Tensor, *, lifted: bool = False) -> Tensor:
     return torch.where(t.isinf(), t.sign(), t / torch.hypot(t, torch.ones_like(t)))
 
 
-_squash = Elementwise(_squash_value, lambda t: (1 / torch.hypot(t, torch.ones_like(t))) ** 3)
+_squash = elementwise(_squash_value, lambda t: (1 / torch.hypot(t, torch.ones_like(t))) ** 3)
 
 
 def _check_log_bounds(min_log: float, max_log: float, dtype: torch.dtype) -> tuple[float, float]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["gauss_legendre", "panel_rule", "sobol_normals", "student_t_half_width", "two_sum"]
+__all__ = ["gauss_legendre", "panel_rule", "sobol_normals", "student_t_half_width", "table", "two_sum"]
 
 T = TypeVar("T")
 
@@ -38,6 +38,17 @@ def _outside_transforms(make: Callable[[], T]) -> T:
     if not result:
         raise RuntimeError("a table of integration nodes could not be computed: see the thread's traceback")
     return result[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return _outside_transforms(lambda: torch.tensor(values, dtype=torch.float64, device=device))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A few float64 constants, made once per device."""
+    return _table(values, device)
 
 
 @functools.lru_cache(maxsize=64)

@@ -14,12 +14,12 @@ those formulas without the gradient, for rules that inline them in a pass of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ._autograd import blockwise, rowwise
+from ._autograd import rowwise
+from ._elementwise import broadcast_apply, elementwise, is_lifted
 
 __all__ = ["bd0", "expm1mx", "log1pmx", "log_ndtr", "log_ratio_bregman", "logsumexp"]
 
@@ -31,8 +31,7 @@ _ATANH_CENTRE, _ATANH_REACH = 0.2, 0.8
 # fmt: off
 _ATANH = {
     torch.float32: (
-        0.12836656903309876, 0.07916553741166653, 0.11228274835155692, 0.14280546023105845,
-        0.20000082331202174, 0.33333333122827435,
+        0.12836656903, 0.079165537412, 0.11228274835, 0.14280546023, 0.20000082331, 0.33333333123,
     ),
     torch.float64: (
         0.11974262895067175, -0.0027016372512737754, 0.06160893542716858, 0.05003989026028942,
@@ -44,9 +43,8 @@ _ATANH = {
 _EXP_CENTRE, _EXP_REACH = -0.15, 1.45
 _EXP = {
     torch.float32: (
-        2.2865580395505246e-08, 2.844979219777663e-07, 2.7659981117644425e-06, 2.478811304365866e-05,
-        0.00019839855801238025, 0.0013888974350581417, 0.008333340314569603, 0.04166666468194205,
-        0.1666666657559696, 0.500000000078261,
+        2.2865580396e-08, 2.8449792198e-07, 2.7659981118e-06, 2.4788113044e-05, 0.00019839855801,
+        0.0013888974351, 0.0083333403146, 0.041666664682, 0.16666666576, 0.50000000008,
     ),
     torch.float64: (
         2.521787304106386e-15, 4.871034539917216e-14, 7.668281912639482e-13, 1.1468690828927503e-11,
@@ -63,10 +61,9 @@ _ATANH_LIFTED, _EXP_LIFTED = (1 / 5, 1 / 3), (1 / 120, 1 / 24, 1 / 6, 1 / 2)
 # of variable is Shepherd and Laframboise's, Math. Comp. 36, 1981).
 _HAZARD = {
     torch.float32: (
-        -6.912031589277716e-05, 5.830872711959097e-05, 0.0004615517140311779, -0.0005277949236795466,
-        -0.0015579588925596342, 0.0027198677670734095, 0.0032325937649701547, -0.010589496091150518,
-        -0.0011143209885643218, 0.03241999601547849, -0.030771199590969984, -0.06107054968919523,
-        0.19293255403422896, -0.19210377383788793, -0.06205638064500404, 1.1280357226480178,
+        -6.9120315893e-05, 5.830872712e-05, 0.00046155171403, -0.00052779492368, -0.0015579588926,
+        0.0027198677671, 0.003232593765, -0.010589496091, -0.0011143209886, 0.032419996015, -0.030771199591,
+        -0.061070549689, 0.19293255403, -0.19210377384, -0.062056380645, 1.1280357226,
     ),
     torch.float64: (
         2.2501328670616362e-09, -2.4718037307037143e-08, 6.152648471664335e-09, 2.4793195546526405e-07,
@@ -81,55 +78,6 @@ _HAZARD = {
 # fmt: on
 _LOW, _HIGH = math.log(2) - 0.5, 1 - math.log(2)
 _SQRT_2PI = math.sqrt(2 * math.pi)
-
-
-# --- plumbing ---------------------------------------------------------------------------------------------
-
-
-def is_lifted(x: Tensor) -> bool:
-    """Whether values of this tensor are computed in float64: float32 on a CPU."""
-    return x.dtype == torch.float32 and x.device.type == "cpu"
-
-
-class Elementwise:
-    """An elementwise function of tensors of one shape and dtype, float32 or float64, with its derivatives.
-
-    Args:
-        value: ``value(*inputs, lifted=...)``, plain operations.
-        partials: for each input, the partial derivative: an `Elementwise` again where autograd through its
-            formula would cancel, else differentiable operations.
-    """
-
-    def __init__(self, value: Callable[..., Tensor], *partials: Callable[..., Tensor]) -> None:
-        self._value, self._partials = value, partials
-        self._call = rowwise(lambda *inputs: blockwise(lambda *x: (self.plain(*x),), *inputs), self._gradient)
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        return self._call(*inputs)
-
-    def plain(self, *inputs: Tensor) -> Tensor:
-        """The value without its derivatives, lifted where that pays."""
-        if is_lifted(inputs[0]):
-            return self._value(*(x.double() for x in inputs), lifted=True).float()
-        return self._value(*inputs)
-
-    def _gradient(self, inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
-        # torch.compile can neither differentiate twice nor trace an autograd function within another
-        if saved is None and not torch.compiler.is_compiling():
-            return tuple(f(*inputs) for f in self._partials)
-        return tuple(f.plain(*inputs) if isinstance(f, Elementwise) else f(*inputs) for f in self._partials)
-
-
-def broadcast_apply(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``f`` on inputs of one dtype and shape; half precisions computed in float32, rounded once."""
-    dtype = inputs[0].dtype
-    for x in inputs[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
-    if not dtype.is_floating_point:
-        dtype = torch.promote_types(dtype, torch.get_default_dtype())
-    working = torch.promote_types(dtype, torch.float32)
-    shape = torch.broadcast_shapes(*(x.shape for x in inputs))  # type: ignore[no-untyped-call]
-    return f(*(x.to(working).expand(shape) for x in inputs)).to(dtype)
 
 
 def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
@@ -166,8 +114,8 @@ def _log1pmx_slope_value(x: Tensor, *, lifted: bool = False) -> Tensor:
     return torch.where(x.isinf(), -x.sign(), -x / (1 + x))
 
 
-_log1pmx_slope = Elementwise(_log1pmx_slope_value, lambda x: -(1 / (1 + x)).square())
-_log1pmx = Elementwise(log1pmx_value, _log1pmx_slope)
+_log1pmx_slope = elementwise(_log1pmx_slope_value, lambda x: -(1 / (1 + x)).square())
+_log1pmx = elementwise(log1pmx_value, _log1pmx_slope)
 
 
 def log1pmx(x: Tensor) -> Tensor:
@@ -193,13 +141,15 @@ def expm1mx_value(x: Tensor, *, lifted: bool = False) -> Tensor:
     return torch.where((x - _EXP_CENTRE).abs() < _EXP_REACH, near, far)
 
 
-def _expm1_value(x: Tensor, *, lifted: bool = False) -> Tensor:
-    return torch.expm1(x)
+def expm1_value(x: Tensor, *, lifted: bool = False) -> Tensor:
+    """expm1 that stays accurate under torch.compile, whose code for CPUs computes ``exp(x) - 1``."""
+    near = x + x * _horner(x, _EXP_LIFTED if lifted else _EXP[x.dtype]) * x
+    return torch.where(x.abs() < (_LIFTED_REACH if lifted else 0.5), near, torch.expm1(x))
 
 
 # torch's own expm1 differentiates to expm1(x) + 1, which is 0 from x = -17 (float32) on
-_expm1 = Elementwise(_expm1_value, torch.exp)
-_expm1mx = Elementwise(expm1mx_value, _expm1)
+_expm1 = elementwise(expm1_value, torch.exp)
+_expm1mx = elementwise(expm1mx_value, _expm1)
 
 
 def expm1mx(x: Tensor) -> Tensor:
@@ -252,13 +202,13 @@ def _scaled_gap_value(a: Tensor, b: Tensor, *, lifted: bool = False) -> Tensor:
     return (b - a) / b / b
 
 
-_reciprocal_gap = Elementwise(_reciprocal_gap_value, lambda a, b: 1 / a / a, lambda a, b: -1 / b / b)
-_scaled_gap = Elementwise(
+_reciprocal_gap = elementwise(_reciprocal_gap_value, lambda a, b: 1 / a / a, lambda a, b: -1 / b / b)
+_scaled_gap = elementwise(
     _scaled_gap_value,
     lambda a, b: -1 / b / b,
     lambda a, b: (a - 0.5 * b) / b / b / b * 2,  # 2a - b without its overflow
 )
-_log_ratio_bregman = Elementwise(log_ratio_bregman_value, _reciprocal_gap, _scaled_gap)
+_log_ratio_bregman = elementwise(log_ratio_bregman_value, _reciprocal_gap, _scaled_gap)
 
 
 def log_ratio_bregman(a: Tensor, b: Tensor) -> Tensor:
@@ -303,17 +253,17 @@ def _unless_zero(x: Tensor, value: Tensor) -> Tensor:
     return torch.where(x == 0, 0, value)
 
 
-_bd0_x = Elementwise(
+_bd0_x = elementwise(
     _bd0_x_value,
     lambda x, M: _unless_zero(x, 1 / torch.where(x == 0, 1, x)),
     lambda x, M: _unless_zero(x, -1 / torch.where(x == 0, 1, M)),
 )
-_bd0_M = Elementwise(
+_bd0_M = elementwise(
     _bd0_M_value,
     lambda x, M: _unless_zero(x, -1 / torch.where(x == 0, 1, M)),
     lambda x, M: _unless_zero(x, x / torch.where(x == 0, 1, M) / M),
 )
-_bd0 = Elementwise(bd0_value, _bd0_x, _bd0_M)
+_bd0 = elementwise(bd0_value, _bd0_x, _bd0_M)
 
 
 def bd0(x: Tensor, M: Tensor) -> Tensor:
@@ -404,8 +354,8 @@ def _inverse_mills_slope(x: Tensor) -> Tensor:
     return torch.where(x < 0, -(y * g + g * g), -upper * (y + upper))
 
 
-_inverse_mills = Elementwise(_inverse_mills_value, _inverse_mills_slope)
-_log_ndtr = Elementwise(log_ndtr_value, _inverse_mills)
+_inverse_mills = elementwise(_inverse_mills_value, _inverse_mills_slope)
+_log_ndtr = elementwise(log_ndtr_value, _inverse_mills)
 
 
 def log_ndtr(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from .._autograd import BLOCK, custom, is_plain
+from .._autograd import custom, is_plain
 from .components import Components
 from .density_expanded import Expansion
 
@@ -31,6 +31,8 @@ __all__ = ["component_log_probs", "mixture_log_prob"]
 # Layout inside this file: points lie along the last axis, so that every operation runs over contiguous memory
 # whatever D is. x (..., D, N), log_weights (..., K), loc (..., K, D), scale (..., K, D) or (..., K, D, D).
 
+# Elements per block: measured on a CPU, fastest of 2**15 ... 2**19.
+_CPU_BLOCK = 2**17
 _DEVICE_BLOCK = 2**22  # elements per block away from the CPU: enough to fill a device, 32 MiB in float64
 
 
@@ -149,23 +151,19 @@ def _pool(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return (top.squeeze(-2) + total.log()).to(dtype), exps, total
 
 
-def _pull(c: Tensor, z: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of sum c_k log N(x; mu_k, L_k L_k') with respect to x, mu and L from z = L^-1 (x - mu).
+def _parameter_gradients(moments: Sequence[Tensor], inverse: Tensor) -> list[Tensor]:
+    """Gradients with respect to log-weights, means and scales from the moments of z = L^-1 (x - mu).
 
-    d/dx = -L^-T z, d/dmu = L^-T z, d/dL = L^-T z z' - diag(1/L_ii) (lower triangle).
+    d/dmu = L^-T z and d/dL = L^-T z z' - diag(1/L_ii) (lower triangle), summed over the points with weights c:
+    the moments are sum c (..., K), sum c z (..., K, D) and sum c z^2 (..., K, D) or sum c z z' (..., K, D, D).
     """
-    diagonal = inverse.ndim == z.ndim - 1
-    z = torch.where(c.unsqueeze(-2) == 0, 0.0, z)  # z may be inf where nothing is asked of it
-    cz = c.unsqueeze(-2) * z
-    mass = c.sum(-1).unsqueeze(-1)
-    if diagonal:
-        d_x = -(cz * inverse.unsqueeze(-1)).sum(-3)
-        return d_x, cz.sum(-1) * inverse, ((cz * z).sum(-1) - mass) * inverse
+    mass, first, second = moments
+    inverse = inverse.to(mass.dtype)
+    if inverse.ndim == first.ndim:
+        return [mass, first * inverse, (second - mass.unsqueeze(-1)) * inverse]
     back = inverse.mT
-    d_x = -(back @ cz).sum(-3)
-    d_loc = (back @ cz.sum(-1, keepdim=True)).squeeze(-1)
-    d_scale = (back @ (cz @ z.mT)).tril() - torch.diag_embed(mass * inverse.diagonal(dim1=-2, dim2=-1))
-    return d_x, d_loc, d_scale
+    volume = torch.diag_embed(mass.unsqueeze(-1) * inverse.diagonal(dim1=-2, dim2=-1))
+    return [mass, (back @ first.unsqueeze(-1)).squeeze(-1), (back @ second).tril() - volume]
 
 
 # --- whole tensors: traced, or differentiable ---------------------------------------------------------------
@@ -228,7 +226,7 @@ class _Mixtures:
     """A block of batch elements, prepared; meets the points block by block."""
 
     def __init__(self, log_weights: Tensor, loc: Tensor, scale: Tensor, elements: int, wide: bool) -> None:
-        self.dtype, self.elements, dead = loc.dtype, elements, log_weights == -math.inf
+        self.elements, dead = elements, log_weights == -math.inf
         self.diagonal = _is_diagonal(loc, scale)
         self.loc, scale = _living(log_weights, loc, scale)
         self.inverse, self.base = _inverse(self.loc, scale), _base(log_weights, self.loc, scale)
@@ -256,40 +254,37 @@ class _Mixtures:
             form = torch.where(x.isinf().any(-2, keepdim=True), math.inf, form)
         return self.base.unsqueeze(-1) - 0.5 * form
 
-    def pull(self, x: Tensor, c: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of ``(c * logits).sum()``: with respect to x, and to [log_weights, loc, scale]."""
+    def pull(self, x: Tensor, c: Tensor, moments: Sequence[Tensor], want_x: bool) -> Tensor | None:
+        """Add the weighted moments of z to ``moments``; gradient of ``(c * logits).sum()`` with respect to x."""
         features = self._features(x)
         if self.expansion is not None and features is not None:
             c = c.double()
-            return self.expansion.pull_value(features, c), list(self.expansion.pull_parameters(features, c))
+            for total, part in zip(moments, self.expansion.moments(features, c), strict=True):
+                total += part
+            return self.expansion.pull_value(features, c) if want_x else None
+        mass, first, second = moments
+        mass += c.sum(-1)
         # Where the magnitudes say that no product can overflow, nothing needs masking.
         size = self.limit * (x.abs().amax() + self.loc.abs().amax())
-        masked = x.device.type != "cpu" or not bool(size < torch.finfo(self.dtype).max)
-        d_x = torch.zeros_like(x)
-        parts = [self._pull(x, c[:, k], k, d_x, masked) for k in self._component_cuts(x)]
-        d_loc, d_scale = (p[0] if len(p) == 1 else torch.cat(p, 1) for p in zip(*parts, strict=True))
-        return d_x, [c.sum(-1), d_loc, d_scale]
+        masked = x.device.type != "cpu" or not bool(size < torch.finfo(x.dtype).max)
+        d_x = torch.zeros_like(x) if want_x else None
+        for k in self._component_cuts(x):
+            z, inverse, weight = self._whiten(x, k), self.inverse[:, k], c[:, k].unsqueeze(-2)
+            if masked:  # z may be inf where nothing is asked of it
+                z.masked_fill_(weight == 0, 0.0)
+            cz = z * weight
+            first[:, k] += cz.sum(-1)
+            second[:, k] += z.mul_(cz).sum(-1) if self.diagonal else cz @ z.mT
+            if d_x is not None and self.diagonal:
+                d_x -= cz.mul_(inverse.unsqueeze(-1)).sum(1)
+            elif d_x is not None:  # the sum over components is part of the product
+                d_x.baddbmm_(inverse.flatten(1, 2).mT, cz.flatten(1, 2), alpha=-1.0)
+        return d_x
 
     def _whiten(self, x: Tensor, k: slice) -> Tensor:
         """`_whiten` in place."""
         deviation, inverse = x.unsqueeze(1) - self.loc[:, k].unsqueeze(-1), self.inverse[:, k]
         return deviation.mul_(inverse.unsqueeze(-1)) if self.diagonal else inverse @ deviation
-
-    def _pull(self, x: Tensor, c: Tensor, k: slice, d_x: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
-        """`_pull` in place, for some components: adds to ``d_x``."""
-        z, inverse = self._whiten(x, k), self.inverse[:, k]
-        weight, mass = c.unsqueeze(-2), c.sum(-1).unsqueeze(-1)
-        if masked:
-            z.masked_fill_(weight == 0, 0.0)
-        if self.diagonal:
-            cz = z * weight
-            first, second = cz.sum(-1), z.mul_(cz).sum(-1)
-            d_x.sub_(cz.mul_(inverse.unsqueeze(-1)).sum(1))
-            return first * inverse, (second - mass) * inverse
-        cz, back = z * weight, inverse.mT
-        d_x.baddbmm_(inverse.flatten(1, 2).mT, cz.flatten(1, 2), alpha=-1.0)
-        d_loc = (back @ cz.sum(-1, keepdim=True)).squeeze(-1)
-        return d_loc, (back @ (cz @ z.mT)).tril() - torch.diag_embed(mass * inverse.diagonal(dim1=-2, dim2=-1))
 
 
 def _flat(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -309,7 +304,7 @@ def _blocks(inputs: Sequence[Tensor]) -> Iterator[tuple[slice, _Mixtures, Iterat
     """Blocks of batch elements, each with its prepared mixtures and with cuts of the points."""
     x, log_weights, loc, scale = inputs
     (batch, d, samples), k = x.shape, loc.shape[1]
-    elements = BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK
+    elements = _CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK
     width = max(1, k, 2 * d)
     points = max(1, min(samples, elements // width))
     members = max(1, elements // max(width * points, scale[0].numel() if batch else 1))
@@ -352,30 +347,35 @@ def _vjp(
     if saved is None or not is_plain((grad, *inputs)):
         logits, z, inverse = _expression(inputs)
         c = _coefficients(grad, logits, logits.dtype, pooled)
-        d_x, d_loc, d_scale = _pull(c, z, inverse)
-        results: tuple[Tensor, ...] = (d_x, c.sum(-1), d_loc, d_scale)
+        cz = c.unsqueeze(-2) * z
+        diagonal = inverse.ndim == z.ndim - 1
+        pulled = cz * inverse.unsqueeze(-1) if diagonal else inverse.mT @ cz
+        second = (cz * z).sum(-1) if diagonal else cz @ z.mT
+        results = [-pulled.sum(-3), *_parameter_gradients((c.sum(-1), cz.sum(-1), second), inverse)]
         return tuple(r if n else None for r, n in zip(results, needed, strict=True))
     x, log_weights, loc, scale = flat = _flat(inputs)
     grad, *kept = (t.reshape(x.shape[0], *t.shape[inputs[0].ndim - 2 :]) for t in (grad, *saved))
-    d_value = x.new_empty(x.mT.shape).mT
+    d_value = x.new_empty(x.mT.shape).mT if needed[0] else None
     gradients = [torch.empty_like(p) for p in flat[1:]]
     # Sums over blocks of points are carried in float64 where that is free.
     wide = torch.float64 if x.device.type == "cpu" else x.dtype
     for b, mixtures, cuts in _blocks(flat):
-        sums = [torch.zeros(p[b].shape, dtype=wide, device=p.device) for p in flat[1:]]
+        moments = [torch.zeros(p[b].shape, dtype=wide, device=p.device) for p in flat[1:]]
         for n in cuts:
             block = x[b, :, n].contiguous()
             if kept:
                 c = _shares(grad[b, n], kept[0][b, :, n], kept[1][b, n])
             else:
                 c = _coefficients(grad[b, ..., n], mixtures.logits(block), x.dtype, pooled)
-            d_value[b, :, n], parts = mixtures.pull(block, c)
-            for s, part in zip(sums, parts, strict=True):
-                s += part
-        for g, s in zip(gradients, sums, strict=True):
+            d_block = mixtures.pull(block, c, moments, needed[0])
+            if d_value is not None and d_block is not None:
+                d_value[b, :, n] = d_block
+        for g, s in zip(gradients, _parameter_gradients(moments, mixtures.inverse), strict=True):
             g[b] = s
-    results = (d_value, *gradients)
-    return tuple(r.reshape(i.shape) if m else None for r, i, m in zip(results, inputs, needed, strict=True))
+    return tuple(
+        r.reshape(i.shape) if r is not None and m else None
+        for r, i, m in zip((d_value, *gradients), inputs, needed, strict=True)
+    )
 
 
 _components = custom(partial(_value, False, False), partial(_vjp, False), partial(_jvp, False))

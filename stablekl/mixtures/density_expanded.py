@@ -72,12 +72,10 @@ class Expansion:
         squares, linear = (self.weights.mT @ c).chunk(2, 1)
         return torch.addcmul(linear, squares, features.chunk(2, 1)[1], value=2.0)
 
-    def pull_parameters(self, features: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of ``(c * logits).sum()`` with respect to log-weights, means and standard deviations."""
+    def moments(self, features: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over the points of c, c z and c z^2, where z = (x - mu) / s."""
         mass = c.sum(-1)
         second, first = (c @ features.mT).chunk(2, -1)
         deviation = first - self.loc * mass.unsqueeze(-1)
         scatter = second - self.loc * (first + deviation)
-        d_loc = deviation * self.inverse.square()
-        d_scale = (scatter * self.inverse.square() - mass.unsqueeze(-1)) * self.inverse
-        return mass, d_loc, d_scale
+        return mass, deviation * self.inverse, scatter * self.inverse.square()

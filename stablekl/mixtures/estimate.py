@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["Accuracy", "AccuracyWarning", "KLEstimate", "accuracy", "requested_accuracy"]
@@ -51,8 +52,11 @@ _ACCURACY: ContextVar[Accuracy] = ContextVar("stablekl_accuracy", default=Accura
 
 
 def requested_accuracy() -> Accuracy:
-    """The tolerance and budget of the innermost `accuracy` block."""
-    return _ACCURACY.get()
+    """The tolerance and budget of the innermost `accuracy` block; the defaults under torch.compile.
+
+    A context variable cannot be traced, and a traced function must not change with the block it is called in.
+    """
+    return Accuracy() if torch.compiler.is_compiling() else _ACCURACY.get()
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import is_plain, rowwise
-from ..quadrature import gauss_legendre, panel_rule, two_sum
+from ..quadrature import gauss_legendre, panel_rule, table, two_sum
 from ..special import expm1mx
 from .components import Components
 
@@ -34,16 +34,16 @@ __all__ = ["line_kl"]
 
 NODES = 16
 # Edges per component, in its standard deviations: beyond 9.2 the density is 4e-19 of its peak.
-STEPS = (0.0, 1.4, 2.8, 4.4, 6.4, 9.2)
+STEPS = (-9.2, -6.4, -4.4, -2.8, -1.4, 0.0, 1.4, 2.8, 4.4, 6.4, 9.2)
 # Edges per kink, in units of 1/slope: softplus(40) = 40 + 4e-18, so the kink is over there.
-KINK_STEPS = (0.0, 3.0, 10.0, 40.0)
+KINK_STEPS = (-40.0, -10.0, -3.0, 0.0, 3.0, 10.0, 40.0)
 # Kinks kept per component (the upper envelope of K parabolas has at most 2 K - 2 breakpoints).
 KINKS = 4
 # Elements per temporary in eager mode: 4 MiB.
 BLOCK = 2**19
 EPS = 2.0**-52
 # Rounding errors of an evaluated integrand, in eps of its terms.
-ROUNDING = 4.0
+ROUNDING = 16.0
 LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
 # log-weights, means and standard deviations of p, then of q; each of shape batch_shape + (K,).
@@ -178,18 +178,16 @@ def _kinks(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor] | None:
 def _rule(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Nodes (two halves), weights and panel widths for these parameters, which are taken as constants."""
     inputs = tuple(x.detach() for x in inputs)  # type: ignore[assignment]
-    edges = []
-    for loc, scale in (inputs[1:3], inputs[4:6]):
-        for t in STEPS:
-            edges += [two_sum(loc, signed * scale) for signed in ((t, -t) if t else (t,))]
+    _, mp, sp, _, mq, sq = inputs
+    loc, scale = torch.cat((mp, mq), -1).unsqueeze(-1), torch.cat((sp, sq), -1).unsqueeze(-1)
+    high, low = (x.flatten(-2) for x in two_sum(loc, scale * table(STEPS, loc.device)))
     kinks = _kinks(inputs)
     if kinks is not None:
-        high, low, step = kinks
-        for t in KINK_STEPS:
-            for signed in (t, -t) if t else (t,):
-                total, error = two_sum(high, signed * step)
-                edges.append((total, error + low))
-    return panel_rule(torch.cat([e[0] for e in edges], -1), torch.cat([e[1] for e in edges], -1), NODES)
+        centre, centre_low, width = (x.unsqueeze(-1) for x in kinks)
+        total, error = two_sum(centre, width * table(KINK_STEPS, loc.device))
+        high = torch.cat((high, total.flatten(-2)), -1)
+        low = torch.cat((low, (error + centre_low).flatten(-2)), -1)
+    return panel_rule(high, low, NODES)
 
 
 def _integrand(u: Tensor, p: Tensor, q: Tensor) -> Tensor:
@@ -211,7 +209,7 @@ def _panel_blocks(panels: int, inputs: Sequence[Tensor]) -> list[tuple[EllipsisT
 def _row_blocks(inputs: Sequence[Tensor]) -> list[list[Tensor]] | None:
     """The rows to take at a time in eager mode, or None for all of them."""
     rows = inputs[0][..., 0].numel()
-    per_component = NODES * (2 * len(STEPS) - 1 + KINKS * (2 * len(KINK_STEPS) - 1))
+    per_component = NODES * (len(STEPS) + KINKS * len(KINK_STEPS))
     step = max(1, BLOCK // (per_component * (inputs[0].shape[-1] + inputs[3].shape[-1])))
     if rows <= step or not is_plain(inputs):
         return None

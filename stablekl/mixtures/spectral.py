@@ -50,8 +50,9 @@ from .components import Components
 __all__ = ["label_entropy_given_sample", "label_information"]
 
 # Derived: the aliases of a trapezoid rule with step h lie 2 pi/h = 80 away in the log-ratio and weigh
-# (2 pi/h) exp(-pi/h) = 3e-16; the kernel beyond the cut-off 10.6 sums to 2e-17.
-NODES = 137
+# (2 pi/h) exp(-pi/h) = 3e-16. Near identical components 1 - rho grows like omega^2 and the part beyond the
+# cut-off 11.6 is 8 exp(-11.6 pi)/pi = 3e-16 of I.
+NODES = 150
 STEP = 0.078125
 
 # Elements (rows x nodes x dimensions) handled at once, so that float64 temporaries stay in a core's cache
@@ -84,6 +85,12 @@ ODD_EXCESS = (
 VAST = 1e60
 
 
+# Nodes omega and weights, [B, n].
+_Rule = tuple[Tensor, Tensor]
+# Gradients by log_weights, loc and scale.
+_Partials = tuple[Tensor, Tensor, Tensor]
+
+
 class _Spectrum(NamedTuple):
     """What rho depends on: ``tanh`` and ``square`` (T and h) are [B, D]; the two sums over i are [B]."""
 
@@ -112,14 +119,6 @@ def _odd_excess(z: Tensor) -> Tensor:
     for coefficient in ODD_EXCESS[1:-1]:
         p = (p + coefficient) * z
     return p + ODD_EXCESS[-1]
-
-
-def _quadrature(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes omega >= 0 and weights of the kernel; the two halves of the line in one."""
-    j = torch.arange(NODES, dtype=torch.float64, device=like.device)
-    omega = j * STEP
-    k = STEP / ((0.25 + omega * omega) * torch.cosh(math.pi * omega))
-    return omega, torch.where(j == 0, 0.5 * k, k)
 
 
 # --------------------------------------------------------------------------- from parameters to the spectrum
@@ -157,9 +156,14 @@ def _diagonal_spectrum(loc: Tensor, scale: Tensor) -> _Spectrum:
 def _full_spectrum(loc: Tensor, scale: Tensor) -> tuple[_Spectrum, _Frame]:
     l1, l2 = scale.unbind(-3)
     # R'R = S1 + S2 from the factors: forming the covariances and factorising their sum would square the
-    # condition number. (geqrf, as linalg.qr(mode="r") fails under vmap; nothing differentiates this line.)
+    # condition number. linalg.qr(mode="r") fails under vmap and geqrf under dynamic shapes (torch 2.13); the
+    # latter forms no Q. Nothing differentiates this line.
     dim = loc.shape[-1]
-    root = torch.geqrf(torch.cat([l1, l2], -1).mT)[0][..., :dim, :].triu()
+    stacked = torch.cat([l1, l2], -1).mT
+    if torch.compiler.is_compiling():
+        root = torch.linalg.qr(stacked).R
+    else:
+        root = torch.geqrf(stacked)[0][..., :dim, :].triu()
     shift = (loc[..., 1, :] - loc[..., 0, :]).unsqueeze(-1)
     solved = torch.linalg.solve_triangular(root.mT, torch.cat([l2 - l1, l1, l2, shift], -1), upper=False)
     difference, first, second, shift = solved.split([dim, dim, dim, 1], -1)
@@ -195,6 +199,31 @@ def _full_spectrum(loc: Tensor, scale: Tensor) -> tuple[_Spectrum, _Frame]:
 # ------------------------------------------------------------------------------------------ the integral
 
 
+def _quadrature(spectrum: _Spectrum, information: bool) -> tuple[Tensor, Tensor]:
+    """Nodes omega >= 0 and weights of the kernel, [B, n]; the two halves of the line in one.
+
+    For H(Z|X) the nodes shrink to where rho(1/2 + i omega) lives: far components make it a peak narrower
+    than the step, and H, though right absolutely, would lose its relative accuracy.
+    """
+    tanh, square = spectrum.tanh.detach(), spectrum.square.detach()
+    j = torch.arange(NODES, dtype=torch.float64, device=tanh.device)
+    step = torch.full_like(tanh[..., 0], STEP)
+    if not information:
+        z = tanh * tanh
+        low = torch.zeros_like(step)
+        for k in range(1, 49):
+            # The decay of the integrand's logarithm at a trial cut-off; 40 is exp(-40) = 4e-18.
+            trial = low + STEP * (NODES - 1) * 0.5**k
+            w = (trial * trial).unsqueeze(-1)
+            bend = 1 + 4 * w * z
+            decay = (0.25 * torch.log(bend) + 0.5 * square * (w * (1 - z) / bend)).sum(-1)
+            low = torch.where(decay + math.pi * trial < 40, trial, low)
+        step = (low + STEP * (NODES - 1) * 0.5**48) / (NODES - 1)
+    omega = step.unsqueeze(-1) * j
+    kernel = step.unsqueeze(-1) / ((0.25 + omega * omega) * torch.cosh(math.pi * omega))
+    return omega, torch.where(j == 0, 0.5 * kernel, kernel)
+
+
 def _log_rho(spectrum: _Spectrum, omega: Tensor) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of log rho(1/2 + i omega), [B, n]."""
     tanh, square, log_cosh, excess = spectrum
@@ -228,7 +257,7 @@ def _log_rho_blocked(spectrum: _Spectrum, omega: Tensor) -> tuple[Tensor, Tensor
     for r, n in _slices(*spectrum.tanh.shape):
         if not n.start:
             rows.append([])
-        rows[-1].append(_log_rho(_Spectrum(*(field[r] for field in spectrum)), omega[n]))
+        rows[-1].append(_log_rho(_Spectrum(*(field[r] for field in spectrum)), omega[r, n]))
     if len(rows) == 1 and len(rows[0]) == 1:
         return rows[0][0]
     real, imag = (torch.cat([torch.cat([p[k] for p in row], -1) for row in rows]) for k in (0, 1))
@@ -245,11 +274,11 @@ def _weights(log_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _integrals(
-    log_weights: Tensor, real: Tensor, imag: Tensor, information: bool
+    log_weights: Tensor, rule: _Rule, real: Tensor, imag: Tensor, information: bool
 ) -> tuple[Tensor, Tensor]:
     """F (I or H(Z|X)) and its derivative with respect to c at fixed sqrt(w1 w2), both [B]."""
     amplitude, c = _weights(log_weights)
-    omega, kernel = _quadrature(real)
+    omega, kernel = rule
     turn = omega * c.unsqueeze(-1)
     modulus = torch.exp(real)
     if information:
@@ -267,10 +296,12 @@ def _integrals(
 # ------------------------------------------------------------------------------------------- the gradient
 
 
-def _sensitivity(log_weights: Tensor, real: Tensor, imag: Tensor, information: bool) -> tuple[Tensor, Tensor]:
+def _sensitivity(
+    log_weights: Tensor, rule: _Rule, real: Tensor, imag: Tensor, information: bool
+) -> tuple[Tensor, Tensor]:
     """Kappa at each node, real and imaginary part [B, n], such that dF = sum Re(kappa d log rho)."""
     amplitude, c = _weights(log_weights)
-    omega, kernel = _quadrature(real)
+    omega, kernel = rule
     size = amplitude.unsqueeze(-1) * kernel * torch.exp(real)
     size = -size if information else size
     angle = omega * c.unsqueeze(-1) + imag
@@ -321,7 +352,7 @@ def _accumulate(
         return sums(tanh, kr, ki, omega)
     rows: list[list[Tensor]] = []
     for r, n in blocks:
-        part = sums(tanh[r], kr[r, n], ki[r, n], omega[n])
+        part = sums(tanh[r], kr[r, n], ki[r, n], omega[r, n])
         if not n.start:
             rows.append(list(part))
         else:
@@ -335,13 +366,12 @@ def _weight_gradient(value: Tensor, slope: Tensor) -> Tensor:
 
 
 def _diagonal_gradient(
-    loc: Tensor, scale: Tensor, spectrum: _Spectrum, kr: Tensor, ki: Tensor
+    loc: Tensor, scale: Tensor, spectrum: _Spectrum, omega: Tensor, kr: Tensor, ki: Tensor
 ) -> tuple[Tensor, Tensor]:
     s1, s2 = scale.unbind(-2)
     top = torch.maximum(s1, s2).detach()
     a, b = s1 / top, s2 / top
     norm = 0.5 * (a * a + b * b)
-    omega, _ = _quadrature(kr)
     alpha, beta1, beta2 = _accumulate(_diagonal_sums, spectrum.tanh, kr, ki, omega)
     push = alpha * (((loc[..., 1, :] - loc[..., 0, :]) / top) / norm) / top
     # T/s, not T/(1 -+ T) of the whitened frame: 1 + T rounds to 0 where one scale is 1e8 times the other
@@ -356,11 +386,10 @@ def _diagonal_gradient(
 
 
 def _full_gradient(
-    scale: Tensor, spectrum: _Spectrum, frame: _Frame, kr: Tensor, ki: Tensor
+    scale: Tensor, spectrum: _Spectrum, frame: _Frame, omega: Tensor, kr: Tensor, ki: Tensor
 ) -> tuple[Tensor, Tensor]:
     l1, l2 = scale.unbind(-3)
     root, vectors, first, second, d = frame
-    omega, _ = _quadrature(kr)
     alpha, gram1, gram2 = _accumulate(_full_sums, spectrum.tanh, kr, ki, omega)
     basis = math.sqrt(2) * torch.linalg.solve_triangular(root, vectors, upper=True)
     push = (basis @ (alpha * d).unsqueeze(-1)).squeeze(-1)
@@ -375,17 +404,23 @@ def _full_gradient(
 
 
 def _full_gradient_by_inverses(
-    log_weights: Tensor, loc: Tensor, scale: Tensor, real: Tensor, imag: Tensor, information: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    log_weights: Tensor,
+    loc: Tensor,
+    scale: Tensor,
+    rule: _Rule,
+    real: Tensor,
+    imag: Tensor,
+    information: bool,
+) -> _Partials:
     """The three gradients by one complex inverse per node.
 
     Differentiable at equal eigenvalues, where an eigendecomposition is not. Its values are good to eps
     absolutely only, so `_engine` takes the derivatives from here and the values from `_full_gradient`.
     """
     l1, l2 = (factor.unsqueeze(-3) for factor in scale.unbind(-3))
-    omega, kernel = _quadrature(loc)
+    omega, kernel = rule
     s = torch.complex(torch.full_like(omega, 0.5), omega)
-    s1, s2 = (1 - s).reshape(-1, 1, 1), s.reshape(-1, 1, 1)
+    s1, s2 = (1 - s)[..., None, None], s[..., None, None]
     mixed = s1 * (l1 @ l1.mT) + s2 * (l2 @ l2.mT)
     inverse = torch.linalg.inv(mixed)
     shift = (loc[..., 1, :] - loc[..., 0, :]).unsqueeze(-2).to(mixed.dtype)
@@ -409,7 +444,7 @@ def _full_gradient_by_inverses(
     push = ((kappa * q).unsqueeze(-1) * u).real.sum(-2)
     gradients = []
     for factor, tilt in ((l1, s1), (l2, s2)):
-        pulled = (u.unsqueeze(-2) @ factor.to(u.dtype)) * (q.reshape(-1, 1, 1) * u.unsqueeze(-1))
+        pulled = (u.unsqueeze(-2) @ factor.to(u.dtype)) * (q[..., None, None] * u.unsqueeze(-1))
         identity = torch.diag_embed(1 / factor.diagonal(dim1=-2, dim2=-1))
         inner = identity - inverse @ factor.to(u.dtype) + pulled
         gradients.append(((kappa[..., None, None] * tilt) * inner).real.sum(-3).tril())
@@ -417,9 +452,6 @@ def _full_gradient_by_inverses(
 
 
 # --------------------------------------------------------------------------------------------- assembly
-
-
-_Partials = tuple[Tensor, Tensor, Tensor]
 
 
 def _flat(x: Tensor, events: int) -> Tensor:
@@ -435,8 +467,9 @@ def _engine(information: bool, diagonal: bool) -> Callable[..., Tensor]:
 
     def evaluate(log_weights: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         spectrum, frame = analyse(loc, scale)
-        real, imag = _log_rho_blocked(spectrum, _quadrature(loc)[0])
-        return (*_integrals(log_weights, real, imag, information), real, imag, *spectrum, *frame)
+        rule = _quadrature(spectrum, information)
+        real, imag = _log_rho_blocked(spectrum, rule[0])
+        return (*_integrals(log_weights, rule, real, imag, information), real, imag, *spectrum, *frame)
 
     def value(*inputs: Tensor) -> tuple[Tensor, ...]:
         batch = inputs[0].shape[:-1]
@@ -447,11 +480,12 @@ def _engine(information: bool, diagonal: bool) -> Callable[..., Tensor]:
     def by_formula(log_weights: Tensor, loc: Tensor, scale: Tensor, kept: tuple[Tensor, ...]) -> _Partials:
         out, slope, real, imag = kept[:4]
         spectrum = _Spectrum(*kept[4:8])
-        kappa = _sensitivity(log_weights, real, imag, information)
+        rule = _quadrature(spectrum, information)
+        kappa = _sensitivity(log_weights, rule, real, imag, information)
         if diagonal:
-            pair = _diagonal_gradient(loc, scale, spectrum, *kappa)
+            pair = _diagonal_gradient(loc, scale, spectrum, rule[0], *kappa)
         else:
-            pair = _full_gradient(scale, spectrum, _Frame(*kept[8:]), *kappa)
+            pair = _full_gradient(scale, spectrum, _Frame(*kept[8:]), rule[0], *kappa)
         return _weight_gradient(out, slope), *pair
 
     def differentiable(log_weights: Tensor, loc: Tensor, scale: Tensor) -> _Partials:
@@ -460,7 +494,8 @@ def _engine(information: bool, diagonal: bool) -> Callable[..., Tensor]:
         still = log_weights.detach(), loc.detach(), scale.detach()
         kept = evaluate(*still)
         exact = by_formula(*still, kept)
-        moving = _full_gradient_by_inverses(log_weights, loc, scale, kept[2], kept[3], information)
+        rule = _quadrature(_Spectrum(*kept[4:8]), information)
+        moving = _full_gradient_by_inverses(log_weights, loc, scale, rule, kept[2], kept[3], information)
         lw, mu, factor = (e + (m - m.detach()) for e, m in zip(exact, moving, strict=True))
         return lw, mu, factor
 
@@ -527,9 +562,9 @@ def label_information(components: Components) -> Tensor:
 def label_entropy_given_sample(components: Components) -> Tensor:
     r"""Uncertainty about the component that a draw leaves, H(Z|X) = H(w) - I(X; Z), for K = 2.
 
-    Evaluated as the integral of the module's head with rho: accurate where the components are far apart and
-    it goes to 0, which H(w) - I is not. The other way round, near-identical components need
-    `label_information`.
+    Evaluated as the integral of the module's head with rho, in float64: right to about 1e-15 of its
+    Bhattacharyya bound 2 sqrt(w1 w2) rho(1/2), so accurate where the components are far apart and it goes
+    to 0, which H(w) - I is not. The other way round, near-identical components need `label_information`.
 
     Args:
         components: two Gaussian components; ``log_weights`` of shape ``batch_shape + (2,)``, normalised.

@@ -1,0 +1,63 @@
+"""Elementwise functions with hand-written derivatives, and the precision they work in.
+
+float32 on a CPU is *lifted*: evaluated in float64 and rounded once, which takes fewer passes there than a
+float32 formula without cancellation, and is faster. (Consumer GPUs have slow float64 and MPS none, so other devices
+take the float32 form.) float16 and bfloat16 are computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._autograd import blockwise, rowwise
+
+__all__ = ["broadcast_apply", "elementwise", "is_lifted"]
+
+
+def is_lifted(x: Tensor) -> bool:
+    """Whether values of this tensor are computed in float64: float32 on a CPU."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+# the plain form of each function that `elementwise` has made
+_PLAIN: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
+
+
+def elementwise(value: Callable[..., Tensor], *partials: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An elementwise function of tensors of one shape and dtype, float32 or float64, with its derivatives.
+
+    Args:
+        value: ``value(*inputs, lifted=...)``, plain operations.
+        partials: the partial derivatives: made by `elementwise` in turn where autograd through their formula
+            would cancel, else differentiable operations.
+    """
+    plain_partials = tuple(_PLAIN.get(f, f) for f in partials)
+
+    def plain(*inputs: Tensor) -> Tensor:
+        if is_lifted(inputs[0]):
+            return value(*(x.double() for x in inputs), lifted=True).float()
+        return value(*inputs)
+
+    def gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
+        # torch.compile can neither differentiate twice nor trace an autograd function within another
+        again = saved is None and not torch.compiler.is_compiling()
+        return tuple(f(*inputs) for f in (partials if again else plain_partials))
+
+    call = rowwise(lambda *inputs: blockwise(lambda *x: (plain(*x),), *inputs), gradient)
+    _PLAIN[call] = plain
+    return call
+
+
+def broadcast_apply(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``f`` on inputs of one dtype and shape; half precisions computed in float32, rounded once."""
+    dtype = inputs[0].dtype
+    for x in inputs[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    if not dtype.is_floating_point:
+        dtype = torch.promote_types(dtype, torch.get_default_dtype())
+    working = torch.promote_types(dtype, torch.float32)
+    shape = torch.broadcast_shapes(*(x.shape for x in inputs))  # type: ignore[no-untyped-call]
+    return f(*(x.to(working).expand(shape) for x in inputs)).to(dtype)

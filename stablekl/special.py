@@ -1,14 +1,28 @@
-"""Elementary functions of tensors without cancellation, with analytic first and second derivatives.
+"""Elementary functions without cancellation, with analytic first and second derivatives.
 
-Everything the closed-form rules are sums of: `log1pmx`, `expm1mx`, `bd0`, `log_ratio_bregman` (all four of
-one sign, zero at the obvious point, accurate next to it), `logsumexp` and `log_ndtr`.
+Everything the closed-form rules are sums of: `log1pmx`, `expm1mx`, `bd0`, `log_ratio_bregman` (all of one sign, zero
+at one point and accurate next to it), `logsumexp` and `log_ndtr`. Dtypes float16 to float64; every
+function supports backward, double backward, forward mode, ``vmap`` and ``torch.compile``.
 
-How a value is computed. float32 on a CPU is *lifted*: evaluated in float64 and rounded once, which is
-faster there than any float32 formula without cancellation (fewer passes) and correctly rounded but for
-about one result in 10^5. float64, and float32 on other devices (consumer GPUs, MPS), use a minimax
-polynomial on a wide interval and the textbook form outside, where it no longer cancels. float16 and
-bfloat16 are computed in float32 and rounded once. The plain functions ``*_value(..., lifted=...)`` are
-those formulas without the gradient, for rules that inline them in a pass of their own.
+Two roads to a value. float32 on a CPU is lifted (see `_elementwise`): evaluated in float64 by short formulas and
+rounded once. float64, and float32 on other devices, use a minimax polynomial on a wide interval and the
+textbook form outside, where it no longer cancels. The plain functions ``*_value(..., lifted=...)`` are these
+formulas without the gradient, for rules that inline them in a pass of their own.
+
+Accuracy: the largest error seen, in ulps of the correctly rounded result, subnormal results included. Half
+precisions were correctly rounded in every case tried (all arguments, or 3 million pairs). Derivatives: 2 ulp for the
+first and 3.3 for the second, except where `log_ndtr` says otherwise.
+
+=================  =====  ==============  =======  ====================================================
+function           CPU    native float32  float64  evaluations (log-uniform, ladders of 1 to 2^40 ulps)
+                   f32
+=================  =====  ==============  =======  ====================================================
+log1pmx            0.51   @               @        6 million each
+expm1mx            0.51   @               @        6 million each
+log_ratio_bregman  0.57   @               @        8 million each
+bd0                0.56   @               @        8 million each
+log_ndtr           0.52   @               @        @
+=================  =====  ==============  =======  ====================================================
 """
 
 from __future__ import annotations
@@ -53,9 +67,10 @@ _EXP = {
         0.008333333333332962, 0.04166666666666666, 0.16666666666666669, 0.5,
     ),
 }
-# Subtraction costs a lifted argument 2^-53/x, nothing where |x| > 2^-6; below, these Taylor terms are enough.
-_LIFTED_REACH = 2.0**-6
-_ATANH_LIFTED, _EXP_LIFTED = (1 / 5, 1 / 3), (1 / 120, 1 / 24, 1 / 6, 1 / 2)
+# What a lifted argument needs: subtraction costs it 2^-53/|x|, nothing where |x| > 2^-10, and below that the
+# first terms of the Taylor series of either function over x^2 leave 2^-30.
+_LIFTED_REACH = 2.0**-10
+_LOG_LIFTED, _EXP_LIFTED = (-1 / 4, 1 / 3, -1 / 2), (1 / 24, 1 / 6, 1 / 2)
 # (h(y) - y)(1 + y) for y >= 0, h(y) = phi(y)/Phi(-y) the hazard of a standard normal, as a polynomial in
 # t = (y - 4)/(y + 4), -1 <= t <= 1: mpmath.chebyfit with 16 or 28 terms, error 7e-10 and 6e-17 (the change
 # of variable is Shepherd and Laframboise's, Math. Comp. 36, 1981).
@@ -90,14 +105,14 @@ def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 # --- log1p(x) - x -----------------------------------------------------------------------------------------
 
 
-def _log1pmx_near(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+def _log1pmx_near(x: Tensor) -> Tensor:
     # log1p(x) = 2 atanh(s), s = x/(x + 2), and x - 2 s = x^2/2 (1 - s). So x^2/2 comes first, and the
     # roundings of s only enter through a term s times as large; s (2 s^2 p - x), which needs one product
     # fewer, doubles the error near zero. A polynomial in x itself would need twice the terms.
     h = (0.5 * x) * x
     s = x / (x + 2)
     w = s * s
-    return s * (h + 2 * w * _horner(w, coefficients)) - h
+    return s * (h + 2 * w * _horner(w, _ATANH[x.dtype])) - h
 
 
 def log1pmx_value(x: Tensor, *, lifted: bool = False) -> Tensor:
@@ -105,9 +120,8 @@ def log1pmx_value(x: Tensor, *, lifted: bool = False) -> Tensor:
     # min(log1p, max) changes infinity alone, for which inf - inf would be NaN
     far = torch.log1p(x).clamp(max=torch.finfo(x.dtype).max) - x
     if lifted:
-        return torch.where(x.abs() < _LIFTED_REACH, _log1pmx_near(x, _ATANH_LIFTED), far)
-    near = _log1pmx_near(x, _ATANH[x.dtype])
-    return torch.where((x - _ATANH_CENTRE).abs() < _ATANH_REACH, near, far)
+        return torch.where(x.abs() < _LIFTED_REACH, x * _horner(x, _LOG_LIFTED) * x, far)
+    return torch.where((x - _ATANH_CENTRE).abs() < _ATANH_REACH, _log1pmx_near(x), far)
 
 
 def _log1pmx_slope_value(x: Tensor, *, lifted: bool = False) -> Tensor:
@@ -186,7 +200,7 @@ def log_ratio_bregman_value(a: Tensor, b: Tensor, *, lifted: bool = False) -> Te
     a_k, b_k = torch.where(low, 2 * a, a), torch.where(high, 2 * b, b)
     z = (a_k - b_k) / b_k
     shift = torch.where(low, _LOW - 0.5 * z, torch.where(high, _HIGH + z, 0))
-    near = shift - _log1pmx_near(z, _ATANH[q.dtype])
+    near = shift - _log1pmx_near(z)
     # q - 1, not (a - b)/b: the error of q then cancels partly against that of log q
     far = (q - 1) - _log_quotient(a, b, q).clamp(max=torch.finfo(q.dtype).max)
     return torch.where((q > 0.25) & (q < 4), near, far)
@@ -234,7 +248,8 @@ def bd0_value(x: Tensor, M: Tensor, *, lifted: bool = False) -> Tensor:
     """`bd0` without its gradient; ``lifted``: x and M hold float32 values as float64."""
     q = M / x
     if lifted:
-        return torch.where((x == 0) | M.isinf(), M, x * log_ratio_bregman_value(M, x, lifted=True))
+        regular = x * log_ratio_bregman_value(M, x, lifted=True)
+        return torch.where((x == 0) | M.isinf(), M - x, regular)
     # for M >> x, q may be infinite where the result is not
     above = (M - x) - torch.where((x == 0) | M.isinf(), 0, x * _log_quotient(M, x, q))
     return torch.where((x == 0) | (q > 4), above, x * log_ratio_bregman_value(M, x))

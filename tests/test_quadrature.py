@@ -19,8 +19,8 @@ CPU = torch.device("cpu")
 def test_gauss_legendre_integrates_polynomials_of_degree_2n_minus_1(n):
     nodes, weights, _ = quadrature.gauss_legendre(n, CPU)
     for degree in (0, 1, n, 2 * n - 1):
-        assert abs(float((weights * nodes**degree).sum()) * (degree + 1) - 1) < 1e-14
-    if n < 16:  # must fail: one degree more
+        assert abs(float((weights * nodes**degree).sum()) * (degree + 1) - 1) < 2e-14 * n
+    if n < 8:  # must fail: one degree more
         assert abs(float((weights * nodes ** (2 * n)).sum()) * (2 * n + 1) - 1) > 1e-9
 
 

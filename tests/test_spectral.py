@@ -275,8 +275,6 @@ def test_shared_covariance(dim: int) -> None:
 @pytest.mark.parametrize("form", ["diagonal", "full"])
 @pytest.mark.parametrize(("dim", "ratio"), [(2, 1.5), (8, 0.5), (64, 1.125), (64, 8.0), (1000, 1.0625)])
 def test_concentric_spheres(dim: int, ratio: float, form: str) -> None:
-    if dim == 1000 and form == "full":
-        pytest.skip("half a second for nothing new")
     components = embedded(dim, 0.3, {}, dict.fromkeys(range(dim), ratio), form)
     truth = radius(normalised(components.log_weights), dim, ratio)
     assert abs(label_information(components).item() - truth) <= BAR
@@ -453,7 +451,8 @@ def test_one_graph_forward_and_backward(form: str) -> None:
         return label_information(Components(lw, loc, scale))
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    for batch in ((3,), (5,)):  # the second time with symbolic shapes
+    # the second time with symbolic shapes, which the factorisations of full covariances must bear
+    for batch in ((3,), (5,)) if form == "full" else ((3,),):
         inputs = random_inputs(batch, 4, form)
         value, plain = compiled(*inputs), f(*inputs)
         assert torch.allclose(value, plain, rtol=1e-13)

@@ -65,18 +65,24 @@ def _rotation(v_p: Tensor, v_q: Tensor) -> Tensor:
     """The orthogonal O for which ``v_p @ O`` is nearest to ``v_q`` where that pays, else the identity.
 
     Unturned, the near form is off by about eps |G|^2. Turned, it is off by eps |V| |G'| + (eps |V|)^2, since
-    the product is rounded: for factors a few ulps apart that would replace exact differences by noise.
+    the product is rounded: for factors a few ulps apart that would replace exact differences by noise. Where O
+    only swaps factors or their signs, it is made exact. Nearness is judged with each coordinate in units of its
+    standard deviation: in units of diag_q a tiny diagonal would leave the other coordinates no say.
     """
     eye = identity(v_q.shape[-1], v_q)
+    unit = (1 + dot(v_q, v_q)).rsqrt()
+    v_p, v_q = v_p * unit, v_q * unit
     cross = v_p.mT @ v_q
     finite = cross.isfinite().all(-1).all(-1)[..., None, None]
     u, _, vh = torch.linalg.svd(torch.where(finite, cross, eye))
     turn = u @ vh
-    size, before = _squares(v_q), _squares(v_p - v_q)
-    after = _squares(v_p @ turn - v_q)
     eps = torch.finfo(v_q.dtype).eps
-    pays = (after * size).sqrt() + eps * size < 0.25 * before
-    return torch.where(pays[..., None, None] & finite, turn, eye)
+    swap = turn.round()
+    exact = ((turn - swap).abs() < eps**0.5).all(-1).all(-1)
+    turn = torch.where(exact[..., None, None], swap, turn)
+    size, before, after = _squares(v_q), _squares(v_p - v_q), _squares(v_p @ turn - v_q)
+    lost = torch.where(exact, after, (after * size).sqrt() + eps * size)
+    return torch.where((lost < 0.25 * before)[..., None, None] & finite, turn, eye)
 
 
 def _turned(factor: Tensor, turn: Tensor) -> Tensor:
@@ -251,7 +257,8 @@ def _diagonal(a: Conditioned, b: Conditioned, columns_a: Tensor, columns_b: Tens
     """
     q_a, q_b = a.root * a.rest.q1, b.root * b.rest.q1
     inner = dot(q_a @ (q_a.mT @ (delta * q_b)), q_b)
-    lever = a.root * b.root * delta * (1 - dot(a.rest.q1, a.rest.q1) - dot(b.rest.q1, b.rest.q1)) * a.root * b.root
+    own = (a.root * b.root) ** 2
+    lever = own * delta * (1 - dot(a.rest.q1, a.rest.q1) - dot(b.rest.q1, b.rest.q1))
     product = columns_a * columns_b
     through = (product @ torch.take_along_dim(delta, a.order[..., None], -2))[..., 0]
     return a.scattered((lever + inner)[..., 0] + through, (product * delta).sum(-2))
@@ -344,9 +351,9 @@ def low_rank_kl(
     dtype = inputs[0].dtype
     for x in inputs[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
-    loc_p, diag_p, loc_q, diag_q, first_p, first_q = torch.broadcast_tensors(
+    loc_p, diag_p, loc_q, diag_q, first, _ = torch.broadcast_tensors(
         *(widened(x) for x in inputs[:4]), *(x.new_empty(x.shape[:-1]) for x in (factor_p, factor_q))
     )
-    shape = (*first_p.shape, rank)
+    shape = (*first.shape, rank)
     factor_p, factor_q = (widened(_padded(w, rank)).expand(shape) for w in (factor_p, factor_q))
     return _kl(loc_p, factor_p, diag_p, loc_q, factor_q, diag_q).to(dtype)

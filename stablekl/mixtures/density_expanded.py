@@ -8,7 +8,7 @@ so the quadratic forms of all points under all components are one product of mat
 faster than subtracting every mean from every point. The expansion cancels: its error is that of
 R = max_k sum_d ((|x_d| + |mu_kd|) / s_kd)^2 rather than that of the result. In the working precision of the
 caller that is ruinous (in float32 at a spread of 100 standard deviations nothing is left of a value near 1);
-in float64 for a float32 caller it is invisible as long as R is below a bound that `Expansion.features` checks
+in float64 for a float32 caller it is invisible as long as R is below a bound that `Expansion.holds` checks
 block by block. Callers fall back on the direct form where it does not hold.
 """
 
@@ -43,31 +43,24 @@ class Expansion:
         self.weights = torch.cat([-0.5 * precision, precision * self.loc], -1)
         self.constant = (base - 0.5 * (self.loc * inverse).square().sum(-1)).unsqueeze(-1)
 
-    def features(self, x: Tensor) -> Tensor | None:
-        """``[x^2, x]`` of the centred points, or None where float64 does not hide the cancellation.
-
-        Args:
-            x: points, shape ``(B, D, N)``.
-
-        Returns:
-            Features of shape ``(B, 2 D, N)``, float64.
-        """
-        d = x.shape[1]
+    def holds(self, x: Tensor) -> bool:
+        """Whether float64 hides the cancellation for all of these points, shape ``(B, D, N)``."""
         low, high = torch.aminmax(x, dim=-1, keepdim=True)
         reach = torch.maximum((low - self.origin).abs(), (high - self.origin).abs())
         spread = ((reach.mT + self.loc.abs()) * self.inverse).square().sum(-1)
-        if not bool((spread * ((d + 3) * _ROUNDING) <= _TOLERANCE).all()):  # NaN and inf are refused too
-            return None
-        features = x.new_empty(x.shape[0], 2 * d, x.shape[2], dtype=torch.float64)
-        centred = torch.sub(x, self.origin, out=features[:, d:])
-        torch.square(centred, out=features[:, :d])
-        return features
+        return bool((spread * ((x.shape[1] + 3) * _ROUNDING) <= _TOLERANCE).all())  # not for NaN or inf
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Log-weight plus log-density, shape ``(B, K, N)``, float64."""
-        return torch.baddbmm(self.constant, self.weights, features)
+    def features(self, x: Tensor, out: Tensor) -> Tensor:
+        """``[x^2, x]`` of the centred points, written to ``out``: shape ``(B, 2 D, N)``, float64."""
+        squares, linear = out.chunk(2, 1)
+        torch.square(torch.sub(x, self.origin, out=linear), out=squares)
+        return out
 
-    def pull_value(self, features: Tensor, c: Tensor) -> Tensor:
+    def logits(self, features: Tensor, out: Tensor) -> Tensor:
+        """Log-weight plus log-density, written to ``out``: shape ``(B, K, N)``, float64."""
+        return torch.baddbmm(self.constant, self.weights, features, out=out)
+
+    def pull(self, features: Tensor, c: Tensor) -> Tensor:
         """Gradient of ``(c * logits).sum()`` with respect to the points, shape ``(B, D, N)``."""
         squares, linear = (self.weights.mT @ c).chunk(2, 1)
         return torch.addcmul(linear, squares, features.chunk(2, 1)[1], value=2.0)

@@ -91,8 +91,8 @@ def _log_ratio(
         e_k = log(w_k/v_k) - log1p(rho) + 1/2 (z_q - z_p)(z_q + z_p),    rho = (sigma_p - sigma_q)/sigma_q,
 
     z_q - z_p = z_p rho + (mu_p - mu_q)/sigma_q: every term is small when the parameters are near each
-    other. There log p - log q has the rounding errors of both, and the integrand, u^2/2, would be 13 times
-    too large at KL = 8e-18.
+    other. log p - log q would have the rounding errors of both: at KL = 1e-17 it leaves a relative error of
+    6e-9, at 1e-25 one of 1e-4, in place of 3e-16 for both (and the textbook integral of p u, at 1e-17, noise).
     """
     plain = log_p - log_q
     plain_size = 1.0 + log_p.abs() + log_q.abs()
@@ -241,7 +241,7 @@ def _integrate(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         sensitivity = torch.where(p > 0, p * torch.clamp(u.abs(), max=1.0) * size, 0.0)
         error = error + ROUNDING * EPS * (weight * (f + sensitivity)).sum(-1)
         # Truncation: a last Legendre coefficient of r^-(n-1) goes with a Gauss error of r^-2n.
-        by_panel = f.reshape(*f.shape[:-1], -1, NODES)
+        by_panel = f.reshape(*f.shape[:-1], f.shape[-1] // NODES, NODES)
         last, largest = (by_panel * null_rule).sum(-1).abs(), by_panel.amax(-1)
         largest = torch.where(largest > 0, largest, 1.0)
         share = torch.clamp(last / largest, max=1.0)

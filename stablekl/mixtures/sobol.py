@@ -88,7 +88,7 @@ def _summary(means: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sobol_kl(
-    p: Components, q: Components, *, num_points: int = 1024, num_replicates: int = 8
+    p: Components, q: Components, *, num_points: int = 2048, num_replicates: int = 8
 ) -> tuple[Tensor, Tensor]:
     r"""``KL(p || q)`` by stratified scrambled Sobol points of both mixtures; see the module's formula.
 
@@ -118,7 +118,7 @@ def sobol_kl(
 
 
 def sobol_information(
-    p: Components, *, num_points: int = 1024, num_replicates: int = 8
+    p: Components, *, num_points: int = 2048, num_replicates: int = 8
 ) -> tuple[Tensor, Tensor]:
     r"""Mutual information of a mixture's point and label, ``I = sum_k w_k KL(p_k || p)``.
 

@@ -160,10 +160,8 @@ def _full_spectrum(loc: Tensor, scale: Tensor) -> tuple[_Spectrum, _Frame]:
     # latter forms no Q. Nothing differentiates this line.
     dim = loc.shape[-1]
     stacked = torch.cat([l1, l2], -1).mT
-    if torch.compiler.is_compiling():
-        root = torch.linalg.qr(stacked).R
-    else:
-        root = torch.geqrf(stacked)[0][..., :dim, :].triu()
+    packed = torch.linalg.qr(stacked).R if torch.compiler.is_compiling() else torch.geqrf(stacked)[0]
+    root = packed[..., :dim, :].triu()
     shift = (loc[..., 1, :] - loc[..., 0, :]).unsqueeze(-1)
     solved = torch.linalg.solve_triangular(root.mT, torch.cat([l2 - l1, l1, l2, shift], -1), upper=False)
     difference, first, second, shift = solved.split([dim, dim, dim, 1], -1)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributions import Categorical
+from torch.distributions.utils import probs_to_logits
 
 from .._autograd import rowwise
 
-__all__ = ["categorical_log_weights", "log_probability"]
+__all__ = ["categorical_log_weights", "given_weights", "log_probability", "normalised_log_weights"]
 
 
 def _value(p: Tensor) -> tuple[Tensor]:
@@ -29,14 +30,48 @@ log_probability = rowwise(_value, _gradient)
 log_probability.__doc__ = "log(p), -inf at p = 0 with gradient 0 there: a component that is switched off stays off."
 
 
-def categorical_log_weights(mixture: Categorical) -> Tensor:
-    """Normalised log-weights of a Categorical, torch's own, shape ``batch_shape + (K,)``; -inf for a probability of 0.
+def normalised_log_weights(
+    logits: Tensor | None, probs: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Normalised log-weights from unnormalised logits or probs, whichever is given, ``(..., K)``.
 
-    Whichever of probs and logits the caller gave is read; a Categorical that was expanded after both had been
-    computed no longer tells them apart, and is read by its probs.
+    Args:
+        logits: unnormalised log-weights, or None.
+        probs: unnormalised weights, or None.
+        dtype: of the result (default: that of the weights). The logarithm is taken in it, in float32 at the least: a
+            half-precision log-weight is rounded once, not summed up in half precision.
+    """
+    given = logits if probs is None else probs
+    if given is None:
+        raise ValueError("give exactly one of logits and probs; got neither")
+    target = given.dtype if dtype is None else dtype
+    working = given.to(torch.promote_types(target, torch.float32))
+    if probs is not None:
+        result = log_probability(working) - working.sum(-1, keepdim=True).log()
+    else:
+        result = torch.log_softmax(working, -1)
+    return result.to(target)
+
+
+def given_weights(mixture: Categorical) -> tuple[Tensor | None, Tensor | None]:
+    """The logits or the probs, one of them None, that a Categorical, torch's own, was built from.
+
+    Both may exist, each computed from the other on demand; a dict keeps the order in which they were stored.
+    `Categorical.expand` loses it and stores probs first. Its logits are then right, however small the
+    weight, except where they are what torch makes of the probabilities: those were clamped, and are computed anew.
     """
     stored = mixture.__dict__
-    if "probs" in stored and ("logits" not in stored or next(n for n in stored if n in ("probs", "logits")) == "probs"):
-        p = stored["probs"]
-        return log_probability(p) - p.sum(-1, keepdim=True).log()
-    return torch.log_softmax(mixture.logits, -1)
+    probs, logits = stored.get("probs"), stored.get("logits")
+    if probs is None or logits is None:
+        return logits, probs
+    if next(name for name in stored if name in ("probs", "logits")) == "logits":
+        return logits, None
+    if mixture._param is not logits:
+        return None, probs
+    derived = logits.detach() == probs_to_logits(probs.detach())
+    return torch.where(derived, log_probability(probs), logits), None
+
+
+def categorical_log_weights(mixture: Categorical, dtype: torch.dtype | None = None) -> Tensor:
+    """Normalised log-weights of a Categorical, torch's own, ``batch_shape + (K,)``; -inf for a probability of 0."""
+    return normalised_log_weights(*given_weights(mixture), dtype)

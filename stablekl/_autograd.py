@@ -10,6 +10,7 @@ inputs. `blockwise` runs an elementwise function through the cache instead of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from torch import Tensor
 
 __all__ = ["blockwise", "custom", "is_plain", "rowwise"]
 
-# Elements per block. torch splits an elementwise pass over threads in pieces of 2**15; two threads with a handful of
-# float64 temporaries of 256 KiB each stay in L2. Measured: 2**16 or 2**17 is the fastest of 2**12 ... 2**18 for 4 million elements,
-# and the smaller one suffers less from a neighbour on a shared cache.
-BLOCK = 2**16
+# Elements per block: torch runs a pass over this few on the thread that asks for it, and a handful of float64 temporaries
+# of 256 KiB stay in L2. Splitting each pass over torch's own threads instead would meet a barrier per pass and block: a
+# thousand of them, each of which waits for a time slice when the cores are busy (measured: 8 times slower).
+BLOCK = 2**15
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -38,21 +39,35 @@ def blockwise(f: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Te
     """Apply an elementwise, tuple-valued ``f`` to inputs of one shape, block by block on a CPU.
 
     The result is that of ``f(*inputs)``, bit for bit: on other devices, for small inputs and inside any
-    transform it is that call.
+    transform it is that call. The blocks are shared between as many threads as torch uses.
     """
     shape, n = inputs[0].shape, inputs[0].numel()
     if n <= 2 * BLOCK or inputs[0].device.type != "cpu" or not is_plain(inputs):
         return f(*inputs)
     # An expanded scalar stays a scalar: broadcasting inside the block is free, materialising is not.
     flat = [x.reshape(-1)[:1] if not any(x.stride()) else x.reshape(-1) for x in inputs]
-    outputs: list[Tensor] = []
-    for start in range(0, n, BLOCK):
-        block = [x if x.numel() == 1 else x[start : start + BLOCK] for x in flat]
-        results = f(*block)
-        if not outputs:
-            outputs = [torch.empty(n, dtype=r.dtype, device=r.device) for r in results]
-        for out, r in zip(outputs, results, strict=True):
-            out[start : start + BLOCK] = r
+
+    def block(start: int) -> tuple[Tensor, ...]:
+        return f(*(x if x.numel() == 1 else x[start : start + BLOCK] for x in flat))
+
+    first = block(0)
+    outputs = [torch.empty(n, dtype=r.dtype, device=r.device) for r in first]
+    # both modes belong to a thread, so each takes over that of the caller
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
+
+    def fill(start: int) -> None:
+        with mode():
+            for out, r in zip(outputs, block(start) if start else first, strict=True):
+                out[start : start + BLOCK] = r
+
+    starts = range(0, n, BLOCK)
+    threads = min(torch.get_num_threads(), len(starts))
+    if threads == 1:
+        for start in starts:
+            fill(start)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, starts))
     return tuple(out.view(shape) for out in outputs)
 
 

@@ -160,7 +160,10 @@ def sobol_normals(dimension: int, num_points: int, num_replicates: int, device: 
             f"scrambled Sobol points exist for 1 to {torch.quasirandom.SobolEngine.MAXDIM} dimensions, and "
             f"{dimension} were asked for; use a Monte Carlo estimate there"
         )
-    return _sobol_normals(dimension, num_points, num_replicates, device)
+    # Up to 32 MiB are kept; more (many doublings of the points) would fill the memory to save seconds.
+    kept = dimension * num_points * num_replicates <= 2**22
+    make = _sobol_normals if kept else _sobol_normals.__wrapped__
+    return make(dimension, num_points, num_replicates, device)
 
 
 def _student_t_central(t: float, dof: int) -> float:

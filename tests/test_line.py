@@ -357,6 +357,8 @@ def test_many_components_agree_with_finer_panels(k, monkeypatch):
     assert abs(float(value - finer)) <= float(error) <= 1e-12 * (1 + float(value))
 
 
+# torch.compile instantiates autograd functions, against its own advice
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.slow
 def test_traced_whole_by_torch_compile():
     x = random(2, 3)

@@ -45,27 +45,29 @@ def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
     return _outside_transforms(lambda: torch.tensor(values, dtype=torch.float64, device=device))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A few float64 constants, made once per device."""
+    """A few float64 constants, made once per device (or once per compiled graph)."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.float64, device=device)
     return _table(values, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _gauss_legendre(n: int, device: torch.device) -> Tensor:
-    def make() -> Tensor:
-        nodes, weights = np.polynomial.legendre.leggauss(n)
-        # The last Legendre coefficient of the interpolant through n values f_i is
-        # (2n - 1)/2 sum_i w_i P_{n-1}(x_i) f_i.
-        coefficient = np.zeros(n)
-        coefficient[-1] = 1.0
-        last = (n - 0.5) * weights * np.polynomial.legendre.legval(nodes, coefficient)
-        return torch.from_numpy(np.stack([0.5 * (nodes + 1.0), 0.5 * weights, last])).to(device)
-
-    return _outside_transforms(make)
+def _gauss_legendre(n: int) -> tuple[float, ...]:
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    # The last Legendre coefficient of the interpolant through n values f_i is
+    # (2n - 1)/2 sum_i w_i P_{n-1}(x_i) f_i.
+    coefficient = np.zeros(n)
+    coefficient[-1] = 1.0
+    last = (n - 0.5) * weights * np.polynomial.legendre.legval(nodes, coefficient)
+    return tuple(np.concatenate([0.5 * (nodes + 1.0), 0.5 * weights, last]).tolist())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _gauss_legendre_constants(n: int) -> tuple[float, ...]:
+    return _gauss_legendre(n)
+
+
 def gauss_legendre(n: int, device: torch.device) -> Tensor:
     """Nodes and weights of the n-point Gauss-Legendre rule on [0, 1].
 
@@ -77,7 +79,7 @@ def gauss_legendre(n: int, device: torch.device) -> Tensor:
         float64, shape ``(3, n)``: the nodes, the weights, and the null rule that maps the n values of
         a function to the coefficient of degree n - 1 of its Legendre expansion on the interval.
     """
-    return _gauss_legendre(n, device)
+    return table(_gauss_legendre_constants(n), device).reshape(3, n)
 
 
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +138,27 @@ def _sobol_normals(dimension: int, num_points: int, num_replicates: int, device:
     return _outside_transforms(make)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kept_sobol_normals(
+    dimension: int, num_points: int, num_replicates: int, device: torch.device
+) -> Tensor:
+    # Up to 32 MiB are kept; more (many doublings of the points) would fill the memory to save seconds.
+    kept = dimension * num_points * num_replicates <= 2**22
+    make = _sobol_normals if kept else _sobol_normals.__wrapped__
+    return make(dimension, num_points, num_replicates, device)
+
+
+@torch.library.custom_op("stablekl::sobol_normals", mutates_args=())
+def _traced_sobol_normals(
+    dimension: int, num_points: int, num_replicates: int, device: torch.device
+) -> Tensor:
+    return _kept_sobol_normals(dimension, num_points, num_replicates, device).clone()
+
+
+@_traced_sobol_normals.register_fake
+def _(dimension: int, num_points: int, num_replicates: int, device: torch.device) -> Tensor:
+    return torch.empty((num_replicates, num_points, dimension), dtype=torch.float64, device=device)
+
+
 def sobol_normals(dimension: int, num_points: int, num_replicates: int, device: torch.device) -> Tensor:
     """Standard normal points from independently scrambled Sobol sequences, the same at every call.
 
@@ -160,9 +182,8 @@ def sobol_normals(dimension: int, num_points: int, num_replicates: int, device: 
             f"scrambled Sobol points exist for 1 to {torch.quasirandom.SobolEngine.MAXDIM} dimensions, and "
             f"{dimension} were asked for; use a Monte Carlo estimate there"
         )
-    # Up to 32 MiB are kept; more (many doublings of the points) would fill the memory to save seconds.
-    kept = dimension * num_points * num_replicates <= 2**22
-    make = _sobol_normals if kept else _sobol_normals.__wrapped__
+    # An operator rather than a constant in the graph: a graph can hold one constant per function.
+    make = _traced_sobol_normals if torch.compiler.is_compiling() else _kept_sobol_normals
     return make(dimension, num_points, num_replicates, device)
 
 

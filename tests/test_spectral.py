@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablekl.mixtures import spectral
+from stablekl.mixtures import spectral_terms
 from stablekl.mixtures.components import Components
 from stablekl.mixtures.spectral import label_entropy_given_sample, label_information
 
@@ -235,8 +235,8 @@ def test_twin_entropy_difference_fails_near_identical_components() -> None:
 
 
 def test_twin_sixty_four_nodes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectral, "NODES", 64)
-    monkeypatch.setattr(spectral, "STEP", 0.125)
+    monkeypatch.setattr(spectral_terms, "NODES", 64)
+    monkeypatch.setattr(spectral_terms, "STEP", 0.125)
     error = abs(label_information(line_components(LINES[-4], "diagonal")).item() - line_truth(LINES[-4]))
     assert BAR < error < 1e-8
 
@@ -440,7 +440,7 @@ def test_blocks_do_not_change_the_result(form: str, monkeypatch: pytest.MonkeyPa
         return [value, *torch.autograd.grad(value.sum(), inputs)]
 
     whole = run()
-    monkeypatch.setattr(spectral, "BLOCK", 150)
+    monkeypatch.setattr(spectral_terms, "BLOCK", 150)
     for a, b in zip(run(), whole, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-15)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-__all__ = ["Movable", "moved", "widened"]
+__all__ = ["Movable", "common_dtype", "moved", "widened"]
 
 DistributionT = TypeVar("DistributionT", bound=Distribution)
 
@@ -21,6 +21,14 @@ def widened(x: Tensor) -> Tensor:
     fused pass than any float32 formula of the same accuracy.
     """
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The floating-point dtype that all the tensors promote to."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype if dtype.is_floating_point else torch.get_default_dtype()
 
 
 def moved(distribution: DistributionT, *args: Any, **kwargs: Any) -> DistributionT:

@@ -13,15 +13,18 @@ floats and up to overflow.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import Normal as TorchNormal
+from torch.types import _size
 
 from .._autograd import blockwise, rowwise
 from ..parameterizations import check_positive
 from ..registry import register_hardened
 from ..special import log_ratio_bregman_value
-from ._base import Movable, widened
+from ._base import Movable, common_dtype, widened
 
 __all__ = ["Normal", "normal_kl"]
 
@@ -46,26 +49,37 @@ class Normal(Movable, TorchNormal):
 
     def __init__(self, loc: Tensor | float, scale: Tensor | float, validate_args: bool | None = None) -> None:
         """Check the scale with a message that helps, then build torch's own."""
-        if isinstance(scale, Tensor) and (validate_args or (validate_args is None and Normal._validate_args)):
-            check_positive("scale", scale)
+        if validate_args or (validate_args is None and Normal._validate_args):
+            check_positive("scale", scale if isinstance(scale, Tensor) else torch.tensor(scale))
         super().__init__(loc, scale, validate_args=validate_args)
+
+    def expand(self, batch_shape: _size, _instance: Any = None) -> Normal:
+        """Return this distribution with its batch shape expanded; no memory is allocated."""
+        new: Normal = super().expand(batch_shape, self._get_checked_instance(Normal, _instance))
+        return new
 
 
 def _standardised(
     mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The scales in working precision, 1/sigma_q, t and r."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """The scales in working precision, t, r, and whether float64 holds narrower values.
+
+    Divided by sigma_q, never multiplied by 1/sigma_q, which overflows for subnormal scales: 0 * inf at p = q.
+    """
+    lifted = sigma_q.dtype != widened(sigma_q).dtype
     mu_p, sigma_p, mu_q, sigma_q = map(widened, (mu_p, sigma_p, mu_q, sigma_q))
-    inverse = 1 / sigma_q
-    return sigma_p, sigma_q, inverse, (mu_p - mu_q) * inverse, (sigma_p - sigma_q) * inverse
+    if lifted:  # the quotient of two float32 is 1 or at least 2^-24 away: rounding it leaves 2^-28
+        r = sigma_p / sigma_q - 1
+    else:  # NaN for sigma_q = inf alone (or both infinite, or NaN, where the logarithm is NaN too): a ratio of 0
+        r = torch.nan_to_num((sigma_p - sigma_q) / sigma_q, nan=-1.0, posinf=torch.inf, neginf=-torch.inf)
+    return sigma_p, sigma_q, (mu_p - mu_q) / sigma_q, r, lifted
 
 
 def _value_block(*inputs: Tensor) -> tuple[Tensor]:
-    sigma_p, sigma_q, _, t, r = _standardised(*inputs)
-    dtype = inputs[0].dtype
-    excess = log_ratio_bregman_value(sigma_p, sigma_q, lifted=dtype != r.dtype)
+    sigma_p, sigma_q, t, r, lifted = _standardised(*inputs)
+    excess = log_ratio_bregman_value(sigma_p, sigma_q, lifted=lifted)
     # (r/2) r rather than r*r/2: the square may overflow where half of it does not
-    return (torch.addcmul(torch.addcmul(excess, r, r, value=0.5), t, t, value=0.5).to(dtype),)
+    return (torch.addcmul(torch.addcmul(excess, r, r, value=0.5), t, t, value=0.5).to(inputs[0].dtype),)
 
 
 def _value(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -73,11 +87,11 @@ def _value(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-    sigma_p, _, inverse, t, r = _standardised(*inputs)
-    d_mu = t * inverse
+    sigma_p, sigma_q, t, r, _ = _standardised(*inputs)
+    d_mu = t / sigma_q
     # sigma_p/sigma_q^2 - 1/sigma_p with the common factor r taken out, and likewise for sigma_q
-    d_sigma_p = r * (inverse + 1 / sigma_p)
-    d_sigma_q = torch.addcmul(r * (r + 2), t, t) * -inverse
+    d_sigma_p = r / sigma_q + r / sigma_p
+    d_sigma_q = -(torch.addcmul(r * (r + 2), t, t) / sigma_q)
     d_mu, d_sigma_p, d_sigma_q = (d.to(inputs[0].dtype) for d in (d_mu, d_sigma_p, d_sigma_q))
     return d_mu, d_sigma_p, -d_mu, d_sigma_q
 
@@ -86,8 +100,9 @@ _kl = rowwise(_value, _gradient)
 
 
 def normal_kl(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor) -> Tensor:
-    """KL(N(mu_p, sigma_p^2) || N(mu_q, sigma_q^2)), elementwise over broadcasting tensors; see the module."""
-    return _kl(*torch.broadcast_tensors(mu_p, sigma_p, mu_q, sigma_q))
+    """KL(N(mu_p, sigma_p^2) || N(mu_q, sigma_q^2)), elementwise over broadcasting tensors of any dtypes; see the module."""
+    dtype = common_dtype(mu_p, sigma_p, mu_q, sigma_q)
+    return _kl(*torch.broadcast_tensors(*(x.to(dtype) for x in (mu_p, sigma_p, mu_q, sigma_q))))
 
 
 @register_hardened(Normal, Normal)

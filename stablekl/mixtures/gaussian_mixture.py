@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution
 from torch.types import _size
 
+from .._autograd import is_plain
 from ..distributions.multivariate_normal import MultivariateNormal
 from .mixture_same_family import MixtureSameFamily
-from .weights import log_probability
 
 __all__ = ["GaussianMixture"]
 
@@ -68,25 +68,39 @@ class GaussianMixture(MixtureSameFamily):
         component = MultivariateNormal(
             loc, covariance_matrix, None, scale_tril, validate_args, scale_diag=scale_diag
         )
-        self._given_logits, self._given_probs = logits, probs
+        if Distribution._validate_args if validate_args is None else validate_args:
+            _check_weights("logits" if probs is None else "probs", weights)
         super().__init__(Categorical(probs, logits, validate_args), component, validate_args)
-
-    @property
-    def log_weights(self) -> Tensor:
-        """Normalised log-weights, ``batch_shape + (K,)``; -inf for a weight of 0."""
-        if self._given_probs is not None:
-            p = self._given_probs
-            normalised = log_probability(p) - p.sum(-1, keepdim=True).log()
-        else:
-            normalised = torch.log_softmax(self._given_logits, -1)
-        return normalised.expand((*self._batch_shape, normalised.shape[-1]))
+        # As they were given: the Categorical normalises them, which rounds.
+        self._given_logits, self._given_probs = logits, probs
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> GaussianMixture:
         """Return this mixture with its batch shape expanded; no memory is allocated."""
         new = self._get_checked_instance(GaussianMixture, _instance)
-        new._given_logits, new._given_probs = self._given_logits, self._given_probs
         return super().expand(batch_shape, new)  # type: ignore[return-value]
 
     def to_mvn(self) -> Distribution:
         """The multivariate normal with the mixture's mean and covariance: the minimiser of KL(mixture || q)."""
         return MultivariateNormal(self.mean, covariance_matrix=self.covariance_matrix)
+
+
+def _check_weights(name: str, weights: Tensor) -> None:
+    """Say where a weight is negative, infinite or NaN, and which mixture has none that is positive."""
+    weights = weights.detach()
+    if not is_plain((weights,)):
+        return
+    if name == "probs":
+        good, total = weights.isfinite() & (weights >= 0), (weights > 0).any(-1)
+        rule, nothing = "not negative and finite", "all probs are 0"
+    else:
+        good, total = weights < torch.inf, (weights > -torch.inf).any(-1)
+        rule, nothing = "finite, or -inf for a component that is switched off", "all logits are -inf"
+    if not bool(good.all()):
+        index = (~good).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} has the value {float(weights[tuple(index)])} at {index}: it must be {rule}. Look for the first "
+            "such value upstream; for a network's output pass logits=, which may be any number."
+        )
+    if not bool(total.all()):
+        index = (~total).nonzero()[0].tolist()
+        raise ValueError(f"{nothing} in the mixture at {index}: at least one component must have a weight")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .._autograd import is_plain, rowwise
 from ..quadrature import gauss_legendre, panel_rule, table, two_sum
-from ..special import expm1mx
+from ..special import expm1_value, expm1mx_value
 from .components import Components
 
 __all__ = ["line_kl"]
@@ -57,6 +57,12 @@ def _component_log_densities(
     z = ((high.unsqueeze(-2) - loc.unsqueeze(-1)) + low.unsqueeze(-2)) / scale.unsqueeze(-1)
     constant = log_weights - torch.log(scale) - LOG_SQRT_2PI
     return constant.unsqueeze(-1) - 0.5 * z * z, z
+
+
+def expm1(x: Tensor) -> Tensor:
+    """The same under torch.compile, which makes ``exp(x) - 1`` of torch's on a CPU; differentiable at any x."""
+    small = x.abs() < 0.5
+    return torch.where(small, expm1_value(torch.where(small, x, 0.0)), torch.expm1(x))
 
 
 def _logsumexp(x: Tensor) -> Tensor:
@@ -115,7 +121,7 @@ def _log_ratio(
     # More than exp(8) is as good as infinite: the point goes the plain way.
     ratio = torch.exp(torch.clamp(torch.where(small, log_qk, log_pk) - log_q.unsqueeze(-2), max=8.0))
     gain = -torch.expm1(-torch.where(small, 1.0, e))
-    terms = ratio * torch.where(small, torch.expm1(torch.where(small, e, 0.0)), gain)
+    terms = ratio * torch.where(small, expm1(torch.where(small, e, 0.0)), gain)
     size = terms.abs().sum(-2)
     use = size < 0.5
     total = torch.where(use, terms.sum(-2), 0.0)
@@ -193,7 +199,7 @@ def _rule(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _integrand(u: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """``p (u + expm1(-u))``; ``p u - p + q`` away from 0, where expm1(-u) may overflow while p is 0."""
     small = u.abs() <= 0.35
-    near = p * expm1mx(-torch.where(small, u, 0.0))
+    near = p * expm1mx_value(-torch.where(small, u, 0.0))
     far = torch.where(p > 0, p * torch.where(p > 0, u, 0.0), 0.0) - p + q
     return torch.where(small, near, far)
 
@@ -272,7 +278,7 @@ def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> t
         # expm1(u) may overflow where q_k is 0; (q - p) times the posterior of q does not
         mass = torch.where(
             small,
-            -torch.expm1(torch.where(small, u, 0.0)) * q_k,
+            -expm1(torch.where(small, u, 0.0)) * q_k,
             q_k - torch.exp(log_qk + torch.where(small, 0.0, log_ratio)),
         )
         for i, density, z, scale in (0, torch.exp(log_pk) * u, z_p, rows[2]), (3, mass, z_q, rows[5]):

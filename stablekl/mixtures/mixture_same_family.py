@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, biject_to
+from torch.distributions import Categorical, Distribution
 from torch.distributions import MixtureSameFamily as TorchMixtureSameFamily
 from torch.types import _size
 
@@ -20,7 +20,8 @@ from ..distributions._gaussian import as_gaussian
 from ..special import logsumexp
 from .components import Components, gaussian_components
 from .density import component_log_probs, mixture_log_prob
-from .weights import categorical_log_weights
+from .interior import interior_point
+from .weights import given_weights, normalised_log_weights
 
 __all__ = ["MixtureSameFamily"]
 
@@ -52,6 +53,8 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
         validate_args: bool | None = None,
     ) -> None:
         """Build torch's mixture, over the batch shape the weights and the components broadcast to."""
+        # Read before torch's constructor asks the Categorical for logits, which it clamps.
+        self._given_logits, self._given_probs = given_weights(mixture_distribution)
         super().__init__(mixture_distribution, component_distribution, validate_args=validate_args)
         k = component_distribution.batch_shape[-1]
         batch_shape = torch.broadcast_shapes(
@@ -71,6 +74,7 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
             torch.Size((*batch_shape, self._num_component))
         )
         new._mixture_distribution = self._mixture_distribution.expand(batch_shape)
+        new._given_logits, new._given_probs = self._given_logits, self._given_probs
         new._num_component, new._event_ndims = self._num_component, self._event_ndims
         Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -79,29 +83,44 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
     @property
     def log_weights(self) -> Tensor:
         """Normalised log-weights, ``batch_shape + (K,)``; -inf for a weight of 0."""
-        return categorical_log_weights(self._mixture_distribution)
+        return self._log_weights()
+
+    def _log_weights(self, dtype: torch.dtype | None = None) -> Tensor:
+        """`log_weights` in another dtype, with the accuracy of that dtype."""
+        result = normalised_log_weights(self._given_logits, self._given_probs, dtype)
+        return result.expand(torch.Size((*self._batch_shape, self._num_component)))
 
     def _components(self) -> Components | None:
         """The parameters of Gaussian components; None for other families."""
         gaussian = as_gaussian(self._component_distribution)
-        return None if gaussian is None else gaussian_components(self.log_weights, gaussian)
+        return None if gaussian is None else gaussian_components(self._working_log_weights(), gaussian)
+
+    def _working_log_weights(self) -> Tensor:
+        """`log_weights`, half precisions in float32: the density is rounded once."""
+        return self._log_weights(torch.promote_types(self._mixture_distribution._param.dtype, torch.float32))
 
     def _event(self, value: Tensor) -> Tensor:
         """A scalar as the vector of length 1 that the Gaussian density works on."""
         return value if self._event_ndims else value.unsqueeze(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density in nats, ``sample_shape + batch_shape``.
+        """Log-density in nats, ``sample_shape + batch_shape``; -inf outside every component's support.
 
         Raises:
-            ValueError: a value is NaN or outside the support of every component (when validation is on).
+            ValueError: the value has the wrong shape, is NaN, or lies outside the support of every component (when
+                validation is on; says where).
         """
         if self._validate_args:
             self._check_value(value)
         components = self._components()
         if components is not None:
-            return mixture_log_prob(self._event(value), components)
-        return logsumexp(self.component_log_probs(value) + self.log_weights, -1)
+            result = mixture_log_prob(self._event(value), components)
+            dtype = torch.promote_types(value.dtype, self._component_distribution.mean.dtype)
+        else:
+            by_component = self.component_log_probs(value)
+            result = logsumexp(_joint(by_component, self._working_log_weights()), -1)
+            dtype = by_component.dtype
+        return result.to(torch.promote_types(dtype, self._mixture_distribution._param.dtype))
 
     def component_log_probs(self, value: Tensor) -> Tensor:
         """Log-density under each component, without its weight, ``sample_shape + batch_shape + (K,)``.
@@ -110,18 +129,34 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
         """
         components = self._components()
         if components is not None:
-            return component_log_probs(self._event(value), components)
+            event = self._event(value)
+            result = component_log_probs(event, components._replace(log_weights=torch.zeros_like(components.loc[..., 0])))
+            return result.to(torch.promote_types(value.dtype, components.loc.dtype))
         component, padded = self._component_distribution, self._pad(value)
-        inside = component.support.check(padded)
-        events = (1,) * self._event_ndims
+        inside = self._inside(value)
         # The component's formula may raise or return NaN outside its support: evaluate it at a point inside.
-        mask = inside.reshape(inside.shape + events)
-        log_prob = component.log_prob(torch.where(mask, padded, _interior_point(component, padded)))
-        return torch.where(inside, log_prob, torch.full_like(log_prob, -torch.inf))
+        mask = inside.reshape(inside.shape + (1,) * self._event_ndims)
+        log_prob = component.log_prob(torch.where(mask, padded, interior_point(component, padded)))
+        return torch.where(inside, log_prob, -torch.inf)
+
+    def _inside(self, value: Tensor) -> Tensor:
+        """Whether each component's support contains the value, ``sample_shape + batch_shape + (K,)`` or broadcastable."""
+        padded = self._pad(value)
+        try:
+            return self._component_distribution.support.check(padded)
+        except NotImplementedError:  # a component class that does not say where it lives
+            events = range(padded.ndim - self._event_ndims, padded.ndim)
+            return ~padded.isnan().any(tuple(events)) if self._event_ndims else ~padded.isnan()
 
     def posterior_marginal(self, value: Tensor) -> Categorical:
-        """Distribution of the component label given each value: weights proportional to w_k p_k(x)."""
-        joint = self.component_log_probs(value) + self.log_weights
+        """Distribution of the component label given each value: weights proportional to w_k p_k(x).
+
+        Raises:
+            ValueError: as `log_prob`. Where every component is -inf there is no posterior, and its weights are NaN.
+        """
+        if self._validate_args:
+            self._check_value(value)
+        joint = _joint(self.component_log_probs(value), self.log_weights)
         return Categorical(logits=joint, validate_args=False)
 
     @property
@@ -163,12 +198,29 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
 
     def cdf(self, value: Tensor) -> Tensor:
         """Cumulative distribution function of scalar events, ``sample_shape + batch_shape``."""
-        return (self._component_distribution.cdf(self._pad(value)) * self.log_weights.exp()).sum(-1)
+        component, padded, inside = self._component_distribution, self._pad(value), self._inside(value)
+        # Outside a component's support, an interval, its formula may raise: there it is 0 or 1.
+        interior = interior_point(component, padded)
+        cdf = torch.where(inside, component.cdf(torch.where(inside, padded, interior)), (padded > interior).to(interior.dtype))
+        return (cdf * self.log_weights.exp()).sum(-1)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(\n  {self.mixture_distribution},\n  {self.component_distribution})"
 
     def _check_value(self, value: Tensor) -> None:
-        if not is_plain((value.detach(),)):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the value must be a tensor, got {value!r}")
+        n = value.ndim - self._event_ndims
+        shape = value.shape[:n] if n >= 0 else None
+        if shape is None or value.shape[n:] != self.event_shape or not _broadcasts(shape, self.batch_shape):
+            raise ValueError(
+                f"the value of shape {tuple(value.shape)} must end in the event shape {tuple(self.event_shape)}, and what "
+                f"comes before that must broadcast with the batch shape {tuple(self.batch_shape)}"
+            )
+        inside = self._inside(value.detach())
+        if not is_plain((inside,)):
             return
-        inside = self._component_distribution.support.check(self._pad(value)).any(-1)
+        inside = inside.any(-1)
         if not bool(inside.all()):
             index = (~inside).nonzero()[0].tolist()
             point = value.detach().expand(inside.shape + self.event_shape)[tuple(index)]
@@ -179,12 +231,10 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
             )
 
 
-def _interior_point(component: Distribution, like: Tensor) -> Tensor:
-    """A point inside the support of each component, to evaluate a formula at whose result is discarded."""
-    zeros = like.new_zeros(component.batch_shape + component.event_shape)
-    try:
-        return biject_to(component.support)(zeros)
-    except NotImplementedError:  # discrete supports have no bijection; 0 or 1 belongs to all that torch has
-        inside = component.support.check(zeros)
-        inside = inside.reshape(inside.shape + (1,) * (zeros.ndim - inside.ndim))
-        return torch.where(inside, zeros, torch.ones_like(zeros))
+def _broadcasts(a: torch.Size, b: torch.Size) -> bool:
+    return all(m == n or m == 1 or n == 1 for m, n in zip(reversed(a), reversed(b), strict=False))
+
+
+def _joint(by_component: Tensor, log_weights: Tensor) -> Tensor:
+    """log(w_k p_k): -inf for a weight of 0, also where the density is infinite."""
+    return torch.where(log_weights == -torch.inf, -torch.inf, by_component) + log_weights

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from .._autograd import is_plain, rowwise
 from ..quadrature import sobol_normals, student_t_half_width
-from ..special import expm1mx
+from ..special import expm1mx, expm1mx_value
 from .components import Components
 from .density import component_log_probs, mixture_log_prob
+from .line import expm1
 
 __all__ = ["sobol_information", "sobol_kl"]
 
@@ -43,7 +44,7 @@ def _excess_value(u: Tensor) -> tuple[Tensor]:
     above = (u - 1.0 + ratio) / (SHARE + (1.0 - SHARE) * ratio)
     # exp underflows long before u does: no 0 * inf
     below = (ratio * (torch.clamp(u, min=-1e3) - 1.0) + 1.0) / (SHARE * ratio + (1.0 - SHARE))
-    here = expm1mx(-near) / (1.0 + (1.0 - SHARE) * torch.expm1(-near))
+    here = expm1mx_value(-near) / (1.0 + (1.0 - SHARE) * torch.expm1(-near))
     return (torch.where(small, here, torch.where(u > 0, above, below)),)
 
 
@@ -53,7 +54,7 @@ def _excess_slope(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) 
     negative = u < 0
     size = torch.where(negative, -u, u)  # not abs: its derivative at 0 is 0, and F'' there is 1
     ratio = torch.exp(-size)
-    change = -SHARE * torch.expm1(-size)
+    change = -SHARE * expm1(-size)
     above = (change + (1.0 - SHARE) * size * ratio) / (SHARE + (1.0 - SHARE) * ratio) ** 2
     # exp underflows long before the size of u overflows
     grown = change + (1.0 - SHARE) * torch.clamp(size, max=1e3)
@@ -106,8 +107,9 @@ def sobol_kl(
         ValueError: for fewer than two replicates or more than 21201 dimensions.
     """
     total = torch.zeros((num_replicates, *p.loc.shape[:-2]), dtype=p.loc.dtype, device=p.loc.device)
+    points = sobol_normals(p.loc.shape[-1], num_points, num_replicates, p.loc.device)
     for source, share, n in ((p, SHARE, num_points), (q, 1.0 - SHARE, max(1, num_points // 8))):
-        z = sobol_normals(p.loc.shape[-1], n, num_replicates, p.loc.device)
+        z = points[:, :n]
         for k in range(source.loc.shape[-2]):
             weight = torch.exp(source.log_weights[..., k]) * (share / n)
             for block in _blocks(source, z):

@@ -30,7 +30,9 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
         return False
     functorch = torch._C._functorch
     return not any(
-        functorch.is_functorch_wrapped_tensor(t) or (torch.is_grad_enabled() and t.requires_grad)
+        functorch.is_functorch_wrapped_tensor(t)
+        or functorch.is_legacy_batchedtensor(t)  # torch.autograd.grad(..., is_grads_batched=True)
+        or (torch.is_grad_enabled() and t.requires_grad)
         for t in tensors
     )
 

@@ -332,6 +332,7 @@ def general_inputs(name: str, *shape: int) -> tuple[torch.Tensor, ...]:
     return tuple(low + 4 * torch.rand(*shape, dtype=F64, generator=g) for _ in range(count))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own forward mode
 @pytest.mark.parametrize("name", GENERAL)
 def test_gradcheck(name):
     f = GENERAL[name][0]
@@ -340,6 +341,7 @@ def test_gradcheck(name):
     assert torch.autograd.gradgradcheck(f, args)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own forward mode
 @pytest.mark.parametrize("name", GENERAL)
 def test_vmap(name):
     f, count, _ = GENERAL[name]
@@ -354,18 +356,26 @@ def test_vmap(name):
     assert bool(torch.vmap(torch.func.hessian(f))(*args).isfinite().all())
 
 
-@pytest.mark.parametrize("name", GENERAL)
+def everything(small: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+    results, used = [special.expm1mx(small)], 0
+    for f, count, _ in GENERAL.values():
+        result = f(*args[used : used + count])
+        used += count
+        results.append(result if result.shape == small.shape else result.unsqueeze(-1).expand(small.shape))
+    return torch.stack(results)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_compile(name):
-    f = GENERAL[name][0]
-    for dtype in (F32, F64):
-        args = tuple((x * 2.0**-10 if name == "expm1mx" else x).to(dtype) for x in general_inputs(name, 64, 3))
-        args = tuple(x.requires_grad_() for x in args)
-        compiled = torch.compile(f, fullgraph=True)
-        weights = torch.linspace(-1, 1, f(*args).numel(), dtype=dtype).reshape(f(*args).shape)
-        got, expected = ((g(*args), *torch.autograd.grad((weights * g(*args)).sum(), args)) for g in (compiled, f))
-        for u, v in zip(got, expected, strict=True):
-            torch.testing.assert_close(u, v, rtol=8 * torch.finfo(dtype).eps, atol=0)
+@pytest.mark.parametrize(("backend", "dtype"), [("aot_eager", F16), ("aot_eager", F32), ("inductor", F64)], ids=str)
+def test_compile(backend, dtype):
+    # the small argument is where the code that inductor writes for expm1 on a CPU, exp(x) - 1, shows
+    small = torch.linspace(-1e-4, 1e-4, 64 * 3, dtype=F64).reshape(64, 3)
+    args = [x.to(dtype).requires_grad_() for x in (small, *(x for name in GENERAL for x in general_inputs(name, 64, 3)))]
+    compiled = torch.compile(everything, fullgraph=True, backend=backend)
+    weights = torch.linspace(-1, 1, 7 * 64 * 3, dtype=dtype).reshape(7, 64, 3)
+    got, expected = ((y, *torch.autograd.grad((weights * y).sum(), args)) for y in (compiled(*args), everything(*args)))
+    for u, v in zip(got, expected, strict=True):
+        torch.testing.assert_close(u, v, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("name", ["log_ratio_bregman", "log1pmx"])
@@ -418,7 +428,7 @@ def test_logsumexp_boundaries(dtype):
         "one +inf": ([INF, 0, -INF], INF, [1, 0, 0]),
         "two +inf": ([INF, INF, 1], INF, [0.5, 0.5, 0]),
         "nan": ([NAN, 1, 2], NAN, [NAN, NAN, NAN]),
-        "dominated": ([0, -9, -INF], math.log1p(math.exp(-9)), [1, math.exp(-9), 0]),
+        "dominated": ([0, -9, -INF], math.log1p(math.exp(-9)), [1 / (1 + math.exp(-9)), 1 / (1 + math.exp(9)), 0]),
     }
     x = torch.tensor([r[0] for r in rows.values()], dtype=dtype, requires_grad=True)
     value = special.logsumexp(x, -1)
@@ -426,7 +436,7 @@ def test_logsumexp_boundaries(dtype):
     expected = torch.tensor([r[1] for r in rows.values()], dtype=dtype)
     torch.testing.assert_close(value, expected, equal_nan=True, atol=0, rtol=2 * torch.finfo(dtype).eps)
     weights = torch.tensor([r[2] for r in rows.values()], dtype=dtype)
-    torch.testing.assert_close(grad, weights, equal_nan=True, atol=1e-4, rtol=2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(grad, weights, equal_nan=True, atol=0, rtol=2 * torch.finfo(dtype).eps)
     (second,) = torch.autograd.grad(grad[:4].sum(), x)
     assert bool(second[:4].isfinite().all())
 

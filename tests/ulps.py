@@ -29,7 +29,7 @@ def ulp_error(computed: float | Tensor, truth: mpf, dtype: torch.dtype) -> float
         0 for NaN where the truth is NaN, and for an infinity where the truth is that infinity or rounds to it;
         infinity for any other disagreement between NaN, infinities and numbers.
     """
-    value = float(computed)
+    value = float(computed.detach() if isinstance(computed, Tensor) else computed)
     info = torch.finfo(dtype)
     if math.isnan(value) or mpmath.isnan(truth):
         return 0.0 if math.isnan(value) and mpmath.isnan(truth) else math.inf

@@ -185,9 +185,11 @@ class Conditioned(NamedTuple):
 
     def unbind(self) -> tuple[Conditioned, ...]:
         """Take several stacked along dimension 0 apart."""
-        rests = zip(*(x.unbind(0) for x in self.rest), strict=True)
-        parts = zip(*(x.unbind(0) for x in self[:-1]), strict=True)
-        return tuple(Conditioned(*part, Whitened(*rest)) for part, rest in zip(parts, rests, strict=True))
+        tensors = [x.unbind(0) for x in (*self[:6], *self.rest)]
+        return tuple(
+            Conditioned(order, s, slopes, rows, turn, root, Whitened(q1, q2, r))
+            for order, s, slopes, rows, turn, root, q1, q2, r in zip(*tensors, strict=True)
+        )
 
     def _select(self, x: Tensor) -> Tensor:
         return torch.take_along_dim(x, self.order[..., None], -2)

@@ -292,7 +292,7 @@ def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> t
     rank, k = g.shape[-1], order.shape[-1]
     right = torch.cat([g, q.basis(), m, delta * y_p, delta * y_q], -1)
     solved_q, solved_p = both.solve(torch.stack([right, right])).unbind(0)
-    p_g, columns_q, p_m, p_dp, p_dq = solved_q.split([rank, k, 1, rank, rank], -1)
+    p_g, columns_q, p_m, p_dp, p_dq = torch.split(solved_q, [rank, k, 1, rank, rank], -1)
     b_g, columns_p = solved_p[..., :rank], solved_p[..., rank : rank + k]
 
     d_factor_p = p_dp + p_g @ p.explained() + y_q @ (g.mT @ y_p)
@@ -351,7 +351,7 @@ def low_rank_kl(
     dtype = inputs[0].dtype
     for x in inputs[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
-    loc_p, diag_p, loc_q, diag_q, first, _ = torch.broadcast_tensors(
+    loc_p, diag_p, loc_q, diag_q, first, _ = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
         *(widened(x) for x in inputs[:4]), *(x.new_empty(x.shape[:-1]) for x in (factor_p, factor_q))
     )
     shape = (*first.shape, rank)

@@ -16,8 +16,8 @@ Accuracy: `tests/test_density.py` has the regimes and the worst observed errors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial, reduce
+from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -109,22 +109,9 @@ def _expression(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return logits.masked_fill(dead, -math.inf), z, inverse
 
 
-def _value(pooled: bool, keep: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
-    if is_plain(inputs):
-        return blocks.value(pooled, keep, inputs)
-    logits = _expression(inputs)[0]
-    return (pool(logits)[0] if pooled else logits,)
-
-
 def _vjp(
-    pooled: bool,
-    grad: Tensor,
-    inputs: Sequence[Tensor],
-    saved: Sequence[Tensor] | None,
-    needed: Sequence[bool],
+    pooled: bool, grad: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    if saved is not None and is_plain((grad, *inputs)):
-        return blocks.vjp(pooled, grad, inputs, saved, needed)
     logits, z, inverse = _expression(inputs)
     c = coefficients(grad, logits, pooled)
     cz = c.unsqueeze(-2) * z
@@ -135,7 +122,7 @@ def _vjp(
     return tuple(r if wanted else None for r, wanted in zip(results, needed, strict=True))
 
 
-def _jvp(pooled: bool, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None], ndim: int) -> Tensor:
+def _jvp(pooled: bool, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
     logits, z, inverse = _expression(inputs)
     dx, d_log_weights, d_loc, d_scale = (
         torch.zeros_like(i) if t is None else t for i, t in zip(inputs, tangents, strict=True)
@@ -154,6 +141,27 @@ def _jvp(pooled: bool, inputs: Sequence[Tensor], tangents: Sequence[Tensor | Non
     return terms.sum(-2) if pooled else terms
 
 
-_components = custom(partial(_value, False, False), partial(_vjp, False), partial(_jvp, False))
-_mixture = custom(partial(_value, True, False), partial(_vjp, True), partial(_jvp, True))
-_mixture_keep = custom(partial(_value, True, True), partial(_vjp, True), partial(_jvp, True))
+def _function(*, pooled: bool, keep: bool = False) -> Callable[..., Tensor]:
+    # Plain nested functions: torch.compile cannot trace a functools.partial here.
+    def value(*inputs: Tensor) -> tuple[Tensor, ...]:
+        if is_plain(inputs):
+            return blocks.value(pooled, keep, inputs)
+        logits = _expression(inputs)[0]
+        return (pool(logits)[0] if pooled else logits,)
+
+    def vjp(
+        grad: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor] | None, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        if saved is not None and is_plain((grad, *inputs)):
+            return blocks.vjp(pooled, grad, inputs, saved, needed)
+        return _vjp(pooled, grad, inputs, needed)
+
+    def jvp(inputs: Sequence[Tensor], tangents: Sequence[Tensor | None], ndim: int) -> Tensor:
+        return _jvp(pooled, inputs, tangents)
+
+    return custom(value, vjp, jvp)
+
+
+_components = _function(pooled=False)
+_mixture = _function(pooled=True)
+_mixture_keep = _function(pooled=True, keep=True)

@@ -186,12 +186,12 @@ def vjp(
         for n in cuts:
             block = _points(x, b, n, scratch)
             features = mixtures.features(block)
+            dtype = x.dtype if features is None else torch.float64
             if kept:
                 exps = kept[0][b, :, n]
-                dtype = x.dtype if features is None else torch.float64
                 c = shares(grad[b, n], exps, kept[1][b, n], out=scratch("c", exps.shape, dtype))
             else:
-                c = coefficients(grad[b, ..., n], mixtures.logits(block, features), pooled)
+                c = coefficients(grad[b, ..., n], mixtures.logits(block, features), pooled).to(dtype)
             d_block = mixtures.pull(block, features, c, moments, needed[0])
             if d_value is not None and d_block is not None:
                 d_value[b, :, n] = d_block

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Accuracy", "AccuracyWarning", "KLEstimate", "accuracy", "requested_accuracy"]
+__all__ = ["Accuracy", "AccuracyWarning", "KLEstimate", "accuracy", "checked_accuracy", "requested_accuracy"]
 
 
 class KLEstimate(NamedTuple):
@@ -59,6 +59,15 @@ def requested_accuracy() -> Accuracy:
     return Accuracy() if torch.compiler.is_compiling() else _ACCURACY.get()
 
 
+def checked_accuracy(rtol: float, max_points: int) -> Accuracy:
+    """A tolerance and a budget; ValueError where they make no sense."""
+    if not rtol > 0:
+        raise ValueError(f"rtol must be positive, got {rtol}")
+    if not max_points >= 64:
+        raise ValueError(f"max_points must be at least 64 (16 replicates of 4 points), got {max_points}")
+    return Accuracy(rtol, max_points)
+
+
 @contextmanager
 def accuracy(*, rtol: float | None = None, max_points: int | None = None) -> Iterator[Accuracy]:
     """Ask for another accuracy of sampled mixture divergences inside a ``with`` block.
@@ -77,11 +86,7 @@ def accuracy(*, rtol: float | None = None, max_points: int | None = None) -> Ite
         (0.001, 65536)
     """
     outer = _ACCURACY.get()
-    asked = Accuracy(outer.rtol if rtol is None else rtol, outer.max_points if max_points is None else max_points)
-    if not asked.rtol > 0:
-        raise ValueError(f"rtol must be positive, got {asked.rtol}")
-    if asked.max_points < 64:
-        raise ValueError(f"max_points must be at least 64 (8 replicates of 8 points), got {asked.max_points}")
+    asked = checked_accuracy(outer.rtol if rtol is None else rtol, outer.max_points if max_points is None else max_points)
     token = _ACCURACY.set(asked)
     try:
         yield asked

@@ -117,8 +117,10 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
             result = mixture_log_prob(self._event(value), components)
             dtype = torch.promote_types(value.dtype, self._component_distribution.mean.dtype)
         else:
-            by_component = self.component_log_probs(value)
-            result = logsumexp(_joint(by_component, self._working_log_weights()), -1)
+            log_weights = self._working_log_weights()
+            # A component that is switched off is not evaluated at the value: its gradient there may be NaN.
+            by_component = self._family_log_probs(value, self._inside(value) & (log_weights > -torch.inf))
+            result = logsumexp(by_component + log_weights, -1)
             dtype = by_component.dtype
         return result.to(torch.promote_types(dtype, self._mixture_distribution._param.dtype))
 
@@ -132,12 +134,15 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
             event = self._event(value)
             result = component_log_probs(event, components._replace(log_weights=torch.zeros_like(components.loc[..., 0])))
             return result.to(torch.promote_types(value.dtype, components.loc.dtype))
+        return self._family_log_probs(value, self._inside(value))
+
+    def _family_log_probs(self, value: Tensor, use: Tensor) -> Tensor:
+        """Log-densities of components of any family; -inf where they are not to be used."""
         component, padded = self._component_distribution, self._pad(value)
-        inside = self._inside(value)
         # The component's formula may raise or return NaN outside its support: evaluate it at a point inside.
-        mask = inside.reshape(inside.shape + (1,) * self._event_ndims)
+        mask = use.reshape(use.shape + (1,) * self._event_ndims)
         log_prob = component.log_prob(torch.where(mask, padded, interior_point(component, padded)))
-        return torch.where(inside, log_prob, -torch.inf)
+        return torch.where(use, log_prob, -torch.inf)
 
     def _inside(self, value: Tensor) -> Tensor:
         """Whether each component's support contains the value, ``sample_shape + batch_shape + (K,)`` or broadcastable."""

@@ -1,0 +1,134 @@
+"""Sobol points, doubled row by row until the error is small enough.
+
+Each row (batch element) gets the points that it needs and no more, so that its value does not depend on what else is
+in the batch. Rows are taken in chunks of bounded memory, forward and backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .components import Components
+from .reading import is_eager
+from .sobol import sobol_information, sobol_kl
+
+__all__ = ["adaptive_information", "adaptive_kl"]
+
+REPLICATES = 16
+FIRST_POINTS = 256  # per component and replicate; doubled from here
+FIXED_POINTS = 512  # where the data may not be looked at
+# Measured: the t interval covers the truth in 91 to 99 % of the problems of a setting, not in 95 %, for two reasons. The
+# scrambles are fixed, so that similar problems share their luck; and points are doubled until the estimated error
+# is small, which favours underestimates. Wider by half, it covers at least 96 % in every setting (tests/test_kl_estimate.py).
+WIDENING = 1.5
+# Points x (dimensions + components) of one chunk of rows, and of one that is recorded for the backward.
+CHUNK, RECORDED_CHUNK = 2**23, 2**24
+
+Engine = Callable[..., tuple[Tensor, Tensor]]
+
+
+def adaptive_information(p: Components, mean_kl: Tensor, rtol: float, max_points: int) -> tuple[Tensor, Tensor]:
+    """Information I between point and label of ``p``, to an error of ``rtol (1 + mean_kl - I)``.
+
+    Args:
+        p: the mixture.
+        mean_kl: S, whose batch shape broadcasts with that of p and may be larger.
+        rtol: tolerance.
+        max_points: most points per component.
+
+    Returns:
+        I, differentiable, and the half-width of a 95 % interval, both of p's batch shape.
+    """
+
+    def engine(tensors: Sequence[Tensor], n: int) -> tuple[Tensor, Tensor]:
+        return sobol_information(Components(*tensors), num_points=n, num_replicates=REPLICATES)
+
+    if not is_eager(*p, mean_kl):
+        return _fixed(engine, tuple(p), max_points)
+    batch = p.log_weights.shape[:-1]
+    # One row of p may serve several of q: the smallest divergence sets the tolerance.
+    extra = mean_kl.ndim - len(batch)
+    s = mean_kl.detach()
+    shared = [*range(extra), *(i + extra for i, n in enumerate(batch) if n == 1)]
+    s = s.amin(shared, keepdim=True).reshape(batch) if shared and s.numel() else s.reshape(batch)
+    return _adaptive(engine, tuple(p), batch, lambda i: s.reshape(-1) - i, rtol, max_points)
+
+
+def adaptive_kl(p: Components, q: Components, rtol: float, max_points: int) -> tuple[Tensor, Tensor]:
+    """KL divergence of two mixtures of one batch shape, and the half-width of a 95 % interval."""
+
+    def engine(tensors: Sequence[Tensor], n: int) -> tuple[Tensor, Tensor]:
+        p, q = Components(*tensors[:3]), Components(*tensors[3:])
+        return sobol_kl(p, q, num_points=n, num_replicates=REPLICATES)
+
+    if not is_eager(*p, *q):
+        return _fixed(engine, (*p, *q), max_points)
+    return _adaptive(engine, (*p, *q), p.log_weights.shape[:-1], lambda value: value, rtol, max_points)
+
+
+def _fixed(engine: Engine, tensors: Sequence[Tensor], max_points: int) -> tuple[Tensor, Tensor]:
+    value, error = engine(tensors, min(FIXED_POINTS, _most(max_points)))
+    return value, WIDENING * error
+
+
+def _most(max_points: int) -> int:
+    return int(2 ** int(math.log2(max(max_points // REPLICATES, 1))))
+
+
+def _adaptive(
+    engine: Engine,
+    tensors: Sequence[Tensor],
+    batch: torch.Size,
+    divergence: Callable[[Tensor], Tensor],
+    rtol: float,
+    max_points: int,
+) -> tuple[Tensor, Tensor]:
+    rows = math.prod(batch)
+    flat = [t.reshape(rows, *t.shape[len(batch) :]) for t in tensors]
+    frozen = [t.detach() for t in flat]
+    active = torch.arange(rows, device=flat[0].device)
+    n, most = FIRST_POINTS, _most(max_points)
+    n = min(n, most)
+    passes: list[tuple[int, Tensor]] = []  # the points, and the rows that they are enough for
+    with torch.no_grad():
+        value, error = _chunked(engine, frozen, active, n)
+        while True:
+            accurate = ~(error.index_select(0, active) > rtol * (1 + divergence(value).index_select(0, active)))
+            done = torch.ones_like(accurate) if n >= most else accurate
+            passes.append((n, active[done]))
+            active = active[~done]
+            if not active.numel():
+                break
+            n *= 2
+            part, part_error = _chunked(engine, frozen, active, n)
+            value, error = value.index_copy(0, active, part), error.index_copy(0, active, part_error)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        passes = [(n, index) for n, index in passes if index.numel()]
+        parts = [_chunked(engine, flat, index, n)[0] for n, index in passes]
+        order = torch.cat([index for _, index in passes]).argsort() if passes else active
+        value = torch.cat(parts).index_select(0, order) if parts else value
+    return value.reshape(batch), error.reshape(batch)
+
+
+def _chunked(engine: Engine, flat: Sequence[Tensor], index: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The engine on the rows of ``index``, in chunks; in the backward each chunk is computed once more."""
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in flat)
+    k, d = flat[1].shape[-2:]
+    k = max([k, *(t.shape[-1] for t in flat[3:4])])
+    points = REPLICATES * n * (k * (d + k) if recorded else d + k)
+    size = max(1, (RECORDED_CHUNK if recorded else CHUNK) // points)
+    chunks = [index] if index.numel() <= size else list(index.split(size))
+    results = []
+    for rows in chunks:
+        chunk = [t.index_select(0, rows) for t in flat]
+        if recorded and len(chunks) > 1:
+            results.append(checkpoint(engine, chunk, n, use_reentrant=False, preserve_rng_state=False))
+        else:
+            results.append(engine(chunk, n))
+    value, error = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*results, strict=True))
+    return value, WIDENING * error

@@ -167,6 +167,8 @@ def custom(
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors
             inputs, saved = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
+            if grads[0] is None:
+                return (None,) * ctx.num_inputs
             return vjp(grads[0], inputs, None if torch.is_grad_enabled() else saved, ctx.needs_input_grad)
 
     class Eager(Traceable):
@@ -174,7 +176,7 @@ def custom(
         def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
             Traceable.setup_context(ctx, inputs, output)
             ctx.save_for_forward(*inputs, *output[1:])
-            ctx.set_materialize_grads(True)
+            ctx.set_materialize_grads(False)  # True would allocate zeros for everything that was saved
             ctx.num_outputs, ctx.out_ndim = len(output), output[0].ndim
 
         @staticmethod

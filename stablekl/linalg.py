@@ -1,11 +1,11 @@
-"""Cholesky factors with an honest answer, and triangular factors of nearby matrices.
+"""Cholesky factors with an honest answer: a factor, the jitter it took, or an error that says what is wrong.
 
-Accuracy: a Cholesky factor of a matrix with condition number kappa carries a relative error of about
-``eps * kappa``; `whitened_difference` exists because the *difference* of two such factors would carry that error
-undiminished, however near the matrices are.
+Accuracy: a Cholesky factor of a matrix with condition number kappa carries a relative error of about ``eps * kappa``.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -56,13 +56,13 @@ def safe_cholesky(a: Tensor, *, max_jitter: float | None = None) -> tuple[Tensor
     r"""Cholesky factor of the symmetric part of ``a``, and the jitter it took.
 
     Factorises :math:`(A + A^\top)/2 + j\,\bar a I = L L^\top`, with :math:`\bar a` the mean of the diagonal. Nothing is
-    added (:math:`j = 0`) unless ``max_jitter`` allows it; then, for each matrix on its own that needs it, j is the smallest of
-    ``eps * 10**k`` that succeeds. A matrix counts as positive definite when every pivot exceeds ``eps`` times
-    its own diagonal entry: below that rounding alone decides its sign. The test is invariant under scaling of
-    the variables, so ``diag(1, 1e-20)`` is fine.
+    added (:math:`j = 0`) unless ``max_jitter`` allows it; then, for each matrix on its own that needs it, j is the smallest
+    of ``eps``, ``10 eps``, ``100 eps``, ..., ``max_jitter`` that succeeds. A matrix counts as positive definite when every
+    pivot exceeds ``eps`` times its own diagonal entry: below that rounding alone decides its sign. The test is invariant
+    under scaling of the variables, so ``diag(1, 1e-20)`` is fine.
 
     Args:
-        a: symmetric matrices, shape ``(..., D, D)``. Not modified.
+        a: symmetric matrices, shape ``(..., D, D)``. Not modified. Half precision is factorised in float32.
         max_jitter: the largest j allowed, relative to the mean diagonal. None: no jitter.
 
     Returns:
@@ -70,7 +70,7 @@ def safe_cholesky(a: Tensor, *, max_jitter: float | None = None) -> tuple[Tensor
         mean diagonal, 0 where none was needed.
 
     Raises:
-        ValueError: ``a`` is not square, or holds a NaN or an infinity (says where).
+        ValueError: ``a`` is not square, or holds a NaN or an infinity (says where); ``max_jitter`` is negative or not finite.
         NotPositiveDefiniteError: a matrix is not positive definite (says which, and its smallest eigenvalue).
             The checks that need the data are skipped under ``vmap`` and ``torch.compile``.
 
@@ -82,33 +82,50 @@ def safe_cholesky(a: Tensor, *, max_jitter: float | None = None) -> tuple[Tensor
     """
     if a.ndim < 2 or a.shape[-1] != a.shape[-2]:
         raise ValueError(f"expected square matrices of shape (..., D, D), got {tuple(a.shape)}")
-    if max_jitter is not None and not max_jitter >= 0:
-        raise ValueError(f"max_jitter must be a non-negative number relative to the mean diagonal, got {max_jitter}")
+    if max_jitter is not None and not 0 <= max_jitter < math.inf:
+        raise ValueError(
+            f"max_jitter must be a finite, non-negative number relative to the mean diagonal, got {max_jitter}"
+        )
     # is_plain is about recording too, but here only a transform matters: detach first.
     eager = is_plain((a.detach(),))
     if eager and not bool(a.isfinite().all()):
         _raise_not_finite(a)
-    eps = torch.finfo(a.dtype).eps
+    dtype = a.dtype
+    a = a.to(torch.promote_types(dtype, torch.float32))
     symmetric = 0.5 * a + 0.5 * a.mT
-    diagonal = symmetric.diagonal(dim1=-2, dim2=-1)
-    mean_diagonal = diagonal.mean(-1)
-    jitter = torch.zeros_like(mean_diagonal)
-    factor, bad = _factor_and_verdict(symmetric, diagonal)
-    level = eps
-    while max_jitter is not None and level <= max_jitter and not (eager and not bool(bad.any())):
-        jitter = torch.where(bad, torch.full_like(jitter, level), jitter)
-        shift = torch.diag_embed((jitter * mean_diagonal).unsqueeze(-1).expand_as(diagonal))
-        retry, still_bad = _factor_and_verdict(symmetric + shift, diagonal + (jitter * mean_diagonal).unsqueeze(-1))
-        factor, bad = torch.where(bad[..., None, None], retry, factor), bad & still_bad
-        level *= _JITTER_GROWTH
+    factor, bad = _factor_and_verdict(symmetric)
+    jitter = torch.zeros_like(bad, dtype=symmetric.dtype)
+    if max_jitter and not (eager and not bool(bad.any())):
+        jitter, bad = _smallest_jitter(symmetric.detach(), bad, max_jitter, eager)
+        # Factorised anew, jitter and all: choosing between two factors would send NaN back through the one that failed.
+        factor = _factor_and_verdict(_shifted(symmetric, jitter))[0]
     if eager and bool(bad.any()):
         _raise_not_positive_definite(symmetric.detach(), bad, max_jitter)
-    return factor, jitter
+    return factor.to(dtype), jitter.to(dtype)
 
 
-def _factor_and_verdict(symmetric: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+def _shifted(symmetric: Tensor, jitter: Tensor) -> Tensor:
+    diagonal = symmetric.diagonal(dim1=-2, dim2=-1)
+    shift = (jitter * diagonal.mean(-1)).unsqueeze(-1)
+    return symmetric + torch.diag_embed(shift.expand_as(diagonal))
+
+
+def _smallest_jitter(symmetric: Tensor, bad: Tensor, max_jitter: float, eager: bool) -> tuple[Tensor, Tensor]:
+    """For each matrix the first level that makes it positive definite; and which none did."""
+    jitter = torch.zeros_like(bad, dtype=symmetric.dtype)
+    level = min(torch.finfo(symmetric.dtype).eps, max_jitter)
+    while True:
+        jitter = torch.where(bad, level, jitter)
+        bad = bad & _factor_and_verdict(_shifted(symmetric, jitter))[1]
+        if level >= max_jitter or (eager and not bool(bad.any())):
+            return jitter, bad
+        level = min(level * _JITTER_GROWTH, max_jitter)
+
+
+def _factor_and_verdict(symmetric: Tensor) -> tuple[Tensor, Tensor]:
     """The factor (NaN-free where it exists) and whether each matrix failed the pivot test."""
     factor, info = torch.linalg.cholesky_ex(symmetric)
     pivots = factor.detach().diagonal(dim1=-2, dim2=-1).square()
-    bad = (info != 0) | ~(pivots > torch.finfo(symmetric.dtype).eps * diagonal.detach()).all(-1)
+    diagonal = symmetric.detach().diagonal(dim1=-2, dim2=-1)
+    bad = (info != 0) | ~(pivots > torch.finfo(symmetric.dtype).eps * diagonal).all(-1)
     return factor, bad

@@ -325,6 +325,7 @@ def test_transforms(d, r_p, r_q):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does it itself
 @pytest.mark.slow  # tracing a few hundred small operations takes ten seconds
 def test_compiles_without_a_graph_break():
     args = [x[None].clone().requires_grad_() for x in CASES["far"]]

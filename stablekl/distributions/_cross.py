@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import NoReturn
 
 from torch import Tensor
 from torch.distributions import Distribution, Independent
+from torch.distributions import Normal as TorchNormal
 
 from ..registry import kl_divergence, register_hardened
 from ._gaussian import Gaussian, as_gaussian, gaussian_kl
@@ -26,6 +28,14 @@ def _read(distribution: Distribution) -> Gaussian:
     return gaussian
 
 
+def _raise_event_shapes(p: Distribution, q: Distribution) -> NoReturn:
+    raise ValueError(
+        f"KL needs distributions over the same space, but the event shapes are {tuple(p.event_shape)} and "
+        f"{tuple(q.event_shape)}. If the last batch dimension of a Normal holds the coordinates of one vector, wrap it: "
+        "Independent(Normal(loc, scale), 1)."
+    )
+
+
 def kl_gaussian_gaussian(p: Distribution, q: Distribution) -> Tensor:
     """KL between Gaussians over vectors of one length D, each of any family; batch shapes broadcast.
 
@@ -37,11 +47,7 @@ def kl_gaussian_gaussian(p: Distribution, q: Distribution) -> Tensor:
     """
     g_p, g_q = _read(p), _read(q)
     if g_p.loc.shape[-1] != g_q.loc.shape[-1]:
-        raise ValueError(
-            f"KL needs distributions over the same space, but the event shapes are {tuple(p.event_shape)} and "
-            f"{tuple(q.event_shape)}. If the last batch dimension of a Normal holds the coordinates of one vector, wrap it: "
-            "Independent(Normal(loc, scale), 1)."
-        )
+        _raise_event_shapes(p, q)
     return gaussian_kl(g_p, g_q)
 
 
@@ -50,6 +56,7 @@ def kl_independent_independent(p: Independent, q: Independent) -> Tensor:
     """KL between products of independent distributions: the sum over the reinterpreted dimensions.
 
     Raises:
+        ValueError: the event shapes differ.
         NotImplementedError: the two reinterpret different numbers of batch dimensions.
     """
     n = p.reinterpreted_batch_ndims
@@ -57,6 +64,10 @@ def kl_independent_independent(p: Independent, q: Independent) -> Tensor:
         raise NotImplementedError(
             f"Independent reinterprets {n} batch dimensions in p and {q.reinterpreted_batch_ndims} in q"
         )
+    if p.event_shape != q.event_shape:  # they would broadcast, and a coordinate count several times
+        _raise_event_shapes(p, q)
+    if n == 1 and isinstance(p.base_dist, TorchNormal) and isinstance(q.base_dist, TorchNormal):
+        return gaussian_kl(_read(p), _read(q))  # rounded once, after the sum, in half precision
     result = kl_divergence(p.base_dist, q.base_dist)
     return result.sum(tuple(range(-n, 0))) if n else result
 

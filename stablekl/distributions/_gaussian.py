@@ -20,7 +20,7 @@ from torch.distributions import (
     Normal,
 )
 
-from ._base import widened
+from ._base import common_dtype, widened
 from ._low_rank_kl import low_rank_kl
 from ._mvn_kl import covariance_kl, precision_kl, scale_tril_kl
 from .low_rank import dense_scale_tril
@@ -46,6 +46,12 @@ class Gaussian(NamedTuple):
     loc: Tensor
     scale: Tensor
     cov_factor: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the dtypes of the parameters, which may differ, promote to."""
+        tensors = (self.loc, self.scale) if self.cov_factor is None else (self.loc, self.scale, self.cov_factor)
+        return common_dtype(*tensors)
 
     def to(self, dtype: torch.dtype) -> Gaussian:
         """The same in another dtype."""
@@ -97,7 +103,7 @@ def lower_factor(g: Gaussian) -> Tensor:
 
 def gaussian_kl(p: Gaussian, q: Gaussian) -> Tensor:
     """KL(p || q) in nats, of the broadcast batch shape; in the promoted dtype, rounded once where it is a half one."""
-    dtype = torch.promote_types(p.loc.dtype, q.loc.dtype)
+    dtype = torch.promote_types(p.dtype, q.dtype)
     working = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     p, q = p.to(working), q.to(working)
     return _gaussian_kl(p, q).to(dtype)

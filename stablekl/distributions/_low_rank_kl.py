@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import rowwise
-from ..special import log1pmx_value
+from ..special import log1pmx_value, log_ratio_value
 from ._base import widened
 from ._low_rank_factors import Conditioned, Step, Whitened, dot, eliminate, identity, largest, masked, row
 
@@ -152,7 +152,7 @@ def _chain_step(pair: _Pair, j: Tensor) -> tuple[Tensor, _Pair]:
     p, q = both.unbind()
 
     excess = rows.delta + dot(rows.g, rows.v_p + rows.v_q)  # s_p - s_q
-    bregman = _bregman(excess / q.variance, p.variance.log() - q.variance.log())
+    bregman = _bregman(excess / q.variance, log_ratio_value(p.variance, q.variance))
     value = _total(bregman) + _total(rows.m * rows.m / q.variance)
 
     # Difference of the slopes, times sqrt(s_p): from differences, or directly where p is far and those are larger.

@@ -68,12 +68,22 @@ def _half_square(z: Tensor) -> Tensor:
     return torch.linalg.vecdot(0.5 * flat, flat)
 
 
+def _unless_overflowed(total: Tensor, *inputs: Tensor) -> Tensor:
+    """The sum of non-negative terms, +inf where its NaN comes from none of the inputs.
+
+    A whitened entry beyond the largest number turns to NaN in the rows below it (0 * inf), and to +inf in truth.
+    """
+    nan = sum((x.sum((-2, -1)) if x.ndim > total.ndim + 1 else x.sum(-1)) for x in inputs).isnan()  # type: ignore[union-attr]
+    return torch.where(total.isnan() & ~nan, torch.inf, total)
+
+
 # ---- factors ----------------------------------------------------------------------------------------------------
 
 
 def _tril_value(mu_p: Tensor, tril_p: Tensor, mu_q: Tensor, tril_q: Tensor) -> Tensors:
     z = _whitened(tril_p, tril_q, mu_p - mu_q)
-    return _half_square(z) + _diagonal_excess(_diagonal(tril_p), _diagonal(tril_q)), z
+    value = _half_square(z) + _diagonal_excess(_diagonal(tril_p), _diagonal(tril_q))
+    return _unless_overflowed(value, mu_p, tril_p, mu_q, tril_q), z
 
 
 def _tril_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
@@ -139,24 +149,23 @@ def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) 
     l_near = -log1pmx_value(torch.where(near[..., 0], _diagonal(x), torch.zeros_like(_diagonal(x))))
     l_far = log_ratio_bregman_value(_diagonal(factor_p), _diagonal(factor_q))
     value = _half_square(x) + _half_square(m) + torch.where(near[..., 0], l_near, l_far).sum(-1)
-    return value.to(dtype), factor_q, x, m, w
+    return _unless_overflowed(value, mu_p, cov_p, mu_q, cov_q).to(dtype), factor_p, factor_q, m, w
 
 
 def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     dtype = inputs[0].dtype
     mu_p, cov_p, mu_q, cov_q = map(widened, inputs)
-    identity = torch.eye(cov_q.shape[-1], dtype=cov_q.dtype, device=cov_q.device)
     if saved is None:
-        factor_q = torch.linalg.cholesky(cov_q)
+        factor_p, factor_q = torch.linalg.cholesky(cov_p), torch.linalg.cholesky(cov_q)
         w = _sandwich(factor_q, cov_p - cov_q)
         m = solve_triangular(factor_q, (mu_p - mu_q).unsqueeze(-1), upper=False)
-        w_over_1_plus_w = torch.linalg.solve(identity + w, w)
     else:
-        factor_q, x, m, w = saved
-        w_over_1_plus_w = torch.cholesky_solve(w, identity + x)
-    # (Sq^-1 - Sp^-1)/2 and -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2, both as Lq^-T (something small) Lq^-1
+        factor_p, factor_q, m, w = saved
+    # (Sq^-1 - Sp^-1)/2 = Sp^-1 (Sp - Sq) Sq^-1 / 2, not Lq^-T (I + W)^-1 W Lq^-1 / 2: I + W loses Sp where Sp << Sq
+    d_p = torch.cholesky_solve(torch.cholesky_solve(cov_p - cov_q, factor_p).mT, factor_q)
+    d_p = 0.25 * (d_p + d_p.mT)
+    # -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2
     d_mu = solve_triangular(factor_q.mT, m, upper=True).squeeze(-1)
-    d_p = 0.5 * _sandwich(factor_q, 0.5 * (w_over_1_plus_w + w_over_1_plus_w.mT), transposed=True)
     d_q = -0.5 * _sandwich(factor_q, w + m @ m.mT, transposed=True)
     return tuple(d.to(dtype) for d in (d_mu, d_p, -d_mu, d_q))
 
@@ -184,7 +193,7 @@ def _precision_value(mu_p: Tensor, precision_p: Tensor, mu_q: Tensor, precision_
     l_near = -log1pmx_value(torch.where(near[..., 0], _diagonal(x), torch.zeros_like(_diagonal(x))))
     l_far = log_ratio_bregman_value(_diagonal(factor_q), _diagonal(factor_p))
     value = _half_square(x) + (0.5 * shift * shift).sum(-1) + torch.where(near[..., 0], l_near, l_far).sum(-1)
-    return (value.to(dtype),)
+    return (_unless_overflowed(value, mu_p, precision_p, mu_q, precision_q).to(dtype),)
 
 
 def _precision_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:

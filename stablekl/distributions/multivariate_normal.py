@@ -25,8 +25,9 @@ __all__ = ["MultivariateNormal", "given_parameter"]
 
 _MATRICES = ("covariance_matrix", "precision_matrix", "scale_tril")
 
-# Largest asymmetry that counts as rounding, relative to sqrt(a_ii a_jj): torch's own relative tolerance.
-_ASYMMETRY = 1e-5
+# Largest asymmetry that counts as rounding, relative to sqrt(a_ii a_jj): torch's own relative tolerance, or a few roundings
+# of a half-precision dtype.
+_ASYMMETRY, _ASYMMETRY_EPS = 1e-5, 4
 
 
 def given_parameter(distribution: TorchMultivariateNormal) -> str:
@@ -97,12 +98,12 @@ class MultivariateNormal(Movable, TorchMultivariateNormal):
             raise ValueError(f"loc must have shape batch_shape + (D,), got a scalar {loc}: use Normal")
         [(name, value)] = given.items()
         event_ndims = 1 if name == "scale_diag" else 2
-        _check_shape(name, value, loc, event_ndims)
+        batch_shape = _checked_batch_shape(name, value, loc, event_ndims)
         validate = Distribution._validate_args if validate_args is None else validate_args
-        batch_shape = torch.broadcast_shapes(value.shape[:-event_ndims], loc.shape[:-1])
         if name == "scale_diag":
             if validate:
                 check_positive(name, value)
+                _check_finite(name, value)
         else:
             value, self._unbroadcasted_scale_tril = _factorised(name, value, validate)
         setattr(self, name, value.expand(batch_shape + value.shape[-event_ndims:]))
@@ -110,12 +111,8 @@ class MultivariateNormal(Movable, TorchMultivariateNormal):
         # Matrices were checked above, in more precision and with a better message than torch's constraint has.
         Distribution.__init__(self, batch_shape, self.loc.shape[-1:], validate_args=False)
         self._validate_args = validate
-        if validate and is_plain((loc.detach(),)) and not bool(loc.isfinite().all()):
-            index = (~loc.isfinite()).nonzero()[0].tolist()
-            raise ValueError(
-                f"loc has the value {float(loc[tuple(index)])} at {index}: a mean must be finite. Look for the first "
-                "non-finite tensor upstream."
-            )
+        if validate:
+            _check_finite("loc", loc)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> MultivariateNormal:
         """Return this distribution with its batch shape expanded; no memory is allocated."""
@@ -153,6 +150,12 @@ class MultivariateNormal(Movable, TorchMultivariateNormal):
         """Variances of the coordinates, ``batch_shape + (D,)``."""
         return self.scale_diag.square() if self.is_diagonal else super().variance
 
+    @property
+    def stddev(self) -> Tensor:
+        """Standard deviations of the coordinates, ``batch_shape + (D,)``."""
+        # not the root of the variance, which underflows where scale_diag does not
+        return self.scale_diag if self.is_diagonal else super().stddev
+
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:  # noqa: B008
         """Reparameterised samples, ``sample_shape + batch_shape + (D,)``."""
         if not self.is_diagonal:
@@ -178,13 +181,29 @@ class MultivariateNormal(Movable, TorchMultivariateNormal):
         return (self.scale_diag.log() + 0.5 * (1 + math.log(2 * math.pi))).sum(-1)
 
 
-def _check_shape(name: str, value: Tensor, loc: Tensor, event_ndims: int) -> None:
+def _checked_batch_shape(name: str, value: Tensor, loc: Tensor, event_ndims: int) -> torch.Size:
     d = loc.shape[-1]
     expected = (d,) * event_ndims
     if value.dim() < event_ndims or tuple(value.shape[-event_ndims:]) != expected:
         raise ValueError(
             f"{name} must have shape batch_shape + {expected} to go with loc of shape {tuple(loc.shape)}, got "
             f"{tuple(value.shape)}"
+        )
+    try:
+        return torch.broadcast_shapes(value.shape[:-event_ndims], loc.shape[:-1])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the batch shapes of {name} {tuple(value.shape)} and loc {tuple(loc.shape)} do not broadcast"
+        ) from error
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    value = value.detach()
+    if is_plain((value,)) and not bool(value.isfinite().all()):
+        index = (~value.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} has the value {float(value[tuple(index)])} at {index}: it must be finite. Look for the first "
+            "non-finite tensor upstream."
         )
 
 
@@ -193,6 +212,7 @@ def _factorised(name: str, value: Tensor, validate: bool) -> tuple[Tensor, Tenso
     if name == "scale_tril":
         if validate:
             check_positive("scale_tril (its diagonal)", value.diagonal(dim1=-2, dim2=-1))
+            _check_finite(name, value)
             _check_lower(value)
         return value, value
     if validate:
@@ -223,7 +243,8 @@ def _check_symmetric(name: str, value: Tensor) -> None:
     if not is_plain((value,)):
         return
     root = value.diagonal(dim1=-2, dim2=-1).abs().sqrt()
-    asymmetric = (value - value.mT).abs() > _ASYMMETRY * root.unsqueeze(-1) * root.unsqueeze(-2)
+    tolerance = max(_ASYMMETRY, _ASYMMETRY_EPS * torch.finfo(value.dtype).eps) if value.is_floating_point() else 0
+    asymmetric = (value - value.mT).abs() > tolerance * root.unsqueeze(-1) * root.unsqueeze(-2)
     if bool(asymmetric.any()):
         index = asymmetric.nonzero()[0].tolist()
         a, b = float(value[tuple(index)]), float(value.mT[tuple(index)])

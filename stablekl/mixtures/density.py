@@ -67,11 +67,13 @@ def _dtype(value: Tensor, components: Components) -> torch.dtype:
 def _batch_shape(components: Components) -> torch.Size:
     event = components.scale.ndim - 2 if components.is_diagonal else components.scale.ndim - 3
     log_weights, loc, scale = components
-    return torch.broadcast_shapes(log_weights.shape[:-1], loc.shape[:-2], scale.shape[:event])
+    shapes = log_weights.shape[:-1], loc.shape[:-2], scale.shape[:event]
+    return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
 
 
 def _shape(value: Tensor, components: Components) -> torch.Size:
-    return torch.broadcast_shapes(value.shape[:-1], _batch_shape(components))
+    shapes = value.shape[:-1], _batch_shape(components)
+    return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
 
 
 def _evaluate(value: Tensor, components: Components, *, pooled: bool) -> Tensor:
@@ -109,9 +111,7 @@ def _expression(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return logits.masked_fill(dead, -math.inf), z, inverse
 
 
-def _vjp(
-    pooled: bool, grad: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+def _vjp(pooled: bool, grad: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     logits, z, inverse = _expression(inputs)
     c = coefficients(grad, logits, pooled)
     cz = c.unsqueeze(-2) * z

@@ -6,7 +6,9 @@ Only for tensors that hold data here and now. `value` and `vjp` have the signatu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +18,12 @@ from .density_terms import base, coefficients, inverse_factor, is_diagonal, livi
 
 __all__ = ["value", "vjp"]
 
-# Elements per block. CPU: measured, the fastest of 2**15 ... 2**19. Elsewhere: enough to fill a device.
+T = TypeVar("T")
+
+# Elements per block: measured on a CPU (fastest of 2**14 ... 2**19); elsewhere enough to fill a device.
 _CPU_BLOCK, _DEVICE_BLOCK = 2**17, 2**22
+# Points x components x dimensions from which threads pay for themselves (measured).
+_PARALLEL = 2**18
 # The expansion does not pay for its preparation with fewer components or points (measured).
 _EXPANSION_COMPONENTS, _EXPANSION_POINTS = 4, 256
 
@@ -100,7 +106,7 @@ class _Mixtures:
         return _cuts(self.loc.shape[1], max(1, self.elements // max(1, x.numel())))
 
     def _whiten(self, x: Tensor, k: slice) -> Tensor:
-        """z for some of the components, in scratch memory. The mean goes first: exact where x is near it."""
+        """Whiten the points for some components, in scratch memory. The mean goes first: exact where x is near it."""
         shape = (x.shape[0], k.stop - k.start, *x.shape[1:])
         z, inverse = self.scratch("z", shape, x.dtype), self.inverse[:, k]
         if self.diagonal:
@@ -149,14 +155,59 @@ def _points(x: Tensor, b: slice, n: slice, scratch: _Scratch) -> Tensor:
     return scratch("x", block.shape, x.dtype).copy_(block)
 
 
+def _share_out(work: Callable[[slice, slice], T], inputs: Sequence[Tensor]) -> tuple[list[T], bool]:
+    """Give each thread its part of the batch or of the points; also says whether it was the points.
+
+    Splitting each pass over torch's own threads instead would meet a barrier per pass and block: thousands of them,
+    each of which waits for a time slice when the cores are busy (measured: 10 times slower).
+    """
+    x, loc = inputs[0], inputs[2]
+    batch, samples = x.shape[0], x.shape[2]
+    by_points = samples >= batch
+    length = samples if by_points else batch
+    parallel = x.device.type == "cpu" and x.numel() * loc.shape[1] >= _PARALLEL
+    threads = min(torch.get_num_threads(), length) if parallel else 1
+    cuts = list(_cuts(length, -(-length // threads))) if length else [slice(0, 0)]
+    whole = slice(None)
+    parts = [(whole, cut) if by_points else (cut, whole) for cut in cuts]
+    if len(parts) == 1:
+        return [work(whole, whole)], by_points
+    # both modes belong to a thread, so each takes over that of the caller
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
+
+    def guarded(part: tuple[slice, slice]) -> T:
+        with mode():
+            return work(*part)
+
+    with ThreadPoolExecutor(len(parts)) as executor:
+        return list(executor.map(guarded, parts)), by_points
+
+
 def value(pooled: bool, keep: bool, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Log-density (pooled) or logits; with ``keep``, also the exponentials and their sum for the backward."""
-    x, log_weights, loc, scale = flat = _flat(inputs)
+    flat = _flat(inputs)
+    x, k = flat[0], flat[2].shape[1]
+    row, table = (x.shape[0], x.shape[2]), (x.shape[0], k, x.shape[2])
+    results = [x.new_empty(row if pooled else table)]
+    if keep:
+        results += [x.new_empty(table), x.new_empty(row)]
+
+    def work(members: slice, points: slice) -> None:
+        _fill(
+            pooled,
+            [flat[0][members, :, points], *(p[members] for p in flat[1:])],
+            [r[members, ..., points] for r in results],
+        )
+
+    _share_out(work, flat)
+    return tuple(r.reshape(*inputs[0].shape[:-2], *r.shape[1:]) for r in results)
+
+
+def _fill(pooled: bool, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """`value` on one thread, into ``results``."""
+    x, (out, *kept) = inputs[0], results
     scratch = _Scratch(x.device)
-    row, table = (x.shape[0], x.shape[2]), (x.shape[0], loc.shape[1], x.shape[2])
-    out = x.new_empty(row if pooled else table)
-    kept = (x.new_empty(table), x.new_empty(row)) if keep else ()
-    for b, mixtures, cuts in _blocks(flat, scratch):
+    for b, mixtures, cuts in _blocks(inputs, scratch):
         for n in cuts:
             block = _points(x, b, n, scratch)
             logits = mixtures.logits(block, mixtures.features(block))
@@ -167,22 +218,40 @@ def value(pooled: bool, keep: bool, inputs: Sequence[Tensor]) -> tuple[Tensor, .
             out[b, n], _, total = pool(logits, exps)
             if kept:
                 kept[1][b, n] = total
-    return tuple(r.reshape(*inputs[0].shape[:-2], *r.shape[1:]) for r in (out, *kept))
 
 
 def vjp(
     pooled: bool, grad: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients with respect to x, log_weights, loc and scale; ``saved`` may be empty."""
-    x, log_weights, loc, scale = flat = _flat(inputs)
+    flat = _flat(inputs)
+    x = flat[0]
+    rows = [t.reshape(x.shape[0], *t.shape[inputs[0].ndim - 2 :]) for t in (grad, *saved)]
+    d_x = x.new_empty(x.mT.shape).mT if needed[0] else None
+
+    def work(members: slice, points: slice) -> list[Tensor]:
+        part = [flat[0][members, :, points], *(p[members] for p in flat[1:])]
+        return _pull(
+            pooled, [r[members, ..., points] for r in rows], part, None if d_x is None else d_x[members, :, points]
+        )
+
+    parts, by_points = _share_out(work, flat)
+    gradients = [sum(p[1:], p[0]) if by_points else torch.cat(p) for p in zip(*parts, strict=True)]
+    return tuple(
+        g.to(i.dtype).reshape(i.shape) if g is not None and wanted else None
+        for g, i, wanted in zip((d_x, *gradients), inputs, needed, strict=True)
+    )
+
+
+def _pull(pooled: bool, rows: Sequence[Tensor], inputs: Sequence[Tensor], d_x: Tensor | None) -> list[Tensor]:
+    """`vjp` on one thread: gradients of the parameters; that of the points goes into ``d_x``."""
+    (grad, *kept), x = rows, inputs[0]
     scratch = _Scratch(x.device)
-    grad, *kept = (t.reshape(x.shape[0], *t.shape[inputs[0].ndim - 2 :]) for t in (grad, *saved))
-    d_value = x.new_empty(x.mT.shape).mT if needed[0] else None
-    gradients = [torch.empty_like(p) for p in flat[1:]]
-    # Sums over blocks of points are carried in float64 where that is free.
+    # Sums over points are carried in float64 where that is free.
     wide = torch.float64 if x.device.type == "cpu" else x.dtype
-    for b, mixtures, cuts in _blocks(flat, scratch):
-        moments = [torch.zeros(p[b].shape, dtype=wide, device=p.device) for p in flat[1:]]
+    gradients = [torch.empty(p.shape, dtype=wide, device=p.device) for p in inputs[1:]]
+    for b, mixtures, cuts in _blocks(inputs, scratch):
+        moments = [torch.zeros_like(g[b]) for g in gradients]
         for n in cuts:
             block = _points(x, b, n, scratch)
             features = mixtures.features(block)
@@ -192,12 +261,9 @@ def vjp(
                 c = shares(grad[b, n], exps, kept[1][b, n], out=scratch("c", exps.shape, dtype))
             else:
                 c = coefficients(grad[b, ..., n], mixtures.logits(block, features), pooled).to(dtype)
-            d_block = mixtures.pull(block, features, c, moments, needed[0])
-            if d_value is not None and d_block is not None:
-                d_value[b, :, n] = d_block
+            d_block = mixtures.pull(block, features, c, moments, d_x is not None)
+            if d_x is not None and d_block is not None:
+                d_x[b, :, n] = d_block
         for g, s in zip(gradients, parameter_gradients(moments, mixtures.inverse), strict=True):
             g[b] = s
-    return tuple(
-        g.reshape(i.shape) if g is not None and wanted else None
-        for g, i, wanted in zip((d_value, *gradients), inputs, needed, strict=True)
-    )
+    return gradients

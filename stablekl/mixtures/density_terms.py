@@ -36,13 +36,14 @@ def inverse_factor(loc: Tensor, scale: Tensor) -> Tensor:
 
     The inverse is solved from the left, X L = I: substitution then leaves |X L - I| <= c u |X| |L|, and the error of
     X y is bounded by c u |X| |L| |z|, z = L^-1 y, like that of solving L z = y itself (Higham, "Accuracy and
-    Stability of Numerical Algorithms", 2002, section 14.2). The inverse from L X = I obeys |L X - I| <= c u |L| |X| only,
-    which loses another factor of the condition of L.
+    Stability of Numerical Algorithms", 2002, section 14.2). The inverse from L X = I obeys |L X - I| <= c u |L| |X|
+    only, which loses another factor of the condition of L.
     """
     if is_diagonal(loc, scale):
         return scale.reciprocal()
     eye = torch.eye(loc.shape[-1], dtype=scale.dtype, device=scale.device).expand_as(scale)
-    return torch.linalg.solve_triangular(scale, eye, upper=False, left=False)
+    inverse: Tensor = torch.linalg.solve_triangular(scale, eye, upper=False, left=False)
+    return inverse
 
 
 def base(log_weights: Tensor, loc: Tensor, scale: Tensor) -> Tensor:

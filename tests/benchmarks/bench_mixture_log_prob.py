@@ -101,18 +101,25 @@ class Memory(TorchDispatchMode):
         self._seen.discard(key)
         self.live -= size
 
+    def _note(self, t: Tensor, counts: bool) -> None:
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if counts else 0
+        if key not in self._seen:
+            self._seen.add(key)
+            self.largest = max(self.largest, size // t.element_size())
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._release, key, size)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        for t in tree_leaves((args, kwargs)):
+            if isinstance(t, Tensor):
+                self._note(t, False)  # what is not known yet was there before
+        out = func(*args, **kwargs)
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                self.largest = max(self.largest, size // t.element_size())
-                if key not in self._seen:
-                    self._seen.add(key)
-                    self.live += size
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._release, key, size)
+                self._note(t, True)
         return out
 
 
@@ -129,7 +136,9 @@ def main(device: str) -> None:
     print(HEADER)
     for p in PROBLEMS:
         tensors = inputs(p, device)
-        print(row(f"{p.name}, forward", forward(theirs, tensors), forward(ours, tensors), p.bars[0], device), flush=True)
+        print(
+            row(f"{p.name}, forward", forward(theirs, tensors), forward(ours, tensors), p.bars[0], device), flush=True
+        )
         for kind, first in (("parameters", 1), ("and points", 0)):
             pair = (backward(f, tensors, first) for f in (theirs, ours))
             print(row(f"{p.name}, backward {kind}", *pair, p.bars[1], device), flush=True)

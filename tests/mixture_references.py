@@ -1,0 +1,139 @@
+"""KL divergences of mixtures from the definition, and problems in many dimensions that reduce to one or two.
+
+A *row* is one component, (weight, mean, standard deviation) in one dimension. `line` integrates p log(p/q) in mpmath,
+`plane` on a grid in extended precision. Both know nothing of S - I, of u + expm1(-u) or of any other regrouping.
+`embedded` turns a problem on a line into one in D dimensions of the same divergence: components that differ along
+one direction only, seen through a random affine map.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import mpmath as mp
+import numpy as np
+import torch
+from torch import Tensor
+
+import stablekl
+
+Row = tuple[float, float, float]
+F64 = torch.float64
+
+
+@functools.lru_cache
+def gauss_legendre(n: int, dps: int) -> list[tuple[mp.mpf, mp.mpf]]:
+    """Nodes and weights on [-1, 1], refined by Newton's method from numpy's."""
+    with mp.workdps(dps + 10):
+        rule = []
+        for start in np.polynomial.legendre.leggauss(n)[0]:
+            x = mp.mpf(float(start))
+            for _ in range(3):
+                p, before = mp.legendre(n, x), mp.legendre(n - 1, x)
+                slope = n * (x * p - before) / (x * x - 1)
+                x -= p / slope
+            slope = n * (x * mp.legendre(n, x) - mp.legendre(n - 1, x)) / (x * x - 1)
+            rule.append((x, 2 / ((1 - x * x) * slope * slope)))
+        return rule
+
+
+def exact(rows: Sequence[Sequence[object]]) -> list[tuple[mp.mpf, mp.mpf, mp.mpf]]:
+    """Rows in mpmath with weights that sum to one."""
+    table = [tuple(mp.mpf(x) for x in row) for row in rows]
+    total = sum(w for w, _, _ in table)
+    return [(w / total, m, s) for w, m, s in table]
+
+
+def log_density(x: mp.mpf, rows: Sequence[tuple[mp.mpf, mp.mpf, mp.mpf]]) -> mp.mpf:
+    return mp.log(sum(w / s * mp.exp(-(((x - m) / s) ** 2) / 2) for w, m, s in rows if w)) - mp.log(2 * mp.pi) / 2
+
+
+def line(p: Sequence[Sequence[object]], q: Sequence[Sequence[object]], dps: int = 34, n: int = 24) -> mp.mpf:
+    """KL(p || q) on the line: the integral of p log(p/q), panel by panel."""
+    with mp.workdps(dps):
+        p, q = exact(p), exact(q)
+        edges = {m + s * t for rows in (p, q) for w, m, s in rows if w for t in range(-12, 13, 3)}
+        low = min(m - 12 * s for w, m, s in p if w)
+        high = max(m + 12 * s for w, m, s in p if w)
+        ordered = sorted({low, high, *(x for x in edges if low < x < high)})
+        total = mp.mpf(0)
+        for a, b in zip(ordered, ordered[1:], strict=False):
+            half, middle = (b - a) / 2, (a + b) / 2
+            for node, weight in gauss_legendre(n, dps):
+                x = middle + half * node
+                log_p = log_density(x, p)
+                total += half * weight * mp.exp(log_p) * (log_p - log_density(x, q))
+        return total
+
+
+def plane(
+    p: tuple[np.ndarray, np.ndarray, np.ndarray], q: tuple[np.ndarray, np.ndarray, np.ndarray], step: float
+) -> float:
+    """KL(p || q) in the plane; each of them weights (K,), means (K, 2) and covariances (K, 2, 2); trapezoid rule."""
+    reach = 11 * max(np.sqrt(c).max() for c in (p[2][:, [0, 1], [0, 1]],))
+    low, high = p[1].min() - reach, p[1].max() + reach
+    grid = np.arange(low, high, step, dtype=np.longdouble)
+    x = np.stack(np.meshgrid(grid, grid, indexing="ij"), -1)
+
+    def log_mixture(w: np.ndarray, m: np.ndarray, c: np.ndarray) -> np.ndarray:
+        terms = []
+        for weight, mean, cov in zip(w / w.sum(), m, c, strict=True):
+            a, b, d = (np.longdouble(v) for v in (cov[0, 0], cov[0, 1], cov[1, 1]))
+            det = a * d - b * b
+            u, v = x[..., 0] - mean[0], x[..., 1] - mean[1]
+            form = (d * u * u - 2 * b * u * v + a * v * v) / det
+            terms.append(np.log(np.longdouble(weight)) - form / 2 - np.log(det) / 2 - np.log(2 * np.longdouble(np.pi)))
+        return functools.reduce(np.logaddexp, terms)
+
+    log_p, log_q = log_mixture(*p), log_mixture(*q)
+    return float((np.exp(log_p) * (log_p - log_q)).sum() * np.longdouble(step) ** 2)
+
+
+def radial(p: Sequence[tuple[float, float]], q: Sequence[tuple[float, float]], dim: int) -> mp.mpf:
+    """KL of mixtures of N(0, s^2 I) in ``dim`` dimensions, given as (weight, s): an integral over the radius."""
+    with mp.workdps(30):
+
+        def log_radial(r: mp.mpf, rows: Sequence[tuple[float, float]]) -> mp.mpf:
+            total = sum(mp.mpf(w) for w, _ in rows)
+            return mp.log(
+                sum(mp.mpf(w) / total * mp.mpf(s) ** -dim * mp.exp(-((r / mp.mpf(s)) ** 2) / 2) for w, s in rows)
+            )
+
+        norm = mp.mpf(2) ** (1 - mp.mpf(dim) / 2) / mp.gamma(mp.mpf(dim) / 2)
+        centre = mp.sqrt(dim)
+        edges = sorted({max(mp.mpf(0), mp.mpf(s) * (centre + t)) for _, s in (*p, *q) for t in range(-12, 13, 2)})
+        edges = [x for x in edges if x <= max(mp.mpf(s) for _, s in p) * (centre + 12)]
+        total = mp.mpf(0)
+        for a, b in zip(edges, edges[1:], strict=False):
+            half, middle = (b - a) / 2, (a + b) / 2
+            for node, weight in gauss_legendre(24, 30):
+                r = middle + half * node
+                log_p = log_radial(r, p)
+                total += half * weight * norm * r ** (dim - 1) * mp.exp(log_p) * (log_p - log_radial(r, q))
+        return total
+
+
+def affine_map(dim: int, seed: int) -> Tensor:
+    """A random matrix with singular values between 1/2 and 2."""
+    g = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(dim, dim, generator=g, dtype=F64))[0] for _ in range(2))
+    return u * torch.exp2(2 * torch.rand(dim, generator=g, dtype=F64) - 1) @ v
+
+
+def embedded(rows: Sequence[Row] | Tensor, dim: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (K,), means (K, D) and covariances (K, D, D); differentiable in a tensor of rows, (..., K, 3)."""
+    table = torch.as_tensor(rows, dtype=F64)
+    a = affine_map(dim, seed)
+    direction = a[:, 0]
+    loc = table[..., 1:2] * direction + a.sum(-1)
+    variances = torch.cat([table[..., 2:] ** 2, torch.ones(*table.shape[:-1], dim - 1, dtype=F64)], -1)
+    return table[..., 0], loc, a * variances.unsqueeze(-2) @ a.mT
+
+
+def gaussian(rows: Sequence[Row] | Tensor, dim: int, seed: int = 0, dtype: torch.dtype = F64):
+    """A single row as a stablekl.MultivariateNormal, several as a stablekl.GaussianMixture, after `embedded`."""
+    w, loc, cov = (x.to(dtype) for x in embedded(rows, dim, seed))
+    if w.shape[-1] == 1:
+        return stablekl.MultivariateNormal(loc[..., 0, :], covariance_matrix=cov[..., 0, :, :])
+    return stablekl.GaussianMixture(probs=w, loc=loc, covariance_matrix=cov)

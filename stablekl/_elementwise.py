@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._autograd import blockwise, rowwise
 
-__all__ = ["broadcast_apply", "elementwise", "is_lifted"]
+__all__ = ["broadcast_apply", "elementwise", "horner", "is_lifted"]
 
 
 def is_lifted(x: Tensor) -> bool:
@@ -61,3 +61,11 @@ def broadcast_apply(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     working = torch.promote_types(dtype, torch.float32)
     shape = torch.broadcast_shapes(*(x.shape for x in inputs))  # type: ignore[no-untyped-call]
     return f(*(x.to(working).expand(shape) for x in inputs)).to(dtype)
+
+
+def horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """A polynomial in ``x``, its highest coefficient first."""
+    p = x * coefficients[0] + coefficients[1]
+    for c in coefficients[2:]:
+        p = p * x + c
+    return p

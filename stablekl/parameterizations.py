@@ -146,8 +146,7 @@ def softplus_scale(x: Tensor, floor: float = 0.0) -> Tensor:
     Raises:
         ValueError: the floor is negative, NaN or infinite, or rounds to zero in the dtype.
 
-    Accuracy: float32 on a CPU and half precisions 0.51 ulp without a floor, others 2 ulp; one rounding more
-    with a floor.
+    Accuracy: 0.51 ulp in float32 on a CPU and in half precisions, else 2 ulp; a floor adds one rounding.
 
     Example:
         >>> import torch, stablekl
@@ -220,6 +219,8 @@ def bounded_log_scale(x: Tensor, min_log: float, max_log: float) -> Tensor:
 
     Returns:
         The scale (not its logarithm), of the shape and dtype of ``x``.
+
+    Accuracy: exp turns the rounding of the log-scale into its size in ulps, 3 ulp for bounds of +-3 and 12 for +-20.
 
     Raises:
         ValueError: the bounds are not in order, or exp of one is not a normal number of the dtype.
@@ -318,9 +319,7 @@ def unconstrained_from_scale_tril(scale_tril: Tensor, floor: float = 0.0) -> Ten
         ValueError: the matrices are not square, or a diagonal entry is not above the floor (says which).
     """
     if scale_tril.ndim < 2 or scale_tril.shape[-1] != scale_tril.shape[-2]:
-        raise ValueError(
-            f"scale_tril must hold square matrices, (..., D, D), but has shape {tuple(scale_tril.shape)}."
-        )
+        raise ValueError(f"scale_tril must hold square matrices, (..., D, D), but has shape {tuple(scale_tril.shape)}.")
     diagonal = inverse_softplus_scale(scale_tril.diagonal(dim1=-2, dim2=-1), floor)
     size = scale_tril.shape[-1]
     rows, columns = torch.tril_indices(size, size, device=scale_tril.device).unbind(0)

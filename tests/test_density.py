@@ -482,7 +482,7 @@ def test_memory(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs(p, "cpu")
     counted = memory(backward(ours, tensors, 0))
     assert counted.largest < unit / 2
-    assert counted.peak <= 0.6 * unit * p.dtype.itemsize + 24 * density_blocks._CPU_BLOCK * 8
+    assert counted.peak <= 0.6 * unit * p.dtype.itemsize
     # The must-fail twin.
     torchs = memory(backward(theirs, tensors, 0))
     assert torchs.largest >= unit

@@ -386,7 +386,8 @@ def test_a_diagonal_entry_that_is_not_positive():
     diag = torch.ones(2, 3)
     diag[1, 2] = -0.5
     with pytest.raises(ValueError, match=r"cov_diag\[1, 2\] is -0\.5.*softplus_scale"):
-        LowRankMultivariateNormal(torch.zeros(3), torch.ones(3, 1), diag)
+        # by name: torch.compile turns the default off for the whole process
+        LowRankMultivariateNormal(torch.zeros(3), torch.ones(3, 1), diag, validate_args=True)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """KL divergences in torch that do not go negative, infinite or NaN.
 
-Importing stablekl teaches `torch.distributions.kl_divergence` pairs it has no rule for: mixtures of Gaussians, and every pair
-of Gaussian families. torch's own rules stay until `harden` replaces them.
+Importing stablekl teaches `torch.distributions.kl_divergence` pairs it has no rule for: mixtures of Gaussians, and
+every pair of Gaussian families. torch's own rules stay until `harden` replaces them.
 """
 
 from . import linalg, special

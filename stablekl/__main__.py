@@ -1,7 +1,7 @@
 """``python -m stablekl``: the main job on real data, and what torch makes of a few easy cases.
 
-Fits a mixture to Fisher's iris, prints its KL divergence to the Gaussian with the same moments, and back, each beside plain
-Monte Carlo; then five lines "torch / stablekl / truth". ``--plot FILE`` draws data, mixture and Gaussian.
+Fits a mixture to Fisher's iris, prints its KL divergence to the Gaussian with the same moments, and back, each beside
+plain Monte Carlo; then five lines "torch / stablekl / truth". ``--plot FILE`` draws data, mixture and Gaussian.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The logarithm of the normal distribution function, from one polynomial for the hazard.
 
-With h(y) = phi(y)/Phi(-y) for y >= 0, both tails and all derivatives are sums and products of positive terms. erfcx would
-do for the value, but not for the second derivative, which needs h(y) - y to its own accuracy, and not every device
-has it.
+With h(y) = phi(y)/Phi(-y) for y >= 0, both tails and all derivatives are sums and products of positive terms. erfcx
+would do for the value, but not for the second derivative, which needs h(y) - y to its own accuracy, and not every
+device has it.
 """
 
 from __future__ import annotations

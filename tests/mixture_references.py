@@ -9,6 +9,7 @@ one direction only, seen through a random affine map.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import mpmath as mp
@@ -58,7 +59,7 @@ def line(p: Sequence[Sequence[object]], q: Sequence[Sequence[object]], dps: int 
         high = max(m + 12 * s for w, m, s in p if w)
         ordered = sorted({low, high, *(x for x in edges if low < x < high)})
         total = mp.mpf(0)
-        for a, b in zip(ordered, ordered[1:], strict=False):
+        for a, b in itertools.pairwise(ordered):
             half, middle = (b - a) / 2, (a + b) / 2
             for node, weight in gauss_legendre(n, dps):
                 x = middle + half * node
@@ -125,7 +126,7 @@ def radial(p: Sequence[tuple[float, float]], q: Sequence[tuple[float, float]], d
         edges = sorted({max(mp.mpf(0), mp.mpf(s) * (centre + t)) for _, s in (*p, *q) for t in range(-12, 13, 2)})
         edges = [x for x in edges if x <= max(mp.mpf(s) for _, s in p) * (centre + 12)]
         total = mp.mpf(0)
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in itertools.pairwise(edges):
             half, middle = (b - a) / 2, (a + b) / 2
             for node, weight in gauss_legendre(24, 30):
                 r = middle + half * node

@@ -6,48 +6,18 @@ cancellation does not matter; evaluated at two precisions that must agree. Nothi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mpmath as mp
 import torch
 
-__all__ = ["agreed", "diagonal_kl", "exact", "mvn_gradients", "mvn_kl", "normal_gradients", "normal_kl", "ulps"]
+__all__ = ["agreed", "diagonal_kl", "exact", "mvn_gradients", "mvn_kl", "normal_gradients", "normal_kl"]
 
 Number = Any  # an mpf, or another number of many digits
 Matrix = list[list[Number]]
 # Bits; the cancellation is about 2 log2(1/distance) + 2 log2(condition), and 2 log2(scale/distance) for normals of any scale.
 PRECISIONS, NORMAL_PRECISIONS = (900, 1400), (6500, 7000)
-
-
-# ---- the metric ---------------------------------------------------------------------------------------------------
-
-
-def _exponent_of(value: Number) -> int:
-    """e with 2^e <= |value| < 2^(e + 1)."""
-    return int(mp.frexp(value)[1]) - 1
-
-
-def ulps(got: float, truth: Number, dtype: torch.dtype) -> float:
-    """Distance of ``got`` from the truth in units in the last place of the truth; total.
-
-    inf where one is NaN and the other is not, or the truth is not representable as the infinity that was returned. A truth beyond the
-    largest number is correctly rounded to infinity.
-    """
-    info = torch.finfo(dtype)
-    truth = mp.mpf(truth)
-    if mp.isnan(truth) or math.isnan(got):
-        return 0.0 if mp.isnan(truth) and math.isnan(got) else math.inf
-    if abs(truth) > info.max or mp.isinf(truth):
-        return 0.0 if got == (math.inf if truth > 0 else -math.inf) else math.inf
-    if math.isinf(got):
-        # The largest number is within rounding of infinity for a result a few ulps off.
-        got = math.copysign(info.max * (1 + info.eps / 2) if info.max < 1e300 else info.max, got)
-        return max(1.0, ulps(got, truth, dtype)) if abs(truth) > info.max * (1 - 64 * info.eps) else math.inf
-    subnormal = mp.mpf(info.tiny) * info.eps
-    unit = subnormal if truth == 0 else max(mp.mpf(2) ** _exponent_of(truth) * info.eps, subnormal)
-    return float(abs(mp.mpf(got) - truth) / unit)
 
 
 # ---- inputs -------------------------------------------------------------------------------------------------------

@@ -169,9 +169,13 @@ def single_or_mixture(kind, batch, k, dim, seed, module):
 def _first(component):
     """The component distribution without its last batch dimension."""
     if isinstance(component, Independent):
-        return Independent(type(component.base_dist)(component.base_dist.loc[..., 0, :], component.base_dist.scale[..., 0, :]), 1)
+        return Independent(
+            type(component.base_dist)(component.base_dist.loc[..., 0, :], component.base_dist.scale[..., 0, :]), 1
+        )
     if isinstance(component, LowRankMultivariateNormal):
-        return type(component)(component.loc[..., 0, :], component.cov_factor[..., 0, :, :], component.cov_diag[..., 0, :])
+        return type(component)(
+            component.loc[..., 0, :], component.cov_factor[..., 0, :, :], component.cov_diag[..., 0, :]
+        )
     if getattr(component, "is_diagonal", False):
         return stablekl.MultivariateNormal(component.loc[..., 0, :], scale_diag=component.scale_diag[..., 0, :])
     name = next(n for n in ("covariance_matrix", "precision_matrix", "scale_tril") if n in component.__dict__)
@@ -211,7 +215,9 @@ def test_scalar_components(module):
     assert value.shape == (3, 2)
     for i, j in itertools.product(range(3), range(2)):
         rows_p, rows_q = (
-            torch.stack([m.mixture_distribution.probs, m.component_distribution.loc, m.component_distribution.scale], -1)
+            torch.stack(
+                [m.mixture_distribution.probs, m.component_distribution.loc, m.component_distribution.scale], -1
+            )
             for m in (p, q)
         )
         truth = line(rows_p[i, 0].tolist(), rows_q[j].tolist())
@@ -314,9 +320,7 @@ def test_gradients_with_zero_weights(dim, mixed):
         loc=torch.ones(2, dim, dtype=F64) * torch.tensor([[1.0], [-1.0]], dtype=F64),
         scale_diag=torch.ones(2, dim, dtype=F64),
     )
-    m = stablekl.GaussianMixture(
-        probs=probs, loc=loc.expand(rows, 3, dim), scale_diag=scale.expand(rows, 3, dim)
-    )
+    m = stablekl.GaussianMixture(probs=probs, loc=loc.expand(rows, 3, dim), scale_diag=scale.expand(rows, 3, dim))
     with stablekl.accuracy(rtol=1.0):
         for a, b in ((m, q), (q, m), (m, other), (other, m)):
             value = kl_divergence(a, b)
@@ -436,11 +440,17 @@ def test_random_problems(dtype, k_p, k_q, dim):
 @pytest.mark.parametrize("dim", [1, 2])
 def test_what_overflows_is_infinite(k, dim):
     m = stablekl.GaussianMixture(
-        logits=torch.zeros(k, dtype=F64), loc=torch.arange(k * dim, dtype=F64).reshape(k, dim), scale_diag=torch.ones(k, dim, dtype=F64)
+        logits=torch.zeros(k, dtype=F64),
+        loc=torch.arange(k * dim, dtype=F64).reshape(k, dim),
+        scale_diag=torch.ones(k, dim, dtype=F64),
     )
     needle = torch.full((2, dim), 1e-200, dtype=F64)
     q = stablekl.MultivariateNormal(torch.zeros(dim, dtype=F64), scale_diag=needle[0])
-    r = stablekl.GaussianMixture(logits=torch.tensor([0.0, 1.0], dtype=F64), loc=needle * torch.tensor([[0.0], [1.0]], dtype=F64), scale_diag=needle)
+    r = stablekl.GaussianMixture(
+        logits=torch.tensor([0.0, 1.0], dtype=F64),
+        loc=needle * torch.tensor([[0.0], [1.0]], dtype=F64),
+        scale_diag=needle,
+    )
     for other in (q, r):
         e = stablekl.kl_estimate(m, other)
         assert float(e.value) == float(e.upper) == math.inf
@@ -483,7 +493,9 @@ def test_batches_are_their_rows(k_p, k_q, batch_p, batch_q):
     def row(d, i):
         if isinstance(d, MixtureSameFamily):
             c = d.component_distribution
-            return stablekl.GaussianMixture(logits=d.log_weights[i], loc=c.loc[i], covariance_matrix=c.covariance_matrix[i])
+            return stablekl.GaussianMixture(
+                logits=d.log_weights[i], loc=c.loc[i], covariance_matrix=c.covariance_matrix[i]
+            )
         return stablekl.MultivariateNormal(d.loc[i], covariance_matrix=d.covariance_matrix[i])
 
     for i in itertools.product(*map(range, batch)):
@@ -515,7 +527,10 @@ def test_vmap_and_jacrev(k_p, k_q, dim):
     p = single_or_mixture("scale_diag", (3,), k_p, dim, 1, stablekl)
     q = single_or_mixture("scale_diag", (), k_q, dim, 2, stablekl)
     if k_p == 1:
-        f, x = lambda loc: kl_divergence(stablekl.MultivariateNormal(loc, scale_diag=torch.ones(dim, dtype=F64)), q), p.loc
+        f, x = (
+            lambda loc: kl_divergence(stablekl.MultivariateNormal(loc, scale_diag=torch.ones(dim, dtype=F64)), q),
+            p.loc,
+        )
     else:
         component = p.component_distribution
 
@@ -540,15 +555,24 @@ def test_vmap_and_jacrev(k_p, k_q, dim):
 def test_compiled(k_p, k_q):
     def f(logits, loc, scale):
         m = stablekl.GaussianMixture(logits=logits, loc=loc, scale_diag=scale, validate_args=False)
-        q = stablekl.MultivariateNormal(torch.zeros(2, dtype=F64), scale_diag=torch.full((2,), 2.0, dtype=F64), validate_args=False)
+        q = stablekl.MultivariateNormal(
+            torch.zeros(2, dtype=F64), scale_diag=torch.full((2,), 2.0, dtype=F64), validate_args=False
+        )
         if k_q == 2:
             q = stablekl.GaussianMixture(
-                logits=torch.zeros(2, dtype=F64), loc=torch.ones(2, 2, dtype=F64), scale_diag=loc.abs() + 1, validate_args=False
+                logits=torch.zeros(2, dtype=F64),
+                loc=torch.ones(2, 2, dtype=F64),
+                scale_diag=loc.abs() + 1,
+                validate_args=False,
             )
         return stablekl.kl_divergence(m, q)
 
     g = torch.Generator().manual_seed(0)
-    given = [torch.randn(k_p, generator=g, dtype=F64), torch.randn(k_p, 2, generator=g, dtype=F64), torch.ones(k_p, 2, dtype=F64)]
+    given = [
+        torch.randn(k_p, generator=g, dtype=F64),
+        torch.randn(k_p, 2, generator=g, dtype=F64),
+        torch.ones(k_p, 2, dtype=F64),
+    ]
     leaves = [x.requires_grad_() for x in given]
     compiled = torch.compile(f, fullgraph=True)(*leaves)
     torch.testing.assert_close(compiled, f(*leaves), rtol=2e-2, atol=2e-2)

@@ -131,7 +131,7 @@ REGIMES = [
 ]
 # The largest error allowed, in ulps: the worst seen in millions of evaluations (the module's table), rounded up.
 LIFTED = 0.6
-BAR = {"log_ratio_bregman": 4.0, "bd0": 4.5, "log1pmx": 3.0, "expm1mx": 3.0, "log_ndtr": 4.5}
+BAR = {"log_ratio_bregman": 4.0, "bd0": 4.5, "log1pmx": 3.0, "expm1mx": 3.0, "log_ndtr": 5.0}
 TEXTBOOK = {
     "log_ratio_bregman": lambda a, b: a / b - 1 - torch.log(a / b),
     "bd0": lambda x, M: x * torch.log(x / M) + M - x,
@@ -256,7 +256,7 @@ def test_boundary(case, dtype):
 
 DERIVATIVES = [key for key in TRUTH if "/" in key]
 NAMES = {"log1pmx": "x", "expm1mx": "x", "log_ndtr": "x", "bd0": "xM", "log_ratio_bregman": "ab"}
-SLOPE_BAR = {"log_ndtr/xx": 6.0}
+SLOPE_BAR = {"log_ndtr/xx": 7.0}
 
 
 def derivative(key: str, *args: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,9 @@ __all__ = ["adaptive_information", "adaptive_kl"]
 REPLICATES = 16
 FIRST_POINTS = 256  # per component and replicate; doubled from here
 FIXED_POINTS = 512  # where the data may not be looked at
-# Measured: the t interval covers the truth in 91 to 99 % of the problems of a setting, not in 95 %, for two reasons. The
-# scrambles are fixed, so that similar problems share their luck; and points are doubled until the estimated error
-# is small, which favours underestimates. Wider by half, it covers at least 96 % in every setting (tests/test_kl_estimate.py).
+# Measured: the t interval covers the truth in 90 to 99 % of the problems of a setting, not in 95 %, for two reasons.
+# The scrambles are fixed, so that similar problems share their luck; and points are doubled until the estimated error
+# is small, which favours underestimates. Wider by half, it covers 95 % in every setting (tests/test_kl_estimate.py).
 WIDENING = 1.5
 # Points x (dimensions + components) of one chunk of rows, and of one that is recorded for the backward.
 CHUNK, RECORDED_CHUNK = 2**23, 2**24

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..distributions._gaussian import Gaussian, lower_factor
 
-__all__ = ["Components", "gaussian_components"]
+__all__ = ["Components", "broadcast_shape", "gaussian_components"]
 
 
 class Components(NamedTuple):
@@ -41,11 +41,19 @@ class Components(NamedTuple):
         return Components(*(x.expand(batch_shape + x.shape[n:]) for x in self))
 
 
+def broadcast_shape(*shapes: torch.Size) -> torch.Size:
+    """`torch.broadcast_shapes`, which takes 0.1 ms, without it where the shapes are the same."""
+    if all(s == shapes[0] for s in shapes):
+        return shapes[0]
+    result: torch.Size = torch.broadcast_shapes(*shapes)
+    return result
+
+
 def gaussian_components(log_weights: Tensor, gaussian: Gaussian) -> Components:
     """Weights ``batch_shape + (K,)`` and the Gaussians they weigh, of batch shape ``batch_shape + (K,)``."""
     scale = gaussian.scale if gaussian.kind == "scale_diag" else lower_factor(gaussian)
-    batch = torch.broadcast_shapes(log_weights.shape, gaussian.loc.shape[:-1], scale.shape[: -1 - (gaussian.kind != "scale_diag")])
     events = 1 if gaussian.kind == "scale_diag" else 2
+    batch = broadcast_shape(log_weights.shape, gaussian.loc.shape[:-1], scale.shape[:-events])
     return Components(
         log_weights.expand(batch),
         gaussian.loc.expand(batch + gaussian.loc.shape[-1:]),

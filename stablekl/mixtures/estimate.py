@@ -48,7 +48,8 @@ class Accuracy(NamedTuple):
     max_points: int = 2**16
 
 
-_ACCURACY: ContextVar[Accuracy] = ContextVar("stablekl_accuracy", default=Accuracy())
+_DEFAULT = Accuracy()
+_ACCURACY: ContextVar[Accuracy] = ContextVar("stablekl_accuracy", default=_DEFAULT)
 
 
 def requested_accuracy() -> Accuracy:
@@ -56,7 +57,7 @@ def requested_accuracy() -> Accuracy:
 
     A context variable cannot be traced, and a traced function must not change with the block it is called in.
     """
-    return Accuracy() if torch.compiler.is_compiling() else _ACCURACY.get()
+    return _DEFAULT if torch.compiler.is_compiling() else _ACCURACY.get()
 
 
 def checked_accuracy(rtol: float, max_points: int) -> Accuracy:
@@ -86,7 +87,9 @@ def accuracy(*, rtol: float | None = None, max_points: int | None = None) -> Ite
         (0.001, 65536)
     """
     outer = _ACCURACY.get()
-    asked = checked_accuracy(outer.rtol if rtol is None else rtol, outer.max_points if max_points is None else max_points)
+    asked = checked_accuracy(
+        outer.rtol if rtol is None else rtol, outer.max_points if max_points is None else max_points
+    )
     token = _ACCURACY.set(asked)
     try:
         yield asked

@@ -65,9 +65,7 @@ class GaussianMixture(MixtureSameFamily):
             raise ValueError(
                 f"the weights must have shape batch_shape + (K,) with K = {loc.shape[-2]} as in loc, got {shape}"
             )
-        component = MultivariateNormal(
-            loc, covariance_matrix, None, scale_tril, validate_args, scale_diag=scale_diag
-        )
+        component = MultivariateNormal(loc, covariance_matrix, None, scale_tril, validate_args, scale_diag=scale_diag)
         if Distribution._validate_args if validate_args is None else validate_args:
             _check_weights("logits" if probs is None else "probs", weights)
         super().__init__(Categorical(probs, logits, validate_args), component, validate_args)
@@ -76,7 +74,7 @@ class GaussianMixture(MixtureSameFamily):
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> GaussianMixture:
         """Return this mixture with its batch shape expanded; no memory is allocated."""
-        new = self._get_checked_instance(GaussianMixture, _instance)
+        new: GaussianMixture = self._get_checked_instance(GaussianMixture, _instance)  # type: ignore[no-untyped-call]
         return super().expand(batch_shape, new)  # type: ignore[return-value]
 
     def to_mvn(self) -> Distribution:

@@ -36,6 +36,8 @@ def _lattice_point(component: Distribution, zeros: Tensor) -> Tensor:
         support = component.support
     except NotImplementedError:
         return zeros
+    if support is None:
+        return zeros
     point = zeros
     total = getattr(component, "total_count", 1)
     first = torch.zeros_like(zeros)

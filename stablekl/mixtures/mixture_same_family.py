@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution
+from torch.distributions import Categorical, Distribution, constraints
 from torch.distributions import MixtureSameFamily as TorchMixtureSameFamily
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.types import _size
 
 from .._autograd import is_plain
@@ -29,8 +30,9 @@ __all__ = ["MixtureSameFamily"]
 class MixtureSameFamily(Movable, TorchMixtureSameFamily):
     r"""`torch.distributions.MixtureSameFamily` with an exact, streamed log-density and exact weights.
 
-    The density is :math:`m(x) = \sum_k w_k p_k(x)`. Weights of exactly 0 contribute nothing, as read from what the Categorical was
-    given (torch clamps its logits). No N x K x D tensor is built for Gaussian components, forward or backward.
+    The density is :math:`m(x) = \sum_k w_k p_k(x)`. Weights of exactly 0 contribute nothing, as read from what the
+    Categorical was given (torch clamps its logits). No N x K x D tensor is built for Gaussian components, forward or
+    backward.
 
     Args:
         mixture_distribution: the weights, batch shape broadcasting with the component's but for its last dimension.
@@ -57,9 +59,7 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
         self._given_logits, self._given_probs = given_weights(mixture_distribution)
         super().__init__(mixture_distribution, component_distribution, validate_args=validate_args)
         k = component_distribution.batch_shape[-1]
-        batch_shape = torch.broadcast_shapes(
-            mixture_distribution.batch_shape, component_distribution.batch_shape[:-1]
-        )
+        batch_shape = torch.broadcast_shapes(mixture_distribution.batch_shape, component_distribution.batch_shape[:-1])
         if component_distribution.batch_shape != (*batch_shape, k):
             self._component_distribution = component_distribution.expand(torch.Size((*batch_shape, k)))
         if mixture_distribution.batch_shape != batch_shape:
@@ -68,7 +68,7 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> MixtureSameFamily:
         """Return this mixture with its batch shape expanded; no memory is allocated."""
-        new = self._get_checked_instance(MixtureSameFamily, _instance)
+        new: MixtureSameFamily = self._get_checked_instance(MixtureSameFamily, _instance)  # type: ignore[no-untyped-call]
         batch_shape = torch.Size(batch_shape)
         new._component_distribution = self._component_distribution.expand(
             torch.Size((*batch_shape, self._num_component))
@@ -131,27 +131,43 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
         """
         components = self._components()
         if components is not None:
-            event = self._event(value)
-            result = component_log_probs(event, components._replace(log_weights=torch.zeros_like(components.loc[..., 0])))
+            result = component_log_probs(self._event(value), components)
             return result.to(torch.promote_types(value.dtype, components.loc.dtype))
         return self._family_log_probs(value, self._inside(value))
 
     def _family_log_probs(self, value: Tensor, use: Tensor) -> Tensor:
         """Log-densities of components of any family; -inf where they are not to be used."""
         component, padded = self._component_distribution, self._pad(value)
-        # The component's formula may raise or return NaN outside its support: evaluate it at a point inside.
-        mask = use.reshape(use.shape + (1,) * self._event_ndims)
-        log_prob = component.log_prob(torch.where(mask, padded, interior_point(component, padded)))
-        return torch.where(use, log_prob, -torch.inf)
+        interior = interior_point(component, padded)
+
+        def evaluate(use: Tensor) -> Tensor:
+            # The component's formula may raise or return NaN outside its support: evaluate it at a point inside.
+            mask = use.reshape(use.shape + (1,) * self._event_ndims)
+            log_prob: Tensor = component.log_prob(torch.where(mask, padded, interior))
+            return torch.where(use, log_prob, -torch.inf)
+
+        log_prob = evaluate(use)
+        live = log_prob.detach() > -torch.inf
+        if is_plain((log_prob,)) or (is_plain((live,)) and bool((live == use).all())):
+            return log_prob
+        # A density of 0 on the edge of the support: its gradient is infinite, and 0 * inf would be NaN.
+        return evaluate(use & live)
 
     def _inside(self, value: Tensor) -> Tensor:
-        """Whether each component's support contains the value, ``sample_shape + batch_shape + (K,)`` or broadcastable."""
+        """Whether each component's support contains the value, ``(..., K)``."""
         padded = self._pad(value)
         try:
-            return self._component_distribution.support.check(padded)
+            support = self._component_distribution.support
         except NotImplementedError:  # a component class that does not say where it lives
-            events = range(padded.ndim - self._event_ndims, padded.ndim)
-            return ~padded.isnan().any(tuple(events)) if self._event_ndims else ~padded.isnan()
+            support = None
+        if support is None:
+            support = constraints.independent(constraints.real, self._event_ndims)
+        inside: Tensor = support.check(padded)
+        return inside
+
+    def _pad(self, value: Tensor) -> Tensor:
+        """With a dimension for the components before the event's."""
+        return value.unsqueeze(-1 - self._event_ndims)
 
     def posterior_marginal(self, value: Tensor) -> Categorical:
         """Distribution of the component label given each value: weights proportional to w_k p_k(x).
@@ -201,12 +217,18 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
         total = torch.where(w[..., None, None] > 0, within + outer, torch.zeros_like(outer))
         return (w[..., None, None] * total).sum(-3)
 
+    @constraints.dependent_property
+    def support(self) -> constraints.Constraint:
+        """Where some component has its support; torch's asks for all of them, which refuses samples."""
+        return _Union(self._component_distribution.support)  # type: ignore[no-untyped-call]
+
     def cdf(self, value: Tensor) -> Tensor:
         """Cumulative distribution function of scalar events, ``sample_shape + batch_shape``."""
         component, padded, inside = self._component_distribution, self._pad(value), self._inside(value)
         # Outside a component's support, an interval, its formula may raise: there it is 0 or 1.
         interior = interior_point(component, padded)
-        cdf = torch.where(inside, component.cdf(torch.where(inside, padded, interior)), (padded > interior).to(interior.dtype))
+        cdf = component.cdf(torch.where(inside, padded, interior))
+        cdf = torch.where(inside, cdf, (padded > interior).to(cdf.dtype))
         return (cdf * self.log_weights.exp()).sum(-1)
 
     def __repr__(self) -> str:
@@ -219,8 +241,8 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
         shape = value.shape[:n] if n >= 0 else None
         if shape is None or value.shape[n:] != self.event_shape or not _broadcasts(shape, self.batch_shape):
             raise ValueError(
-                f"the value of shape {tuple(value.shape)} must end in the event shape {tuple(self.event_shape)}, and what "
-                f"comes before that must broadcast with the batch shape {tuple(self.batch_shape)}"
+                f"the value of shape {tuple(value.shape)} must end in the event shape {tuple(self.event_shape)}, and "
+                f"what comes before that must broadcast with the batch shape {tuple(self.batch_shape)}"
             )
         inside = self._inside(value.detach())
         if not is_plain((inside,)):
@@ -234,6 +256,18 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
                 f"({self._component_distribution.support}) or is NaN. Look for the first such value upstream, or pass "
                 "validate_args=False to get -inf."
             )
+
+
+class _Union(MixtureSameFamilyConstraint):
+    """A point belongs to the support of a mixture if it belongs to that of one component."""
+
+    def check(self, value: Tensor) -> Tensor:
+        events = len(value.shape) - self.base_constraint.event_dim
+        inside: Tensor = self.base_constraint.check(value.unsqueeze(events)).any(-1)
+        return inside
+
+    def __repr__(self) -> str:
+        return f"MixtureSameFamilyConstraint({self.base_constraint!r})"
 
 
 def _broadcasts(a: torch.Size, b: torch.Size) -> bool:

@@ -65,24 +65,24 @@ def as_mixture(distribution: Distribution) -> Mixture:
     Raises:
         NotImplementedError: it is neither; names the class.
     """
-    is_mixture = isinstance(distribution, TorchMixtureSameFamily)
-    component = distribution.component_distribution if is_mixture else distribution
+    mixture = distribution if isinstance(distribution, TorchMixtureSameFamily) else None
+    component = distribution if mixture is None else mixture.component_distribution
     gaussian = as_gaussian(component)
     if gaussian is None:
-        kind = "mixtures of" if is_mixture else "a mixture and a"
+        kind = "between a mixture and" if mixture is None else "for mixtures of"
         raise NotImplementedError(
-            f"no KL rule for {kind} {_class_name(component)} ({component}): it must be Normal, Independent(Normal, 1), "
-            "MultivariateNormal or LowRankMultivariateNormal. Estimate the divergence from samples, or register a rule with "
-            "torch.distributions.register_kl"
+            f"no KL rule {kind} {_class_name(component)} ({component}): it must be Normal, Independent(Normal, 1), "
+            "MultivariateNormal or LowRankMultivariateNormal. Estimate the divergence from samples, or register a rule "
+            "with torch.distributions.register_kl"
         )
-    if not is_mixture:
+    if mixture is None:
         single = gaussian.loc.new_zeros((*gaussian.loc.shape[:-1], 1))
         return Mixture(single, gaussian.unsqueeze(-1), gaussian.loc.dtype)
     dtype = widened(gaussian.loc).dtype
-    weights = distribution.mixture_distribution
+    weights = mixture.mixture_distribution
     # In working precision: rounded log-weights would be off by their size in units of the caller's eps.
-    if isinstance(distribution, MixtureSameFamily):
-        log_weights = distribution._log_weights(dtype)
+    if isinstance(mixture, MixtureSameFamily):
+        log_weights = mixture._log_weights(dtype)
     else:
         log_weights = categorical_log_weights(weights, dtype)
     return Mixture(log_weights, gaussian, torch.promote_types(gaussian.loc.dtype, weights._param.dtype))

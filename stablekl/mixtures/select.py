@@ -1,7 +1,8 @@
 r"""KL divergences of Gaussian mixtures: which engine, to what accuracy, and the rules registered with torch.
 
-With :math:`m = \sum_k w_k p_k` and a single Gaussian q, :math:`KL(m \| q) = S - I` where :math:`S = \sum_k w_k KL(p_k \| q)` is closed form
-and only the information :math:`0 \le I \le H(w)` between point and label needs integration.
+With :math:`m = \sum_k w_k p_k` and a single Gaussian q, :math:`KL(m \| q) = S - I` where
+:math:`S = \sum_k w_k KL(p_k \| q)` is closed form and only the information :math:`0 \le I \le H(w)` between point
+and label needs integration.
 
 ============================  ========================================  ==================================
 p and q                       engine                                    error
@@ -12,8 +13,8 @@ two components || one         "spectral": S - I, one 1-D integral       1e-13 (1
 anything else                 "sobol": replicated quasi-random points   asked for, estimated
 ============================  ========================================  ==================================
 
-Everything is computed in float64 where the device has it, and rounded once. The number of points is chosen from the data only in eager mode;
-under vmap, torch.compile and CUDA graph capture it is fixed.
+Everything is computed in float64 where the device has it, and rounded once. The number of points is chosen from the
+data, for each batch element, only in eager mode; under vmap, torch.compile and CUDA graph capture it is fixed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ..distributions.multivariate_normal import MultivariateNormal
 from ..distributions.normal import Normal
 from ..registry import register_hardened
 from .adaptive import adaptive_information, adaptive_kl
+from .components import broadcast_shape
 from .estimate import AccuracyWarning, KLEstimate, checked_accuracy, requested_accuracy
 from .line import line_kl
 from .reading import Mixture, as_mixture, is_eager, simplified
@@ -67,8 +69,8 @@ def _check_method(method: Method, p: Mixture, q: Mixture) -> None:
         raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, possible))}; got {method!r}")
     if not possible[method]:
         raise ValueError(
-            f"method {method!r} does not apply to {k_p} against {k_q} components in {d} dimensions; method='auto' takes "
-            f"{_choose(p, q)!r} here"
+            f"method {method!r} does not apply to {k_p} against {k_q} components in {d} dimensions; method='auto' "
+            f"takes {_choose(p, q)!r} here"
         )
 
 
@@ -88,8 +90,8 @@ def _weighted(log_weights: Tensor, terms: Tensor) -> Tensor:
 def _bounds(p: Mixture, q: Mixture, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """Certified bounds, rounded outwards; both are +inf where the divergence overflows.
 
-    Upper: q >= v_k q_k for each k, and the entropy of p is at least the mean entropy of its components. Lower, for a single
-    q, where KL = S - I: I <= H(w).
+    Upper: q >= v_k q_k for each k, and the entropy of p is at least the mean entropy of its components. Lower, for a
+    single q, where KL = S - I: I <= H(w).
     """
     lw = p.log_weights
     upper = _weighted(lw, (pairs - q.log_weights.unsqueeze(-2)).amin(-1))
@@ -117,12 +119,13 @@ def _evaluate(
         value = gaussian_kl(p.gaussian, q.gaussian).squeeze(-1)
         # Observed at most 16 eps for condition numbers up to 1e3; an ill-conditioned covariance has eps * cond.
         error = 16 * torch.finfo(value.dtype).eps * value.detach()
-        return value, error, *_interval(value.detach(), error, torch.zeros_like(error), torch.full_like(error, torch.inf))
+        unknown = torch.zeros_like(error), torch.full_like(error, torch.inf)
+        return value, error, *_interval(value.detach(), error, *unknown)
     p, q = p.widened(), q.widened()
     if q.num_components == 1:
         pairs = _pairs(p, q)
         mean_kl = _weighted(p.log_weights, pairs.squeeze(-1))
-        mean_kl = mean_kl.expand(torch.broadcast_shapes(mean_kl.shape, q.log_weights.shape[:-1]))
+        mean_kl = mean_kl.expand(broadcast_shape(mean_kl.shape, q.log_weights.shape[:-1]))
         pairs = pairs.detach()
     else:
         with torch.no_grad():
@@ -131,7 +134,7 @@ def _evaluate(
         lower, upper = _bounds(p, q, pairs)
     if method == "line":
         c_p, c_q = p.components(), q.components()
-        batch = torch.broadcast_shapes(c_p.log_weights.shape[:-1], c_q.log_weights.shape[:-1])
+        batch = broadcast_shape(c_p.log_weights.shape[:-1], c_q.log_weights.shape[:-1])
         value, error = line_kl(c_p.expand(batch), c_q.expand(batch))
         value, error = torch.where(upper.isinf(), upper, value), torch.where(upper.isinf(), upper, error)
     elif method == "spectral":
@@ -143,7 +146,7 @@ def _evaluate(
         error = error + _EXACT_ERROR * (1 + mean_kl.detach())
     else:
         c_p, c_q = p.components(), q.components()
-        batch = torch.broadcast_shapes(c_p.log_weights.shape[:-1], c_q.log_weights.shape[:-1])
+        batch = broadcast_shape(c_p.log_weights.shape[:-1], c_q.log_weights.shape[:-1])
         value, error = adaptive_kl(c_p.expand(batch), c_q.expand(batch), rtol, max_points)
         error = error + _EXACT_ERROR * (1 + value.detach())
     value = _clipped(value, lower, upper)
@@ -182,19 +185,22 @@ def kl_estimate(
 
     Raises:
         NotImplementedError: a component family without a rule (named).
-        ValueError: event shapes that differ, a method that does not apply, or a tolerance or budget that makes no sense.
+        ValueError: event shapes that differ, a method that does not apply, or a tolerance or budget without sense.
 
     Example:
         >>> import torch, stablekl
         >>> m = stablekl.GaussianMixture(probs=torch.tensor([0.5, 0.5]), loc=torch.tensor([[-3.0, 0.0], [3.0, 0.0]]),
         ...                              scale_diag=torch.ones(2, 2))
-        >>> e = stablekl.kl_estimate(m, stablekl.MultivariateNormal(torch.zeros(2), scale_diag=torch.tensor([10.0, 1.0]) ** 0.5))
+        >>> q = stablekl.MultivariateNormal(torch.zeros(2), scale_diag=torch.tensor([10.0, 1.0]) ** 0.5)
+        >>> e = stablekl.kl_estimate(m, q)
         >>> print(f"{e.value:.4f} {e.method} {bool(e.error < 1e-5)}")
         0.4620 spectral True
     """
     asked = requested_accuracy()
     if rtol is not None or max_points is not None:
-        asked = checked_accuracy(asked.rtol if rtol is None else rtol, asked.max_points if max_points is None else max_points)
+        asked = checked_accuracy(
+            asked.rtol if rtol is None else rtol, asked.max_points if max_points is None else max_points
+        )
     mixtures = simplified(as_mixture(p)), simplified(as_mixture(q))
     _check_events(p, q, *mixtures)
     chosen: Method = _choose(*mixtures) if method == "auto" else method
@@ -230,9 +236,9 @@ def kl_mixture(p: Distribution, q: Distribution) -> Tensor:
             worst = int(excess.argmax())
             warnings.warn(
                 f"the KL divergence of batch element {worst} (of {excess.numel()}, flattened) is "
-                f"{float(estimate.value.reshape(-1)[worst]):.6g} +- {float(estimate.error.reshape(-1)[worst]):.2g} (95%), "
-                f"above the tolerance rtol = {rtol:g}. Allow more points: with stablekl.accuracy(rtol=..., max_points=...); "
-                "or read the error: stablekl.kl_estimate.",
+                f"{float(estimate.value.reshape(-1)[worst]):.6g} +- {float(estimate.error.reshape(-1)[worst]):.2g} "
+                f"(95%), above the tolerance rtol = {rtol:g}. Allow more points: with stablekl.accuracy(rtol=..., "
+                "max_points=...); or read the error: stablekl.kl_estimate.",
                 AccuracyWarning,
                 stacklevel=3,
             )

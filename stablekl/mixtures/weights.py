@@ -30,9 +30,7 @@ log_probability = rowwise(_value, _gradient)
 log_probability.__doc__ = "log(p), -inf at p = 0 with gradient 0 there: a component that is switched off stays off."
 
 
-def normalised_log_weights(
-    logits: Tensor | None, probs: Tensor | None, dtype: torch.dtype | None = None
-) -> Tensor:
+def normalised_log_weights(logits: Tensor | None, probs: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """Normalised log-weights from unnormalised logits or probs, whichever is given, ``(..., K)``.
 
     Args:

@@ -1,0 +1,155 @@
+"""stablekl.GaussianMixture: built from parameters, read as torch's classes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch.distributions import Categorical, MultivariateNormal
+
+import stablekl
+from stablekl import GaussianMixture
+
+F64 = torch.float64
+T = torch.tensor
+LOC = T([[0.0, 0.0], [3.0, 1.0], [-1.0, 2.0]], dtype=F64)
+COV = torch.stack([torch.eye(2, dtype=F64) * (k + 1) + 0.3 for k in range(3)])
+PROBS = T([0.2, 0.3, 0.5], dtype=F64)
+SCALES = {
+    "covariance_matrix": COV,
+    "scale_tril": torch.linalg.cholesky(COV),
+    "scale_diag": COV.diagonal(dim1=-2, dim2=-1).sqrt(),
+}
+
+
+@pytest.mark.parametrize("kind", SCALES)
+@pytest.mark.parametrize("weights", ["probs", "logits"])
+def test_it_is_what_torch_would_build(kind, weights):
+    given = PROBS if weights == "probs" else PROBS.log() + 7.0
+    m = GaussianMixture(**{weights: given, "loc": LOC, kind: SCALES[kind]})
+    cov = torch.diag_embed(SCALES[kind] ** 2) if kind == "scale_diag" else COV
+    twin = torch.distributions.MixtureSameFamily(Categorical(PROBS), MultivariateNormal(LOC, cov))
+    assert isinstance(m, stablekl.MixtureSameFamily)
+    assert isinstance(m.mixture_distribution, Categorical)
+    assert isinstance(m.component_distribution, MultivariateNormal)
+    assert torch.equal(m.component_distribution.loc, LOC)
+    torch.testing.assert_close(m.component_distribution.scale_tril, torch.linalg.cholesky(cov))
+    torch.testing.assert_close(m.mixture_distribution.probs, PROBS)
+    torch.testing.assert_close(m.log_weights, PROBS.log())
+    x = 3 * torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    torch.testing.assert_close(m.log_prob(x), twin.log_prob(x))
+    torch.testing.assert_close(m.mean, twin.mean)
+    torch.testing.assert_close(m.variance, twin.variance)
+    assert m.sample((4,)).shape == (4, 2)
+    assert repr(m).startswith("GaussianMixture(\n  Categorical(")
+
+
+def test_moments_and_the_matching_gaussian():
+    m = GaussianMixture(probs=PROBS, loc=LOC, covariance_matrix=COV)
+    torch.manual_seed(0)
+    x = m.sample((200_000,))
+    torch.testing.assert_close(m.covariance_matrix, torch.cov(x.mT), rtol=0.02, atol=0.02)
+    q = m.to_mvn()
+    assert torch.equal(q.mean, m.mean)
+    torch.testing.assert_close(q.covariance_matrix, m.covariance_matrix)
+    best = torch.distributions.kl_divergence(m, q)
+    for shift, factor in ((0.1, 1.0), (0.0, 1.1), (0.0, 0.9)):
+        other = MultivariateNormal(m.mean + shift, factor * m.covariance_matrix)
+        assert torch.distributions.kl_divergence(m, other) > best
+
+
+def test_unnormalised_and_zero_weights():
+    m = GaussianMixture(probs=T([1.0, 0.0, 3.0], dtype=F64), loc=LOC, covariance_matrix=COV)
+    torch.testing.assert_close(m.log_weights, T([0.25, 0.0, 0.75], dtype=F64).log(), rtol=1e-14, atol=0)
+    n = GaussianMixture(logits=m.log_weights, loc=LOC, covariance_matrix=COV)
+    alive = GaussianMixture(probs=T([1.0, 3.0], dtype=F64), loc=LOC[[0, 2]], covariance_matrix=COV[[0, 2]])
+    for x in (LOC, LOC + 5, LOC * 1e6):
+        torch.testing.assert_close(m.log_prob(x), alive.log_prob(x), rtol=1e-15, atol=0)
+        torch.testing.assert_close(n.log_prob(x), alive.log_prob(x), rtol=1e-15, atol=0)
+    assert float(m.posterior_marginal(LOC).probs[:, 1].abs().max()) == 0
+
+
+@pytest.mark.parametrize("weights", ["probs", "logits"])
+def test_gradients_with_a_zero_weight(weights):
+    given = T([0.25, 0.0, 0.75], dtype=F64)
+    leaves = [given if weights == "probs" else given.log(), LOC.clone(), SCALES["scale_diag"].clone()]
+    leaves = [x.requires_grad_() for x in leaves]
+    m = GaussianMixture(**{weights: leaves[0]}, loc=leaves[1], scale_diag=leaves[2])
+    for value in (m.log_prob(LOC.detach()).sum(), m.mean.sum(), m.variance.sum(), m.covariance_matrix.sum()):
+        grads = torch.autograd.grad(value, leaves, allow_unused=True)
+        assert all(bool(g.isfinite().all()) for g in grads if g is not None)
+        assert float(grads[1][1].abs().max()) == 0
+
+
+@pytest.mark.parametrize(
+    "transport", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.expand((3,))]
+)
+@pytest.mark.parametrize("kind", SCALES)
+def test_transport(kind, transport):
+    m = GaussianMixture(probs=T([1.0, 0.0, 3.0], dtype=F64), loc=LOC, **{kind: SCALES[kind]})
+    new = transport(m)
+    assert type(new) is GaussianMixture
+    x = LOC[0] + 1
+    assert torch.equal(new.log_prob(x), m.log_prob(x).expand(new.batch_shape))
+    single = new.to(torch.float32)
+    assert type(single) is GaussianMixture
+    assert single.log_prob(x.float()).dtype == single.log_weights.dtype == single.sample().dtype == torch.float32
+    torch.testing.assert_close(single.log_prob(x.float()), new.log_prob(x).float())
+    assert (
+        float(single.log_weights.max(-2).values.min() if single.batch_shape else single.log_weights.min()) == -math.inf
+    )
+
+
+def test_batches():
+    m = GaussianMixture(probs=torch.rand(5, 1, 3), loc=torch.randn(4, 3, 2), scale_diag=torch.ones(3, 2))
+    assert m.batch_shape == (5, 4)
+    assert m.log_weights.shape == (5, 4, 3)
+    assert m.log_prob(torch.zeros(7, 1, 1, 2)).shape == (7, 5, 4)
+    assert m.sample((2,)).shape == (2, 5, 4, 2)
+
+
+# Where each weight counts: accuracy of the density under the smallest weight that is not zero
+def test_tiny_weights_count():
+    logits = T([0.0, -200.0], dtype=F64)
+    m = GaussianMixture(logits=logits, loc=T([[0.0], [60.0]], dtype=F64), scale_diag=torch.ones(2, 1, dtype=F64))
+    x = T([60.0], dtype=F64)
+    assert float(m.log_prob(x)) == pytest.approx(-200.0 - 0.5 * math.log(2 * math.pi), rel=1e-15)
+    probs = GaussianMixture(
+        probs=logits.exp(), loc=m.component_distribution.loc, scale_diag=torch.ones(2, 1, dtype=F64)
+    )
+    torch.testing.assert_close(probs.log_prob(x), m.log_prob(x), rtol=1e-14, atol=0)
+
+
+BAD = {
+    "neither weights": ({}, "exactly one of logits and probs; got neither"),
+    "both weights": ({"probs": PROBS, "logits": PROBS}, "got both"),
+    "too few weights": ({"probs": PROBS[:2]}, r"\(K,\) with K = 3 as in loc, got \(2,\)"),
+    "no means": ({"probs": PROBS, "loc": None}, "loc must have shape"),
+    "one mean": ({"probs": PROBS, "loc": LOC[0]}, "loc must have shape"),
+    "two scales": ({"probs": PROBS, "scale_tril": SCALES["scale_tril"]}, "scale_tril and scale_diag|exactly one"),
+    "negative weight": ({"probs": T([0.5, -0.1, 0.6], dtype=F64)}, r"probs has the value -0.1 at \[1\]"),
+    "infinite weight": ({"probs": T([0.5, math.inf, 0.6], dtype=F64)}, r"probs has the value inf at \[1\]"),
+    "no weight": ({"probs": torch.zeros(3, dtype=F64)}, "all probs are 0"),
+    "NaN logit": ({"logits": T([[0.0, 0.0, math.nan]] * 2, dtype=F64)}, r"logits has the value nan at \[0, 2\]"),
+    "infinite logit": ({"logits": T([0.0, math.inf, 0.0], dtype=F64)}, r"logits has the value inf at \[1\]"),
+    "no logit": ({"logits": torch.full((2, 3), -math.inf, dtype=F64)}, r"all logits are -inf in the mixture at \[0\]"),
+    "zero scale": (
+        {"probs": PROBS, "scale_diag": T([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]], dtype=F64)},
+        r"scale_diag\[1, 1\] is 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_say_what_and_where(name):
+    change, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        GaussianMixture(**{"loc": LOC, "scale_diag": SCALES["scale_diag"], **change})
+
+
+def test_validation_can_be_switched_off():
+    m = GaussianMixture(probs=PROBS, loc=LOC, scale_diag=SCALES["scale_diag"], validate_args=False)
+    assert bool(m.log_prob(T([math.nan, 0.0], dtype=F64)).isnan())

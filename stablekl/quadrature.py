@@ -22,6 +22,16 @@ from torch import Tensor
 __all__ = ["gauss_legendre", "panel_rule", "sobol_normals", "student_t_half_width", "table", "two_sum"]
 
 T = TypeVar("T")
+FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
+
+
+def _constant_when_traced(f: FunctionT) -> FunctionT:
+    """Have torch.compile call ``f`` while it traces and take the result for a constant.
+
+    `torch.compiler.assume_constant_result` without its import of torch._dynamo, which takes seconds.
+    """
+    f._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return f
 
 
 def _outside_transforms(make: Callable[[], T]) -> T:
@@ -63,7 +73,7 @@ def _gauss_legendre(n: int) -> tuple[float, ...]:
     return tuple(np.concatenate([0.5 * (nodes + 1.0), 0.5 * weights, last]).tolist())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant_when_traced
 def _gauss_legendre_constants(n: int) -> tuple[float, ...]:
     return _gauss_legendre(n)
 
@@ -210,7 +220,7 @@ def _student_t_quantile(dof: int) -> float:
     return high
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant_when_traced
 def student_t_half_width(num_replicates: int) -> float:
     """Half-width of the 95 % interval for a mean, in standard deviations of the replicates.
 

@@ -104,8 +104,8 @@ def plane(
             det = a * d - b * b
             u, v = x[..., 0] - mean[0], x[..., 1] - mean[1]
             form = (d * u * u - 2 * b * u * v + a * v * v) / det
-            terms.append(np.log(np.longdouble(weight)) - form / 2 - np.log(det) / 2 - np.log(2 * np.longdouble(np.pi)))
-        return functools.reduce(np.logaddexp, terms)
+            terms.append(np.log(np.longdouble(weight)) - form / 2 - np.log(det) / 2)
+        return functools.reduce(np.logaddexp, terms) - np.log(2 * np.longdouble(np.pi))
 
     log_p, log_q = log_mixture(*p), log_mixture(*q)
     return float((np.exp(log_p) * (log_p - log_q)).sum() * np.longdouble(step) ** 2)

@@ -313,9 +313,11 @@ def test_half_precision(dtype, weights):
     w = T([0.01, 0.99]).to(dtype)
     w = w if weights == "probs" else w.log()
     loc, scale = T([[0.0, 1.0], [3.0, -2.0]]).to(dtype), T([[0.5, 1.0], [1.0, 2.0]]).to(dtype)
-    make = lambda t: MixtureSameFamily(
-        Categorical(**{weights: w.to(t)}), Independent(Normal(loc.to(t), scale.to(t)), 1)
-    )  # noqa: E731
+
+    def make(t):
+        component = Independent(Normal(loc.to(t), scale.to(t)), 1)
+        return MixtureSameFamily(Categorical(**{weights: w.to(t)}), component)
+
     half, double = make(dtype), make(F64)
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
     value = half.log_prob(x)

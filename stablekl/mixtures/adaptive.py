@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from .components import Components
@@ -107,12 +108,23 @@ def _adaptive(
             n *= 2
             part, part_error = _chunked(engine, frozen, active, n)
             value, error = value.index_copy(0, active, part), error.index_copy(0, active, part_error)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if _differentiated(tensors):
         passes = [(n, index) for n, index in passes if index.numel()]
         parts = [_chunked(engine, flat, index, n)[0] for n, index in passes]
         order = torch.cat([index for _, index in passes]).argsort() if passes else active
         value = torch.cat(parts).index_select(0, order) if parts else value
     return value.reshape(batch), error.reshape(batch)
+
+
+def _differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Whether somebody wants a derivative, backward or forward."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors) if _in_dual_level() else False
+
+
+def _in_dual_level() -> bool:
+    return bool(forward_ad._current_level >= 0)
 
 
 def _chunked(engine: Engine, flat: Sequence[Tensor], index: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -125,7 +125,6 @@ def _evaluate(
     if q.num_components == 1:
         pairs = _pairs(p, q)
         mean_kl = _weighted(p.log_weights, pairs.squeeze(-1))
-        mean_kl = mean_kl.expand(broadcast_shape(mean_kl.shape, q.log_weights.shape[:-1]))
         pairs = pairs.detach()
     else:
         with torch.no_grad():
@@ -150,6 +149,7 @@ def _evaluate(
         value, error = adaptive_kl(c_p.expand(batch), c_q.expand(batch), rtol, max_points)
         error = error + _EXACT_ERROR * (1 + value.detach())
     value = _clipped(value, lower, upper)
+    error = torch.where(value.detach().isinf(), torch.inf, error)
     if method != "sobol":  # the error is a bound
         lower, upper = _interval(value.detach(), error, lower, upper)
     return value, error, lower, upper

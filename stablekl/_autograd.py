@@ -37,32 +37,45 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def blockwise(f: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Apply an elementwise, tuple-valued ``f`` to inputs of one shape, block by block on a CPU.
+def blockwise(
+    f: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, batch_ndim: int | None = None
+) -> tuple[Tensor, ...]:
+    """Apply a function of rows, tuple-valued, block by block on a CPU; rows are elements unless told otherwise.
 
-    The result is that of ``f(*inputs)``, bit for bit: on other devices, for small inputs and inside any
-    transform it is that call. The blocks are shared between as many threads as torch uses.
+    The result is that of ``f(*inputs)``, to the last bit for elementwise ``f``: on other devices, for small inputs and
+    inside any transform it is that call. The blocks are shared between as many threads as torch uses.
+
+    Args:
+        f: the function; its results have the batch dimensions of the inputs in front.
+        inputs: of one batch shape, followed by whatever dimensions a row has.
+        batch_ndim: the number of batch dimensions; None: all of them (``f`` is elementwise).
     """
-    shape, n = inputs[0].shape, inputs[0].numel()
-    if n <= 2 * BLOCK or inputs[0].device.type != "cpu" or not is_plain(inputs):
+    n = inputs[0].ndim if batch_ndim is None else batch_ndim
+    batch = inputs[0].shape[:n]
+    rows = batch.numel()
+    size = max(1, BLOCK // max(1, *(x.shape[n:].numel() for x in inputs)))
+    if rows <= 2 * size or inputs[0].device.type != "cpu" or not is_plain(inputs):
         return f(*inputs)
-    # An expanded scalar stays a scalar: broadcasting inside the block is free, materialising is not.
-    flat = [x.reshape(-1)[:1] if not any(x.stride()) else x.reshape(-1) for x in inputs]
+    # What is the same for every row stays one row: broadcasting inside the block is free, materialising is not.
+    flat = [
+        x[(0,) * n].unsqueeze(0) if not any(x.stride()[:n]) else x.reshape(rows, *x.shape[n:]) for x in inputs
+    ]
 
     def block(start: int) -> tuple[Tensor, ...]:
-        return f(*(x if x.numel() == 1 else x[start : start + BLOCK] for x in flat))
+        stop = min(start + size, rows)
+        return f(*(x.expand(stop - start, *x.shape[1:]) if len(x) == 1 else x[start:stop] for x in flat))
 
     first = block(0)
-    outputs = [torch.empty(n, dtype=r.dtype, device=r.device) for r in first]
+    outputs = [_empty_rows(rows, r) for r in first]
     # both modes belong to a thread, so each takes over that of the caller
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
 
     def fill(start: int) -> None:
         with mode():
             for out, r in zip(outputs, block(start) if start else first, strict=True):
-                out[start : start + BLOCK] = r
+                out[start : start + size] = r
 
-    starts = range(0, n, BLOCK)
+    starts = range(0, rows, size)
     threads = min(torch.get_num_threads(), len(starts))
     if threads == 1:
         for start in starts:
@@ -70,7 +83,14 @@ def blockwise(f: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Te
     else:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, starts))
-    return tuple(out.view(shape) for out in outputs)
+    return tuple(out.unflatten(0, batch) for out in outputs)
+
+
+def _empty_rows(rows: int, like: Tensor) -> Tensor:
+    """Room for ``rows`` rows such as those of ``like``; matrices stored by columns, as LAPACK leaves them, stay so."""
+    if like.ndim > 2 and like.mT.is_contiguous() and not like.is_contiguous():
+        return like.new_empty((rows, *like.mT.shape[1:])).mT
+    return like.new_empty((rows, *like.shape[1:]))
 
 
 def _scaled(g: Tensor, d: Tensor) -> Tensor:
@@ -90,6 +110,8 @@ def _scaled(g: Tensor, d: Tensor) -> Tensor:
 def rowwise(
     value: Callable[..., tuple[Tensor, ...]],
     gradient: Callable[..., tuple[Tensor, ...]],
+    *,
+    event_ndims: Sequence[int] | None = None,
 ) -> Callable[..., Tensor]:
     """A function of rows with a hand-written gradient.
 
@@ -100,22 +122,31 @@ def rowwise(
         gradient: ``gradient(inputs, saved) -> (d out / d input_i, ...)``, of the shapes of the inputs, row
             by row. ``saved`` is None when the result itself must be differentiable: everything is
             then recomputed from ``inputs`` with differentiable operations.
+        event_ndims: how many dimensions a row of each input has. Given, value and gradient are evaluated by
+            `blockwise`; that is worth it where a row is small.
 
     Returns:
         ``f(*inputs) -> out``.
     """
 
+    def blocked_value(*inputs: Tensor) -> tuple[Tensor, ...]:
+        if event_ndims is None:
+            return value(*inputs)
+        return blockwise(value, *inputs, batch_ndim=inputs[0].ndim - event_ndims[0])
+
     def vjp(
         grad: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor] | None, needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
-        def scaled_partials(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            partials = gradient(inputs, saved)
+        def scaled_partials(grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            kept = None if saved is None else tensors[len(inputs) :]
+            partials = gradient(tensors[: len(inputs)], kept)
             return tuple(_scaled(grad, d) for d, n in zip(partials, needed, strict=True) if n)
 
-        if not saved and all(x.shape == grad.shape for x in inputs):  # elementwise
-            results = iter(blockwise(scaled_partials, grad, *inputs))
+        tensors = (grad, *inputs, *(saved or ()))
+        if event_ndims is not None or all(x.shape == grad.shape for x in tensors):
+            results = iter(blockwise(scaled_partials, *tensors, batch_ndim=grad.ndim))
         else:
-            results = iter(scaled_partials(grad, *inputs))
+            results = iter(scaled_partials(*tensors))
         return tuple(next(results) if n else None for n in needed)
 
     def jvp(inputs: Sequence[Tensor], tangents: Sequence[Tensor | None], ndim: int) -> Tensor | None:
@@ -129,7 +160,7 @@ def rowwise(
                 total = term if total is None else total + term
         return total
 
-    return custom(value, vjp, jvp)
+    return custom(blocked_value, vjp, jvp)
 
 
 def custom(

@@ -44,8 +44,8 @@ def _raise_not_positive_definite(a: Tensor, bad: Tensor, max_jitter: float | Non
     tried = "no jitter was tried (max_jitter=None)" if max_jitter is None else f"jitter up to {max_jitter:g}"
     raise NotPositiveDefiniteError(
         f"matrix {list(index)} is not positive definite to working precision: smallest eigenvalue "
-        f"{eigenvalue:.6g}, mean diagonal {float(a[index].diagonal().mean()):.6g}; {tried}. Likely causes: fewer samples than "
-        "dimensions, a variance that is exactly 0 (a ReLU output), duplicated columns, or too little precision for "
+        f"{eigenvalue:.6g}, mean diagonal {float(a[index].diagonal().mean()):.6g}; {tried}. Likely causes: fewer samples "
+        "than dimensions, a variance that is exactly 0 (a ReLU output), duplicated columns, or too little precision for "
         "its condition number. Use float64, give scale_tril or scale_diag instead of the covariance "
         "(stablekl.scale_tril_from_unconstrained, stablekl.softplus_scale), or allow "
         "stablekl.safe_cholesky(A, max_jitter=...) and look at the jitter it returns."
@@ -70,7 +70,8 @@ def safe_cholesky(a: Tensor, *, max_jitter: float | None = None) -> tuple[Tensor
         mean diagonal, 0 where none was needed.
 
     Raises:
-        ValueError: ``a`` is not square, or holds a NaN or an infinity (says where); ``max_jitter`` is negative or not finite.
+        ValueError: ``a`` is not square, or holds a NaN or an infinity (says where); ``max_jitter`` is negative or not
+            finite.
         NotPositiveDefiniteError: a matrix is not positive definite (says which, and its smallest eigenvalue).
             The checks that need the data are skipped under ``vmap`` and ``torch.compile``.
 

@@ -56,7 +56,7 @@ def register_hardened(
 
 
 def _lookup(type_p: type, type_q: type) -> Rule | None:
-    """torch's resolution, written so that torch.compile can trace it: the most specific p, then q."""
+    """Resolve as torch does, written so that torch.compile can trace it: the most specific p, then q."""
     for p in type_p.__mro__:
         for q in type_q.__mro__:
             rule = _HARDENED.get((p, q)) or _KL_REGISTRY.get((p, q))

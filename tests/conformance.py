@@ -1,4 +1,4 @@
-"""What every Gaussian family must satisfy, ours and torch's; a family is data, a requirement is a function `check_*`."""
+"""What every Gaussian family, ours or torch's, must satisfy: a family is data, a requirement is a function `check_*`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
@@ -17,7 +18,7 @@ from torch.distributions import Normal as TorchNormal
 
 import stablekl
 
-__all__ = ["FAMILIES", "OURS", "REQUIREMENTS", "VECTORS", "Family"]
+__all__ = ["FAMILIES", "OURS", "REQUIREMENTS", "VECTORS", "Family", "validation"]
 
 Tensors = tuple[Tensor, ...]
 D = 3
@@ -33,7 +34,9 @@ class Family(NamedTuple):
 
     build: Callable[..., Distribution]
     parameters: Callable[[tuple[int, ...], torch.dtype, int], Tensors]
-    lenient: bool = True  # whether the constructor takes half precision and vmap; torch's Cholesky and its check do not
+    lenient: bool = (
+        True  # whether the constructor takes half precision and vmap; torch's Cholesky and its check do not
+    )
 
 
 def _normal(shape: tuple[int, ...], seed: int) -> tuple[Tensor, torch.Generator]:
@@ -97,6 +100,14 @@ TORCHS = {
 }
 FAMILIES = OURS | TORCHS
 VECTORS = {name: family for name, family in FAMILIES.items() if "Normal" not in name}
+
+
+@pytest.fixture(autouse=True)
+def validation() -> Iterator[None]:
+    """Each test validates arguments: the first torch.compile in a process switches that off for all of them."""
+    Distribution.set_default_validate_args(True)
+    yield
+    Distribution.set_default_validate_args(True)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """True KL divergences of Gaussians and their gradients, by mpmath, on the exact values of the inputs.
 
-Written from the definition E_p[log p - log q], evaluated for the two densities as any textbook does, with enough digits that its
-cancellation does not matter; evaluated at two precisions that must agree. Nothing here uses a formula of stablekl's.
+Written from the definition E_p[log p - log q], evaluated for the two densities as any textbook does, with enough digits
+that its cancellation does not matter, at two precisions that must agree. Nothing here uses a formula of stablekl's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["agreed", "diagonal_kl", "exact", "mvn_gradients", "mvn_kl", "normal_
 
 Number = Any  # an mpf, or another number of many digits
 Matrix = list[list[Number]]
-# Bits; the cancellation is about 2 log2(1/distance) + 2 log2(condition), and 2 log2(scale/distance) for normals of any scale.
+# Bits; the cancellation is about 2 log2(1/distance) + 2 log2(condition), for normals 2 log2(scale/distance) at any scale.
 PRECISIONS, NORMAL_PRECISIONS = (900, 1400), (6500, 7000)
 
 
@@ -59,7 +59,8 @@ def _flat(item: Any) -> list[Number]:
 
 
 def _normal(mu_p: Number, sigma_p: Number, mu_q: Number, sigma_q: Number) -> Number:
-    # E_p[log p] = -log sigma_p - 1/2 and E_p[-log q] = log sigma_q + E_p[(x - mu_q)^2]/(2 sigma_q^2), less log(2 pi)/2 twice
+    # E_p[log p] = -log sigma_p - 1/2 and E_p[-log q] = log sigma_q + E_p[(x - mu_q)^2]/(2 sigma_q^2), both without their
+    # log(2 pi)/2
     second_moment = sigma_p * sigma_p + (mu_p - mu_q) ** 2
     return second_moment / (2 * sigma_q * sigma_q) + mp.log(sigma_q) - mp.log(sigma_p) - mp.mpf(1) / 2
 
@@ -201,7 +202,7 @@ def mvn_gradients(mu_p: Any, kind: str, a_p: Any, mu_q: Any, a_q: Any) -> list[A
     def quotients() -> list[Any]:
         results: list[Any] = []
         for position in range(4):
-            # nothing varies faster than on the scale of the smallest diagonal entry; 2^-700 leaves 2^-1400 of truncation
+            # nothing varies faster than on the scale of the smallest diagonal entry; 2^-700 truncates at 2^-1400
             unit = scale(1 if position == 0 else 3 if position == 2 else position)
             h = mp.mpf(2) ** -700 * (unit if kind == "scale_tril" or position % 2 else min(unit, 1 / unit))
             if position % 2 == 0:

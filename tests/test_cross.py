@@ -11,8 +11,10 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 import stablekl
 from tests import references
-from tests.conformance import FAMILIES, OURS, REQUIREMENTS, VECTORS
+from tests.conformance import FAMILIES, OURS, REQUIREMENTS, VECTORS, validation
 from tests.ulps import ulp_error
+
+__all__ = ["validation"]  # a fixture, used by being here
 
 KIND = {
     "Independent": "scale_diag",
@@ -42,7 +44,9 @@ def test_to_another_dtype(name):
     assert narrow.sample().dtype == torch.float32
     q = family.build(*family.parameters((2,), torch.float64, 2))
     expected = stablekl.kl_divergence(p, q)
-    torch.testing.assert_close(stablekl.kl_divergence(narrow, q.to(torch.float32)), expected.float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        stablekl.kl_divergence(narrow, q.to(torch.float32)), expected.float(), rtol=1e-5, atol=0
+    )
     assert p.sample().dtype == torch.float64, "the original is unchanged"
 
 
@@ -153,6 +157,8 @@ def test_parameters_of_different_dtypes_promote():
     q = MultivariateNormal(torch.zeros(2, dtype=narrow), torch.eye(2, dtype=narrow))
     result = stablekl.kl_divergence(p, q)
     assert result.dtype == wide
-    truth = 2 * references.mvn_kl(*([references.mp.mpf(0)], "covariance_matrix", [[references.mp.mpf(1.1)]]),
-                                  *([references.mp.mpf(0)], "covariance_matrix", [[references.mp.mpf(1)]]))
+    truth = 2 * references.mvn_kl(
+        *([references.mp.mpf(0)], "covariance_matrix", [[references.mp.mpf(1.1)]]),
+        *([references.mp.mpf(0)], "covariance_matrix", [[references.mp.mpf(1)]]),
+    )
     assert ulp_error(result, truth, wide) <= 8

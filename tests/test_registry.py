@@ -83,7 +83,12 @@ def test_nested_and_out_of_order():
 
 def test_every_torch_pair_is_replaced_and_comes_back():
     with stablekl.harden():
-        for pair in ((Normal, Normal), (MultivariateNormal, MultivariateNormal), (LowRank, LowRank), (Independent,) * 2):
+        for pair in (
+            (Normal, Normal),
+            (MultivariateNormal, MultivariateNormal),
+            (LowRank, LowRank),
+            (Independent,) * 2,
+        ):
             assert _KL_REGISTRY[pair].__module__.startswith("stablekl.")
     for pair in ((Normal, Normal), (MultivariateNormal, MultivariateNormal), (LowRank, LowRank), (Independent,) * 2):
         assert _KL_REGISTRY[pair].__module__.startswith("torch.")

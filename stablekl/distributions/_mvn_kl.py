@@ -33,6 +33,14 @@ def _diagonal(a: Tensor) -> Tensor:
     return a.diagonal(dim1=-2, dim2=-1)
 
 
+def _plus_diagonal(a: Tensor, d: Tensor) -> Tensor:
+    """``a + diag(d)`` for a fresh ``a``, in place where nothing is recorded."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return a + torch.diag_embed(d)
+    _diagonal(a).add_(d)
+    return a
+
+
 def _whitened(factor_p: Tensor, factor_q: Tensor, shift: Tensor) -> Tensor:
     """``[X, m]``, shape (..., D, D + 1), from triangular factors; the diagonal of X is (p - q)/q itself.
 
@@ -98,12 +106,12 @@ def _tril_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     y = solve_triangular(tril_q.mT, z, upper=True)
     r = _diagonal(z)
     d_mu = y[..., -1]
-    d_p = y[..., :-1].tril() + torch.diag_embed(r / _diagonal(tril_p))
-    d_q = -(y @ z.mT + y[..., :-1]).tril() - torch.diag_embed(r / _diagonal(tril_q))
+    d_p = _plus_diagonal(y[..., :-1].tril(), r / _diagonal(tril_p))
+    d_q = _plus_diagonal((y[..., :-1] + y @ z.mT).tril().neg(), -r / _diagonal(tril_q))
     return d_mu, d_p, -d_mu, d_q
 
 
-_tril_kl = rowwise(_tril_value, _tril_gradient)
+_tril_kl = rowwise(_tril_value, _tril_gradient, event_ndims=(1, 2, 1, 2))
 
 
 # ---- covariances ------------------------------------------------------------------------------------------------
@@ -174,7 +182,7 @@ def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     return tuple(d.to(dtype) for d in (d_mu, d_p, -d_mu, d_q))
 
 
-_covariance_kl = rowwise(_covariance_value, _covariance_gradient)
+_covariance_kl = rowwise(_covariance_value, _covariance_gradient, event_ndims=(1, 2, 1, 2))
 
 
 # ---- precisions -------------------------------------------------------------------------------------------------
@@ -216,7 +224,7 @@ def _symmetric(a: Tensor) -> Tensor:
     return 0.5 * (a + a.mT)
 
 
-_precision_kl = rowwise(_precision_value, _precision_gradient)
+_precision_kl = rowwise(_precision_value, _precision_gradient, event_ndims=(1, 2, 1, 2))
 
 
 # ---- the three, with broadcasting -------------------------------------------------------------------------------

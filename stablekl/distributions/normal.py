@@ -100,7 +100,7 @@ _kl = rowwise(_value, _gradient)
 
 
 def normal_kl(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor) -> Tensor:
-    """KL(N(mu_p, sigma_p^2) || N(mu_q, sigma_q^2)), elementwise over broadcasting tensors of any dtypes; see the module."""
+    """KL(N(mu_p, sigma_p^2) || N(mu_q, sigma_q^2)), elementwise; shapes broadcast, dtypes promote; see the module."""
     dtype = common_dtype(mu_p, sigma_p, mu_q, sigma_q)
     return _kl(*torch.broadcast_tensors(*(x.to(dtype) for x in (mu_p, sigma_p, mu_q, sigma_q))))
 

@@ -44,9 +44,9 @@ def _raise_not_positive_definite(a: Tensor, bad: Tensor, max_jitter: float | Non
     tried = "no jitter was tried (max_jitter=None)" if max_jitter is None else f"jitter up to {max_jitter:g}"
     raise NotPositiveDefiniteError(
         f"matrix {list(index)} is not positive definite to working precision: smallest eigenvalue "
-        f"{eigenvalue:.6g}, mean diagonal {float(a[index].diagonal().mean()):.6g}; {tried}. Likely causes: fewer samples "
-        "than dimensions, a variance that is exactly 0 (a ReLU output), duplicated columns, or too little precision for "
-        "its condition number. Use float64, give scale_tril or scale_diag instead of the covariance "
+        f"{eigenvalue:.6g}, mean diagonal {float(a[index].diagonal().mean()):.6g}; {tried}. Likely causes: fewer "
+        "samples than dimensions, a variance that is exactly 0 (a ReLU output), duplicated columns, or too little "
+        "precision for its condition number. Use float64, give scale_tril or scale_diag instead of the covariance "
         "(stablekl.scale_tril_from_unconstrained, stablekl.softplus_scale), or allow "
         "stablekl.safe_cholesky(A, max_jitter=...) and look at the jitter it returns."
     )
@@ -56,18 +56,18 @@ def safe_cholesky(a: Tensor, *, max_jitter: float | None = None) -> tuple[Tensor
     r"""Cholesky factor of the symmetric part of ``a``, and the jitter it took.
 
     Factorises :math:`(A + A^\top)/2 + j\,\bar a I = L L^\top`, with :math:`\bar a` the mean of the diagonal. Nothing is
-    added (:math:`j = 0`) unless ``max_jitter`` allows it; then, for each matrix on its own that needs it, j is the smallest
-    of ``eps``, ``10 eps``, ``100 eps``, ..., ``max_jitter`` that succeeds. A matrix counts as positive definite when every
-    pivot exceeds ``eps`` times its own diagonal entry: below that rounding alone decides its sign. The test is invariant
-    under scaling of the variables, so ``diag(1, 1e-20)`` is fine.
+    added (:math:`j = 0`) unless ``max_jitter`` allows it; then, for each matrix on its own that needs it, j is the
+    smallest of ``eps``, ``10 eps``, ``100 eps``, ..., ``max_jitter`` that succeeds. A matrix counts as positive
+    definite when every pivot exceeds ``eps`` times its own diagonal entry: below that rounding alone decides its sign.
+    The test is invariant under scaling of the variables, so ``diag(1, 1e-20)`` is fine.
 
     Args:
         a: symmetric matrices, shape ``(..., D, D)``. Not modified. Half precision is factorised in float32.
         max_jitter: the largest j allowed, relative to the mean diagonal. None: no jitter.
 
     Returns:
-        ``(factor, jitter)``: lower triangular with positive diagonal, ``(..., D, D)``; and j, ``(...)``, in units of the
-        mean diagonal, 0 where none was needed.
+        ``(factor, jitter)``: lower triangular with positive diagonal, ``(..., D, D)``; and j, ``(...)``, in units of
+        the mean diagonal, 0 where none was needed.
 
     Raises:
         ValueError: ``a`` is not square, or holds a NaN or an infinity (says where); ``max_jitter`` is negative or not

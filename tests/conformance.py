@@ -1,4 +1,4 @@
-"""What every Gaussian family, ours or torch's, must satisfy: a family is data, a requirement is a function `check_*`."""
+"""What every Gaussian family, ours or torch's, must satisfy: a family is data, a requirement a function `check_*`."""
 
 from __future__ import annotations
 

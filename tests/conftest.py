@@ -52,3 +52,9 @@ def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_default_dtype(old)
     if device != "cpu":
         torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def validation():
+    """Constructors check their arguments in every test: the first torch.compile of a process turns that off for good."""
+    torch.distributions.Distribution.set_default_validate_args(True)

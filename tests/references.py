@@ -16,7 +16,7 @@ __all__ = ["agreed", "diagonal_kl", "exact", "mvn_gradients", "mvn_kl", "normal_
 
 Number = Any  # an mpf, or another number of many digits
 Matrix = list[list[Number]]
-# Bits; the cancellation is about 2 log2(1/distance) + 2 log2(condition), for normals 2 log2(scale/distance) at any scale.
+# Bits; the cancellation is about 2 log2(1/distance) + 2 log2(condition), for normals at any scale.
 PRECISIONS, NORMAL_PRECISIONS = (900, 1400), (6500, 7000)
 
 
@@ -59,7 +59,7 @@ def _flat(item: Any) -> list[Number]:
 
 
 def _normal(mu_p: Number, sigma_p: Number, mu_q: Number, sigma_q: Number) -> Number:
-    # E_p[log p] = -log sigma_p - 1/2 and E_p[-log q] = log sigma_q + E_p[(x - mu_q)^2]/(2 sigma_q^2), both without their
+    # E_p[log p] = -log sigma_p - 1/2 and E_p[-log q] = log sigma_q + E_p[(x - mu_q)^2]/(2 sigma_q^2), both without
     # log(2 pi)/2
     second_moment = sigma_p * sigma_p + (mu_p - mu_q) ** 2
     return second_moment / (2 * sigma_q * sigma_q) + mp.log(sigma_q) - mp.log(sigma_p) - mp.mpf(1) / 2

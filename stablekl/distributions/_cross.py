@@ -1,4 +1,4 @@
-"""KL rules between every two Gaussian families: Independent(Normal, 1), full, diagonal and low rank, ours and torch's."""
+"""KL rules between all Gaussian families: Independent(Normal, 1), full, diagonal and low rank, ours and torch's."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _read(distribution: Distribution) -> Gaussian:
     gaussian = as_gaussian(distribution)
     if gaussian is None:
         raise NotImplementedError(
-            f"no KL rule between a Gaussian and {distribution}: of the Independent distributions only Independent(Normal, 1) "
-            "is a Gaussian over vectors"
+            f"no KL rule between a Gaussian and {distribution}: of the Independent distributions only "
+            "Independent(Normal, 1) is a Gaussian over vectors"
         )
     return gaussian
 
@@ -31,15 +31,16 @@ def _read(distribution: Distribution) -> Gaussian:
 def _raise_event_shapes(p: Distribution, q: Distribution) -> NoReturn:
     raise ValueError(
         f"KL needs distributions over the same space, but the event shapes are {tuple(p.event_shape)} and "
-        f"{tuple(q.event_shape)}. If the last batch dimension of a Normal holds the coordinates of one vector, wrap it: "
-        "Independent(Normal(loc, scale), 1)."
+        f"{tuple(q.event_shape)}. If the last batch dimension of a Normal holds the coordinates of one vector, wrap "
+        "it: Independent(Normal(loc, scale), 1)."
     )
 
 
 def kl_gaussian_gaussian(p: Distribution, q: Distribution) -> Tensor:
     """KL between Gaussians over vectors of one length D, each of any family; batch shapes broadcast.
 
-    A scalar Normal stands for a vector of length 1. Formulas and accuracy: `_gaussian`, `_mvn_kl`, `_low_rank_kl`, `normal`.
+    A scalar Normal stands for a vector of length 1. Formulas and accuracy: `_gaussian`, `_mvn_kl`, `_low_rank_kl` and
+    `normal`.
 
     Raises:
         ValueError: the event shapes differ.
@@ -52,7 +53,7 @@ def kl_gaussian_gaussian(p: Distribution, q: Distribution) -> Tensor:
 
 
 @register_hardened(Independent, Independent)
-def kl_independent_independent(p: Independent, q: Independent) -> Tensor:
+def kl_independent_independent(p: Independent[Distribution], q: Independent[Distribution]) -> Tensor:
     """KL between products of independent distributions: the sum over the reinterpreted dimensions.
 
     Raises:
@@ -72,8 +73,8 @@ def kl_independent_independent(p: Independent, q: Independent) -> Tensor:
     return result.sum(tuple(range(-n, 0))) if n else result
 
 
-_VECTOR_FAMILIES: tuple[type[Distribution], ...] = (Independent, MultivariateNormal, LowRankMultivariateNormal)
+_FAMILIES: tuple[type[Distribution], ...] = (Normal, Independent, MultivariateNormal, LowRankMultivariateNormal)
 
-for _pair in product((Normal, *_VECTOR_FAMILIES), repeat=2):
-    if _pair not in ((Normal, Normal), (Independent, Independent)):
-        register_hardened(*_pair)(kl_gaussian_gaussian)
+for _p, _q in product(_FAMILIES, repeat=2):
+    if (_p, _q) not in ((Normal, Normal), (Independent, Independent)):
+        register_hardened(_p, _q)(kl_gaussian_gaussian)

@@ -1,9 +1,9 @@
 """Any Gaussian as its parameters, whichever class it comes from, and the KL between two of them.
 
 Each way to give a covariance has a rule that takes it as it is. Parameters are converted only where the two
-sides were given differently, and then in float64 where the device has it. In that mixed case the difference of nearby covariances
-carries the rounding of the conversion, about eps * cond, undiminished: for float64 pairs that are nearly equal, give both the
-same way.
+sides were given differently, and then in float64 where the device has it. In that mixed case the difference of nearby
+covariances carries the rounding of the conversion, about eps * cond, undiminished: for float64 pairs that are nearly
+equal, give both the same way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Gaussian(NamedTuple):
     Attributes:
         kind: which parameter ``scale`` is.
         loc: mean, ``(..., D)``.
-        scale: ``(..., D)`` for scale_diag; ``(..., D, D)`` for a matrix; the diagonal variances ``(..., D)`` for low_rank.
+        scale: ``(..., D)`` for scale_diag; ``(..., D, D)`` for a matrix; for low_rank the diagonal variances
+            ``(..., D)``.
         cov_factor: ``(..., D, r)`` for low_rank, else None.
     """
 
@@ -95,10 +96,12 @@ def lower_factor(g: Gaussian) -> Tensor:
     if g.cov_factor is not None:
         return dense_scale_tril(g.cov_factor, g.scale)
     if g.kind == "covariance_matrix":
-        return torch.linalg.cholesky(widened(g.scale)).to(g.scale.dtype)
+        lower: Tensor = torch.linalg.cholesky(widened(g.scale))
+        return lower.to(g.scale.dtype)
     upper = torch.linalg.cholesky(widened(g.scale).flip((-2, -1))).flip((-2, -1))
     identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper.mT, identity, upper=False).to(g.scale.dtype)
+    lower = torch.linalg.solve_triangular(upper.mT, identity, upper=False)
+    return lower.to(g.scale.dtype)
 
 
 def gaussian_kl(p: Gaussian, q: Gaussian) -> Tensor:

@@ -1,16 +1,18 @@
 r"""KL divergences between full Gaussians, by what the caller gave: factors, covariances or precisions.
 
-All three are one formula. With :math:`\Sigma_q = L_q L_q^\top`, :math:`m = L_q^{-1}(\mu_p - \mu_q)` and a triangular X such that
-:math:`(I + X)(I + X)^\top = L_q^{-1} \Sigma_p L_q^{-\top}`,
+All three are one formula. With :math:`\Sigma_q = L_q L_q^\top`, :math:`m = L_q^{-1}(\mu_p - \mu_q)` and a triangular X
+such that :math:`(I + X)(I + X)^\top = L_q^{-1} \Sigma_p L_q^{-\top}`,
 
 .. math:: KL = \tfrac12 |m|^2 + \tfrac12 \|X\|_F^2 + \sum_j L(x_{jj}), \qquad L(r) = r - \log(1 + r),
 
-a sum of non-negative terms. torch evaluates :math:`\tfrac12(\mathrm{tr} + |m|^2 - D) + \log\det L_q - \log\det L_p`, which subtracts numbers
-near D/2 when p is near q. The rules differ only in how X is obtained so that it keeps its relative accuracy:
+a sum of non-negative terms. torch evaluates :math:`\tfrac12(\mathrm{tr} + |m|^2 - D) + \log\det L_q - \log\det L_p`,
+which subtracts numbers near D/2 when p is near q. The rules differ only in how X is obtained so that it keeps its
+relative accuracy:
 
 * factors: :math:`X = L_q^{-1}(L_p - L_q)`, the difference first;
 * covariances: two Cholesky factors near each other carry eps * cond(Sigma) of noise each, which no later
-  subtraction removes (3e6 ulp). So :math:`W = L_q^{-1}(\Sigma_p - \Sigma_q)L_q^{-\top}` first, and X from :math:`X + X^\top + XX^\top = W` by one Newton step;
+  subtraction removes (3e6 ulp). So :math:`W = L_q^{-1}(\Sigma_p - \Sigma_q)L_q^{-\top}` first, and X from
+  :math:`X + X^\top + XX^\top = W` by one Newton step;
 * precisions: likewise from :math:`U_q^{-1}(P_p - P_q)U_q^{-\top}`, no inverse of a matrix.
 """
 
@@ -59,24 +61,24 @@ def _whitened(factor_p: Tensor, factor_q: Tensor, shift: Tensor) -> Tensor:
     rhs = shift.new_empty((*shift.shape[:-1], d + 1, d)).mT
     torch.addcmul(factor_p, factor_q, near, value=-1, out=rhs[..., :d])
     rhs[..., d] = shift
-    z = solve_triangular(factor_q, rhs, upper=False)
-    z.diagonal(dim1=-2, dim2=-1).copy_(r)
-    return z
+    whitened: Tensor = solve_triangular(factor_q, rhs, upper=False)
+    _diagonal(whitened).copy_(r)
+    return whitened
 
 
 def _diagonal_excess(dp: Tensor, dq: Tensor) -> Tensor:
     """sum_j L(dp_j/dq_j - 1), in float64 where the device has it."""
-    lifted = dp.dtype == torch.float32
-    return log_ratio_bregman_value(widened(dp), widened(dq), lifted=lifted and dp.device.type != "mps").sum(-1).to(dp.dtype)
+    wide_p, wide_q = widened(dp), widened(dq)
+    return log_ratio_bregman_value(wide_p, wide_q, lifted=wide_p.dtype != dp.dtype).sum(-1).to(dp.dtype)
 
 
 def _half_square(z: Tensor) -> Tensor:
     """|z|^2 / 2; +inf from half of the largest number on."""
-    # mT: as LAPACK left it. A norm reads once and writes nothing, where the dot product of z/2 and z takes 2 to 10 times
-    # as long; it adds in sequence, though (20 eps at D = 512), so long columns come first.
+    # mT: as LAPACK left it. A norm reads once and writes nothing, where the dot product of z/2 and z takes 2 to 10
+    # times as long; it adds in sequence, though (20 eps at D = 512), so long columns come first.
     columns = z.mT
     columns = torch.linalg.vector_norm(columns, dim=-1) if z.shape[-2] > 64 else columns.flatten(-2)
-    norm = torch.linalg.vector_norm(columns, dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(columns, dim=-1)
     return (0.5 * norm) * norm
 
 
@@ -85,8 +87,10 @@ def _unless_overflowed(total: Tensor, *inputs: Tensor) -> Tensor:
 
     A whitened entry beyond the largest number turns to NaN in the rows below it (0 * inf), and to +inf in truth.
     """
-    nan = sum((x.sum((-2, -1)) if x.ndim > total.ndim + 1 else x.sum(-1)) for x in inputs).isnan()  # type: ignore[union-attr]
-    return torch.where(total.isnan() & ~nan, torch.inf, total)
+    probe = torch.zeros_like(total)
+    for x in inputs:
+        probe = probe + (x.sum((-2, -1)) if x.ndim > total.ndim + 1 else x.sum(-1))
+    return torch.where(total.isnan() & ~probe.isnan(), torch.inf, total)
 
 
 # ---- factors ----------------------------------------------------------------------------------------------------
@@ -121,7 +125,7 @@ def _sandwich(factor: Tensor, a: Tensor, *, transposed: bool = False) -> Tensor:
     """``F^-1 A F^-T`` for a lower-triangular factor and symmetric A; ``F^-T A F^-1`` if transposed."""
     f = factor.mT if transposed else factor
     half = solve_triangular(f, a, upper=transposed)
-    full = solve_triangular(f, half.mT, upper=transposed)
+    full: Tensor = solve_triangular(f, half.mT, upper=transposed)
     return 0.5 * (full + full.mT)
 
 
@@ -132,7 +136,7 @@ def _root_minus_identity(w: Tensor) -> Tensor:
     residual formed from the small matrices, leaves eps^2.
     """
     identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-    root = torch.linalg.cholesky_ex(identity + w)[0]
+    root: Tensor = torch.linalg.cholesky_ex(identity + w)[0]
     x = root - identity
     step = _sandwich(root, w - (x + x.mT + x @ x.mT))
     return x + root @ (step.tril(-1) + torch.diag_embed(0.5 * _diagonal(step)))
@@ -145,7 +149,8 @@ def _is_small(w: Tensor) -> Tensor:
 
 def _factor(a: Tensor) -> Tensor:
     # The constructor has said what there is to say about matrices that are not positive definite.
-    return torch.linalg.cholesky_ex(a)[0]
+    factor: Tensor = torch.linalg.cholesky_ex(a)[0]
+    return factor
 
 
 def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) -> Tensors:

@@ -25,8 +25,8 @@ __all__ = ["MultivariateNormal", "given_parameter"]
 
 _MATRICES = ("covariance_matrix", "precision_matrix", "scale_tril")
 
-# Largest asymmetry that counts as rounding, relative to sqrt(a_ii a_jj): torch's own relative tolerance, or a few roundings
-# of a half-precision dtype.
+# Largest asymmetry that counts as rounding, relative to sqrt(a_ii a_jj): torch's own relative tolerance, or a few
+# roundings of a half-precision dtype.
 _ASYMMETRY, _ASYMMETRY_EPS = 1e-5, 4
 
 
@@ -51,8 +51,8 @@ class MultivariateNormal(Movable, TorchMultivariateNormal):
             log_prob, sampling, entropy, or KL against another diagonal.
 
     Raises:
-        ValueError: not exactly one of the four was given; a parameter is not finite; a standard deviation is not positive
-            (says where, and how to parameterise); a matrix is not symmetric.
+        ValueError: not exactly one of the four was given; shapes do not fit; a parameter is not finite; a standard
+            deviation is not positive (says where, and how to parameterise); a matrix is not symmetric or triangular.
         NotPositiveDefiniteError: a covariance or precision is not positive definite (says which matrix of the batch,
             and its smallest eigenvalue).
 
@@ -116,7 +116,7 @@ class MultivariateNormal(Movable, TorchMultivariateNormal):
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> MultivariateNormal:
         """Return this distribution with its batch shape expanded; no memory is allocated."""
-        new = self._get_checked_instance(MultivariateNormal, _instance)
+        new: MultivariateNormal = self._get_checked_instance(MultivariateNormal, _instance)  # type: ignore[no-untyped-call]
         batch_shape = torch.Size(batch_shape)
         for name, value in self.__dict__.items():
             if name in (*_MATRICES, "scale_diag", "loc"):
@@ -167,7 +167,8 @@ class MultivariateNormal(Movable, TorchMultivariateNormal):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, ``sample_shape + batch_shape``."""
         if not self.is_diagonal:
-            return super().log_prob(value)
+            full: Tensor = super().log_prob(value)  # type: ignore[no-untyped-call]
+            return full
         if self._validate_args:
             self._validate_sample(value)
         z = (value - self.loc) / self.scale_diag
@@ -177,7 +178,8 @@ class MultivariateNormal(Movable, TorchMultivariateNormal):
     def entropy(self) -> Tensor:
         """Differential entropy in nats, ``batch_shape``."""
         if not self.is_diagonal:
-            return super().entropy()
+            full: Tensor = super().entropy()  # type: ignore[no-untyped-call]
+            return full
         return (self.scale_diag.log() + 0.5 * (1 + math.log(2 * math.pi))).sum(-1)
 
 
@@ -190,7 +192,7 @@ def _checked_batch_shape(name: str, value: Tensor, loc: Tensor, event_ndims: int
             f"{tuple(value.shape)}"
         )
     try:
-        return torch.broadcast_shapes(value.shape[:-event_ndims], loc.shape[:-1])
+        return torch.Size(torch.broadcast_shapes(value.shape[:-event_ndims], loc.shape[:-1]))
     except RuntimeError as error:
         raise ValueError(
             f"the batch shapes of {name} {tuple(value.shape)} and loc {tuple(loc.shape)} do not broadcast"
@@ -233,8 +235,9 @@ def _check_lower(value: Tensor) -> None:
     if is_plain((value.detach(),)) and not bool((value == value.tril()).all()):
         index = (value != value.tril()).nonzero()[0].tolist()
         raise ValueError(
-            f"scale_tril is not lower triangular: entry {index} is {float(value[tuple(index)])}. If this is a covariance, "
-            "pass covariance_matrix=; if it comes from a network, use stablekl.scale_tril_from_unconstrained."
+            f"scale_tril is not lower triangular: entry {index} is {float(value[tuple(index)])}. If this is a "
+            "covariance, pass covariance_matrix=; if it comes from a network, use "
+            "stablekl.scale_tril_from_unconstrained."
         )
 
 
@@ -249,6 +252,6 @@ def _check_symmetric(name: str, value: Tensor) -> None:
         index = asymmetric.nonzero()[0].tolist()
         a, b = float(value[tuple(index)]), float(value.mT[tuple(index)])
         raise ValueError(
-            f"{name} is not symmetric: entry {index} is {a!r} but its mirror image is {b!r}, more than rounding explains. "
-            "If this is a Cholesky factor, pass scale_tril=; else symmetrise it with 0.5 * (A + A.mT)."
+            f"{name} is not symmetric: entry {index} is {a!r} but its mirror image is {b!r}, more than rounding "
+            "explains. If this is a Cholesky factor, pass scale_tril=; else symmetrise it with 0.5 * (A + A.mT)."
         )

@@ -55,8 +55,9 @@ class Normal(Movable, TorchNormal):
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> Normal:
         """Return this distribution with its batch shape expanded; no memory is allocated."""
-        new: Normal = super().expand(batch_shape, self._get_checked_instance(Normal, _instance))
-        return new
+        new = self._get_checked_instance(Normal, _instance)  # type: ignore[no-untyped-call]
+        expanded: Normal = super().expand(batch_shape, new)  # type: ignore[no-untyped-call]
+        return expanded
 
 
 def _standardised(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from .._autograd import rowwise
+from .._autograd import is_plain, rowwise
 from ..special import log1pmx_value, log_ratio_bregman_value
 from ._base import widened
 
@@ -147,6 +147,14 @@ def _is_small(w: Tensor) -> Tensor:
     return w.square().sum((-2, -1)) < 0.25
 
 
+def _may_hold(mask: Tensor) -> bool:
+    """False where a CPU in eager mode sees that no row is near, and the work for near rows would be thrown away.
+
+    The result is the same bit for bit; everywhere else (devices, tracing) both forms are computed.
+    """
+    return mask.device.type != "cpu" or not is_plain((mask,)) or bool(mask.any())
+
+
 def _factor(a: Tensor) -> Tensor:
     # The constructor has said what there is to say about matrices that are not positive definite.
     factor: Tensor = torch.linalg.cholesky_ex(a)[0]
@@ -157,15 +165,17 @@ def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) 
     dtype = mu_p.dtype
     mu_p, cov_p, mu_q, cov_q = map(widened, (mu_p, cov_p, mu_q, cov_q))
     factor_p, factor_q = _factor(cov_p), _factor(cov_q)
-    w = _sandwich(factor_q, cov_p - cov_q)
-    near = _is_small(w)[..., None, None]
     far = _whitened(factor_p, factor_q, mu_p - mu_q)
-    m, x_far = far[..., -1:], far[..., :-1]
-    x = torch.where(near, _root_minus_identity(torch.where(near, w, torch.zeros_like(w))), x_far)
-    w = torch.where(near, w, x_far + x_far.mT + x_far @ x_far.mT)
-    l_near = -log1pmx_value(torch.where(near[..., 0], _diagonal(x), torch.zeros_like(_diagonal(x))))
-    l_far = log_ratio_bregman_value(_diagonal(factor_p), _diagonal(factor_q))
-    value = _half_square(x) + _half_square(m) + torch.where(near[..., 0], l_near, l_far).sum(-1)
+    m, x = far[..., -1:], far[..., :-1]
+    w = x + x.mT + x @ x.mT
+    excess = log_ratio_bregman_value(_diagonal(factor_p), _diagonal(factor_q))
+    near = _is_small(w)[..., None, None]
+    if _may_hold(near):
+        w_near = torch.where(near, _sandwich(factor_q, cov_p - cov_q), torch.zeros_like(w))
+        x_near = _root_minus_identity(w_near)
+        x, w = torch.where(near, x_near, x), torch.where(near, w_near, w)
+        excess = torch.where(near[..., 0], -log1pmx_value(_diagonal(x_near)), excess)
+    value = _half_square(x) + _half_square(m) + excess.sum(-1)
     return _unless_overflowed(value, mu_p, cov_p, mu_q, cov_q).to(dtype), factor_p, factor_q, m, w
 
 

@@ -8,7 +8,6 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
@@ -18,7 +17,7 @@ from torch.distributions import Normal as TorchNormal
 
 import stablekl
 
-__all__ = ["FAMILIES", "OURS", "REQUIREMENTS", "VECTORS", "Family", "validation"]
+__all__ = ["FAMILIES", "OURS", "REQUIREMENTS", "VECTORS", "Family"]
 
 Tensors = tuple[Tensor, ...]
 D = 3
@@ -100,14 +99,6 @@ TORCHS = {
 }
 FAMILIES = OURS | TORCHS
 VECTORS = {name: family for name, family in FAMILIES.items() if "Normal" not in name}
-
-
-@pytest.fixture(autouse=True)
-def validation() -> Iterator[None]:
-    """Each test validates arguments: the first torch.compile in a process switches that off for all of them."""
-    Distribution.set_default_validate_args(True)
-    yield
-    Distribution.set_default_validate_args(True)
 
 
 @contextlib.contextmanager

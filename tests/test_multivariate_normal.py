@@ -19,9 +19,6 @@ from torch.distributions.kl import _KL_REGISTRY
 import stablekl
 from stablekl.distributions._mvn_kl import covariance_kl, precision_kl, scale_tril_kl
 from tests import references
-from tests.conformance import validation
-
-__all__ = ["validation"]  # a fixture, used by being here
 
 MVN = stablekl.MultivariateNormal
 RULES = {"scale_tril": scale_tril_kl, "covariance_matrix": covariance_kl, "precision_matrix": precision_kl}

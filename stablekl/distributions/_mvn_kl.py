@@ -167,16 +167,15 @@ def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) 
     factor_p, factor_q = _factor(cov_p), _factor(cov_q)
     far = _whitened(factor_p, factor_q, mu_p - mu_q)
     m, x = far[..., -1:], far[..., :-1]
-    w = x + x.mT + x @ x.mT
     excess = log_ratio_bregman_value(_diagonal(factor_p), _diagonal(factor_q))
-    near = _is_small(w)[..., None, None]
+    near = _is_small(x + x.mT + x @ x.mT)[..., None, None]
     if _may_hold(near):
-        w_near = torch.where(near, _sandwich(factor_q, cov_p - cov_q), torch.zeros_like(w))
-        x_near = _root_minus_identity(w_near)
-        x, w = torch.where(near, x_near, x), torch.where(near, w_near, w)
+        w = torch.where(near, _sandwich(factor_q, cov_p - cov_q), torch.zeros_like(x))
+        x_near = _root_minus_identity(w)
+        x = torch.where(near, x_near, x)
         excess = torch.where(near[..., 0], -log1pmx_value(_diagonal(x_near)), excess)
     value = _half_square(x) + _half_square(m) + excess.sum(-1)
-    return _unless_overflowed(value, mu_p, cov_p, mu_q, cov_q).to(dtype), factor_p, factor_q, m, w
+    return _unless_overflowed(value, mu_p, cov_p, mu_q, cov_q).to(dtype), factor_p, factor_q, m
 
 
 def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
@@ -184,14 +183,14 @@ def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     mu_p, cov_p, mu_q, cov_q = map(widened, inputs)
     if saved is None:
         factor_p, factor_q = torch.linalg.cholesky(cov_p), torch.linalg.cholesky(cov_q)
-        w = _sandwich(factor_q, cov_p - cov_q)
         m = solve_triangular(factor_q, (mu_p - mu_q).unsqueeze(-1), upper=False)
     else:
-        factor_p, factor_q, m, w = saved
+        factor_p, factor_q, m = saved
     # (Sq^-1 - Sp^-1)/2 = Sp^-1 (Sp - Sq) Sq^-1 / 2, not Lq^-T (I + W)^-1 W Lq^-1 / 2: I + W loses Sp where Sp << Sq
     d_p = torch.cholesky_solve(torch.cholesky_solve(cov_p - cov_q, factor_p).mT, factor_q)
     d_p = 0.25 * (d_p + d_p.mT)
-    # -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2
+    # -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2; X + X' + XX' for W, from two Cholesky factors, is off by 10 times as much
+    w = _sandwich(factor_q, cov_p - cov_q)
     d_mu = solve_triangular(factor_q.mT, m, upper=True).squeeze(-1)
     d_q = -0.5 * _sandwich(factor_q, w + m @ m.mT, transposed=True)
     return tuple(d.to(dtype) for d in (d_mu, d_p, -d_mu, d_q))

@@ -18,9 +18,9 @@ from torch import Tensor
 
 __all__ = ["blockwise", "custom", "is_plain", "rowwise"]
 
-# Elements per block: torch runs a pass over this few on the thread that asks for it, and a handful of float64 temporaries
-# of 256 KiB stay in L2. Splitting each pass over torch's own threads instead would meet a barrier per pass and block: a
-# thousand of them, each of which waits for a time slice when the cores are busy (measured: 8 times slower).
+# Elements per block: torch runs a pass over this few on the thread that asks for it, and a handful of float64
+# temporaries of 256 KiB stay in L2. Splitting each pass over torch's own threads instead would meet a barrier per pass
+# and block: a thousand of them, each of which waits for a time slice when the cores are busy (measured: 8 times slower).
 BLOCK = 2**15
 
 
@@ -57,9 +57,7 @@ def blockwise(
     if rows <= 2 * size or inputs[0].device.type != "cpu" or not is_plain(inputs):
         return f(*inputs)
     # What is the same for every row stays one row: broadcasting inside the block is free, materialising is not.
-    flat = [
-        x[(0,) * n].unsqueeze(0) if not any(x.stride()[:n]) else x.reshape(rows, *x.shape[n:]) for x in inputs
-    ]
+    flat = [x[(0,) * n].unsqueeze(0) if not any(x.stride()[:n]) else x.reshape(rows, *x.shape[n:]) for x in inputs]
 
     def block(start: int) -> tuple[Tensor, ...]:
         stop = min(start + size, rows)
@@ -213,7 +211,8 @@ def custom(
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor | None, ...]:
             inputs = ctx.saved_tensors[: ctx.num_inputs]
-            return (jvp(inputs, tangents, ctx.out_ndim),) + (None,) * (ctx.num_outputs - 1)
+            nothing = [None] * (ctx.num_outputs - 1)
+            return (jvp(inputs, tangents, ctx.out_ndim), *nothing)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Any, Any]:
@@ -221,14 +220,14 @@ def custom(
                 x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
                 for x, dim in zip(inputs, in_dims, strict=True)
             ]
-            outputs = Eager.apply(*rows)
+            outputs = Eager.apply(*rows)  # type: ignore[no-untyped-call]
             return outputs, (0,) * len(outputs)
 
     def call(*inputs: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            outputs = Eager.apply(*inputs)
+            outputs = Eager.apply(*inputs)  # type: ignore[no-untyped-call]
         elif torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-            outputs = Traceable.apply(*inputs)
+            outputs = Traceable.apply(*inputs)  # type: ignore[no-untyped-call]
         else:  # tracing a Function that records nothing fails (torch 2.13), and there is nothing to record
             outputs = value(*inputs)
         result: Tensor = outputs[0]

@@ -59,7 +59,7 @@ def broadcast_apply(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if not dtype.is_floating_point:
         dtype = torch.promote_types(dtype, torch.get_default_dtype())
     working = torch.promote_types(dtype, torch.float32)
-    shape = torch.broadcast_shapes(*(x.shape for x in inputs))  # type: ignore[no-untyped-call]
+    shape = torch.broadcast_shapes(*(x.shape for x in inputs))
     return f(*(x.to(working).expand(shape) for x in inputs)).to(dtype)
 
 

@@ -38,6 +38,8 @@ def draw(
     label = mixture.posterior_marginal(x).probs.argmax(-1)
     axes.scatter(x[:, -2], x[:, -1], c=[f"C{int(k)}" for k in label], s=14, alpha=0.6, linewidths=0)
     component = mixture.component_distribution
+    if not isinstance(component, MultivariateNormal):
+        raise TypeError(f"cannot draw components of type {type(component).__name__}")
     for k, weight in enumerate(mixture.log_weights.exp().tolist()):
         axes.add_patch(
             _ellipse(

@@ -133,9 +133,7 @@ def _sobol_normals(dimension: int, num_points: int, num_replicates: int, device:
     def make() -> Tensor:
         replicates = []
         for seed in range(num_replicates):
-            engine = torch.quasirandom.SobolEngine(  # type: ignore[no-untyped-call]
-                dimension, scramble=True, seed=seed
-            )
+            engine = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed)
             # The engine keeps its first point in the default dtype, where 1 - 2^-30 rounds to 1.
             first = engine.quasi.to(torch.float64, copy=True) * 2.0**-engine.MAXBIT
             uniform = engine.draw(num_points, dtype=torch.float64)
@@ -148,9 +146,7 @@ def _sobol_normals(dimension: int, num_points: int, num_replicates: int, device:
     return _outside_transforms(make)
 
 
-def _kept_sobol_normals(
-    dimension: int, num_points: int, num_replicates: int, device: torch.device
-) -> Tensor:
+def _kept_sobol_normals(dimension: int, num_points: int, num_replicates: int, device: torch.device) -> Tensor:
     # Up to 32 MiB are kept; more (many doublings of the points) would fill the memory to save seconds.
     kept = dimension * num_points * num_replicates <= 2**22
     make = _sobol_normals if kept else _sobol_normals.__wrapped__
@@ -158,9 +154,7 @@ def _kept_sobol_normals(
 
 
 @torch.library.custom_op("stablekl::sobol_normals", mutates_args=())
-def _traced_sobol_normals(
-    dimension: int, num_points: int, num_replicates: int, device: torch.device
-) -> Tensor:
+def _traced_sobol_normals(dimension: int, num_points: int, num_replicates: int, device: torch.device) -> Tensor:
     return _kept_sobol_normals(dimension, num_points, num_replicates, device).clone()
 
 

@@ -32,9 +32,7 @@ def _host(family: type[Distribution]) -> type[Distribution]:
     return next(c for c in family.__mro__ if c.__module__.startswith("torch."))
 
 
-def register_hardened(
-    family_p: type[Distribution], family_q: type[Distribution]
-) -> Callable[[RuleT], RuleT]:
+def register_hardened(family_p: type[Distribution], family_q: type[Distribution]) -> Callable[[RuleT], RuleT]:
     """Register a KL rule for a pair of families, in every mixture of stablekl's and torch's classes.
 
     Pairs that contain one of our classes, and pairs for which torch has no rule, are registered with torch

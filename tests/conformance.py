@@ -33,9 +33,7 @@ class Family(NamedTuple):
 
     build: Callable[..., Distribution]
     parameters: Callable[[tuple[int, ...], torch.dtype, int], Tensors]
-    lenient: bool = (
-        True  # whether the constructor takes half precision and vmap; torch's Cholesky and its check do not
-    )
+    lenient: bool = True  # whether the constructor takes half precision and vmap; torch's Cholesky and its check do not
 
 
 def _normal(shape: tuple[int, ...], seed: int) -> tuple[Tensor, torch.Generator]:

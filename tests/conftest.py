@@ -56,5 +56,5 @@ def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def validation():
-    """Constructors check their arguments in every test: the first torch.compile of a process turns that off for good."""
+    """Constructors check their arguments in every test: a process's first torch.compile turns that off for good."""
     torch.distributions.Distribution.set_default_validate_args(True)

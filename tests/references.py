@@ -93,9 +93,7 @@ def normal_gradients(*parameters: float) -> list[Number]:
 
 def diagonal_kl(mu_p: Any, sigma_p: Any, mu_q: Any, sigma_q: Any) -> Number:
     """KL between products of normals, from lists of numbers."""
-    return agreed(
-        lambda: mp.fsum(_normal(*map(mp.mpf, row)) for row in zip(mu_p, sigma_p, mu_q, sigma_q, strict=True))
-    )
+    return agreed(lambda: mp.fsum(_normal(*map(mp.mpf, row)) for row in zip(mu_p, sigma_p, mu_q, sigma_q, strict=True)))
 
 
 # ---- matrices -----------------------------------------------------------------------------------------------------

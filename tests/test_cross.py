@@ -42,9 +42,7 @@ def test_to_another_dtype(name):
     assert narrow.sample().dtype == torch.float32
     q = family.build(*family.parameters((2,), torch.float64, 2))
     expected = stablekl.kl_divergence(p, q)
-    torch.testing.assert_close(
-        stablekl.kl_divergence(narrow, q.to(torch.float32)), expected.float(), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(stablekl.kl_divergence(narrow, q.to(torch.float32)), expected.float(), rtol=1e-5, atol=0)
     assert p.sample().dtype == torch.float64, "the original is unchanged"
 
 

@@ -136,11 +136,7 @@ CASES = {
         for by in (0.1, 1e-3, 1e-6, 1e-10, 0)
         for which in ("mwd", "w", "d")
     },
-    **{
-        f"saturated-{size:g}-{by:g}": near(8, 2, by, "wd", size)
-        for size in (1e2, 1e4, 1e8)
-        for by in (0.1, 1e-3, 0)
-    },
+    **{f"saturated-{size:g}-{by:g}": near(8, 2, by, "wd", size) for size in (1e2, 1e4, 1e8) for by in (0.1, 1e-3, 0)},
     **{
         f"heywood-{tiny:g}-{which}": heywood(8, 2, tiny, which)
         for tiny in (1e-4, 1e-10, 1e-16)

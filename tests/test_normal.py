@@ -144,8 +144,7 @@ def test_torchs_rule_fails_the_same_checks(dtype):
     assert error(torchs, rows, dtype) > 1e5
     assert (torchs(*(torch.stack(x) for x in zip(*rows, strict=True))) == 0).any(), "for distributions that differ"
     assert (
-        error(torchs, [tensors(CASES["a ratio of scales whose square underflows"], torch.float32)], torch.float32)
-        > 1e5
+        error(torchs, [tensors(CASES["a ratio of scales whose square underflows"], torch.float32)], torch.float32) > 1e5
     )
 
 

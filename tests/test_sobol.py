@@ -31,9 +31,7 @@ def disguise(line, rotation, scale):
     loc = torch.cat((line.loc, torch.zeros(rows, k, d - 1, dtype=torch.float64)), -1)
     sd = torch.cat((line.scale, scale.expand(rows, k, d - 1)), -1)
     covariance = rotation @ torch.diag_embed(sd**2) @ rotation.mT
-    return Components(
-        line.log_weights, (rotation @ loc.unsqueeze(-1)).squeeze(-1), torch.linalg.cholesky(covariance)
-    )
+    return Components(line.log_weights, (rotation @ loc.unsqueeze(-1)).squeeze(-1), torch.linalg.cholesky(covariance))
 
 
 def problems(count, seed):

@@ -65,9 +65,7 @@ def line(
         )
         if score is None:
             return information_density(a / w[0], b / w[1], w)
-        return sum(
-            score(x, k) * v * mp.log(v / w[k] / (a + b)) if v else mp.mpf(0) for k, v in enumerate((a, b))
-        )
+        return sum(score(x, k) * v * mp.log(v / w[k] / (a + b)) if v else mp.mpf(0) for k, v in enumerate((a, b)))
 
     return mp.quad(f, edges, method="gauss-legendre")
 
@@ -247,9 +245,7 @@ def test_twin_sixty_four_nodes_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     [(0.5, (1.0, -0.5), (0.5, 1.5)), (0.125, (2.0, 2.0), (1.0, 0.75)), (0.3, (0.0, 0.25), (1.25, 0.75))],
 )
 @pytest.mark.parametrize("dim", [2, 8, 64])
-def test_two_directions(
-    dim: int, second: float, shift: tuple[float, float], s: tuple[float, float], form: str
-) -> None:
+def test_two_directions(dim: int, second: float, shift: tuple[float, float], s: tuple[float, float], form: str) -> None:
     i, j = (0, 1) if dim == 2 else (dim // 3, dim - 2)
     components = embedded(dim, second, {i: shift[0], j: shift[1]}, {i: s[0], j: s[1]}, form)
     coarse, truth = (plane(components.log_weights.tolist(), shift, s, step) for step in (1 / 12, 1 / 16))
@@ -284,17 +280,13 @@ def test_zero_weight_and_identical_components_give_exact_zeros() -> None:
     for form in ("diagonal", "full"):
         for components in (
             embedded(5, 0.3, {}, {}, form),
-            embedded(5, 0.3, {1: 2.0}, {2: 3.0}, form)._replace(
-                log_weights=torch.tensor([-math.inf, 0.0], dtype=F64)
-            ),
+            embedded(5, 0.3, {1: 2.0}, {2: 3.0}, form)._replace(log_weights=torch.tensor([-math.inf, 0.0], dtype=F64)),
         ):
             inputs = [x.clone().requires_grad_() for x in components]
             value = label_information(Components(*inputs))
             assert value == 0
             assert all((g == 0).all() for g in torch.autograd.grad(value, inputs))
-    tiny = embedded(5, 0.3, {1: 2.0}, {2: 3.0}, "full")._replace(
-        log_weights=torch.tensor([0.0, -690.0], dtype=F64)
-    )
+    tiny = embedded(5, 0.3, {1: 2.0}, {2: 3.0}, "full")._replace(log_weights=torch.tensor([0.0, -690.0], dtype=F64))
     assert abs(label_information(tiny)) < 1e-150
 
 
@@ -363,9 +355,7 @@ def test_gradient(case: Line, dim: int, form: str) -> None:
     a = sheared(dim, 0)
     inputs = [x.clone().requires_grad_() for x in components]
     for create_graph in (False, True):
-        lw, loc, scale = torch.autograd.grad(
-            label_information(Components(*inputs)), inputs, create_graph=create_graph
-        )
+        lw, loc, scale = torch.autograd.grad(label_information(Components(*inputs)), inputs, create_graph=create_graph)
         # back to the frame in which only axis k differs: loc = A mu, scale = A B
         if form == "diagonal":
             loc, scale = a.diagonal() * loc, torch.diag_embed(a.diagonal() * scale)
@@ -407,9 +397,7 @@ def restricted(f: Callable[[Components], Tensor], form: str) -> Callable[..., Te
 @pytest.mark.parametrize("equal", [False, True], ids=["generic", "identical"])
 @pytest.mark.parametrize("form", ["diagonal", "full"])
 @pytest.mark.parametrize("f", [label_information, label_entropy_given_sample])
-def test_first_second_and_forward_derivatives(
-    f: Callable[[Components], Tensor], form: str, equal: bool
-) -> None:
+def test_first_second_and_forward_derivatives(f: Callable[[Components], Tensor], form: str, equal: bool) -> None:
     inputs = random_inputs((), 2, form, equal)
     assert torch.autograd.gradcheck(restricted(f, form), inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(restricted(f, form), inputs)
@@ -466,9 +454,7 @@ def test_one_graph_forward_and_backward(form: str) -> None:
 @pytest.mark.parametrize("shift", [3.0, 10.0, 20.0, 40.0])
 def test_label_entropy_keeps_its_relative_accuracy_far_apart(shift: float, second: float) -> None:
     lw = log_weights(second)
-    components = Components(
-        lw, torch.tensor([[0.0], [shift]], dtype=F64), torch.tensor([[1.0], [1.0]], dtype=F64)
-    )
+    components = Components(lw, torch.tensor([[0.0], [shift]], dtype=F64), torch.tensor([[1.0], [1.0]], dtype=F64))
     with mp.workdps(30):
         w, d = normalised(lw), mp.mpf(shift)
         unit = mp.exp(d * d / 8)

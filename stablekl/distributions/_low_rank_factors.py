@@ -205,9 +205,7 @@ class Conditioned(NamedTuple):
 
     def solve(self, x: Tensor) -> Tensor:
         r""":math:`(\Lambda + V V^\top)^{-1} x` for the columns of x."""
-        innovations = torch.linalg.solve_triangular(
-            self._triangle(), self._select(x), upper=False, unitriangular=True
-        )
+        innovations = torch.linalg.solve_triangular(self._triangle(), self._select(x), upper=False, unitriangular=True)
         x = x - self.slopes @ innovations
         return self._back(innovations, self.root * self.rest.residual(self.root * x)[0])
 

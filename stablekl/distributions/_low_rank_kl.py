@@ -102,9 +102,7 @@ class _Pair(NamedTuple):
     v_q: Tensor
 
 
-def _pair(
-    loc_p: Tensor, factor_p: Tensor, diag_p: Tensor, loc_q: Tensor, factor_q: Tensor, diag_q: Tensor
-) -> _Pair:
+def _pair(loc_p: Tensor, factor_p: Tensor, diag_p: Tensor, loc_q: Tensor, factor_q: Tensor, diag_q: Tensor) -> _Pair:
     root, diag = diag_q.sqrt()[..., None], diag_q[..., None]
     return _Pair(
         m=(loc_p - loc_q)[..., None] / root,
@@ -351,7 +349,7 @@ def low_rank_kl(
     dtype = inputs[0].dtype
     for x in inputs[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
-    loc_p, diag_p, loc_q, diag_q, first, _ = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
+    loc_p, diag_p, loc_q, diag_q, first, _ = torch.broadcast_tensors(
         *(widened(x) for x in inputs[:4]), *(x.new_empty(x.shape[:-1]) for x in (factor_p, factor_q))
     )
     shape = (*first.shape, rank)

@@ -31,7 +31,7 @@ __all__ = ["LowRankMultivariateNormal", "dense_scale_tril", "low_rank_kl"]
 
 
 def _broadcast(*shapes: torch.Size) -> torch.Size:
-    return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    return torch.Size(torch.broadcast_shapes(*shapes))
 
 
 def dense_scale_tril(factor: Tensor, diag: Tensor) -> Tensor:
@@ -83,9 +83,7 @@ class LowRankMultivariateNormal(Movable, TorchLowRankMultivariateNormal):
         0.000
     """
 
-    def __init__(
-        self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: bool | None = None
-    ) -> None:
+    def __init__(self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: bool | None = None) -> None:
         """Check the diagonal with a message that helps; factorise nothing yet."""
         if loc.dim() < 1:
             raise ValueError("loc must be at least one-dimensional: shape batch_shape + (D,)")

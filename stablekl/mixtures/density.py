@@ -68,12 +68,12 @@ def _batch_shape(components: Components) -> torch.Size:
     event = components.scale.ndim - 2 if components.is_diagonal else components.scale.ndim - 3
     log_weights, loc, scale = components
     shapes = log_weights.shape[:-1], loc.shape[:-2], scale.shape[:event]
-    return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    return torch.Size(torch.broadcast_shapes(*shapes))
 
 
 def _shape(value: Tensor, components: Components) -> torch.Size:
     shapes = value.shape[:-1], _batch_shape(components)
-    return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    return torch.Size(torch.broadcast_shapes(*shapes))
 
 
 def _evaluate(value: Tensor, components: Components, *, pooled: bool) -> Tensor:

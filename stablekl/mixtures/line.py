@@ -87,9 +87,7 @@ def _paired(inputs: Inputs) -> Inputs | None:
     return None
 
 
-def _log_ratio(
-    inputs: Inputs, high: Tensor, low: Tensor, log_p: Tensor, log_q: Tensor
-) -> tuple[Tensor, Tensor]:
+def _log_ratio(inputs: Inputs, high: Tensor, low: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """The log-ratio u = log(p/q) at the points, and the size of the terms that it was computed from.
 
     With the components paired, p/q - 1 = sum_k r_k expm1(e_k), r_k the posterior weights of q,
@@ -128,9 +126,7 @@ def _log_ratio(
     return torch.where(use, torch.log1p(total), plain), torch.where(use, size, plain_size)
 
 
-def _crossings(
-    log_weights: Tensor, loc: Tensor, scale: Tensor
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _crossings(log_weights: Tensor, loc: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Where the weighted components of one mixture cross in pairs.
 
     Returns:

@@ -88,9 +88,7 @@ def _summary(means: Tensor) -> tuple[Tensor, Tensor]:
     return means.mean(0), error
 
 
-def sobol_kl(
-    p: Components, q: Components, *, num_points: int = 2048, num_replicates: int = 8
-) -> tuple[Tensor, Tensor]:
+def sobol_kl(p: Components, q: Components, *, num_points: int = 2048, num_replicates: int = 8) -> tuple[Tensor, Tensor]:
     r"""``KL(p || q)`` by stratified scrambled Sobol points of both mixtures; see the module's formula.
 
     Args:
@@ -119,9 +117,7 @@ def sobol_kl(
     return _summary(total)
 
 
-def sobol_information(
-    p: Components, *, num_points: int = 2048, num_replicates: int = 8
-) -> tuple[Tensor, Tensor]:
+def sobol_information(p: Components, *, num_points: int = 2048, num_replicates: int = 8) -> tuple[Tensor, Tensor]:
     r"""Mutual information of a mixture's point and label, ``I = sum_k w_k KL(p_k || p)``.
 
     It is what a mixture's KL lacks to the mean of its components': ``KL(p || q) = S - I`` for any single

@@ -45,9 +45,7 @@ def compare(name: str, make: Callable[..., Callable[..., Tensor]], theirs, ours,
 
 
 def normal(family):
-    return lambda a, b, c, d: kl_divergence(
-        family(a, b, validate_args=False), family(c, d, validate_args=False)
-    )
+    return lambda a, b, c, d: kl_divergence(family(a, b, validate_args=False), family(c, d, validate_args=False))
 
 
 def multivariate(parameter):

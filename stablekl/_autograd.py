@@ -20,7 +20,7 @@ __all__ = ["blockwise", "custom", "is_plain", "rowwise"]
 
 # Elements per block: torch runs a pass over this few on the thread that asks for it, and a handful of float64
 # temporaries of 256 KiB stay in L2. Splitting each pass over torch's own threads instead would meet a barrier per pass
-# and block: a thousand of them, each of which waits for a time slice when the cores are busy (measured: 8 times slower).
+# and block: a thousand, each of which waits for a time slice when the cores are busy (measured: 8 times slower).
 BLOCK = 2**15
 
 

@@ -9,7 +9,7 @@ coefficient rho(s) = integral of p1^s p2^(1-s),
     I(X;Z) = \text{the same with } 1 - \rho,
 
 because softplus(-r) e^(r/2) + softplus(r) e^(-r/2), r the log-ratio of the two weighted densities, is the
-Fourier transform of the kernel. |rho| <= 1 on the whole strip 0 < Re s < 1, so one fixed trapezoid rule
+Fourier transform of the kernel. ``|rho|`` <= 1 on the whole strip 0 < Re s < 1, so one fixed trapezoid rule
 (Trefethen and Weideman, 2014) serves every dimension and every pair: no node depends on the data.
 
 **Everything is real.** The whitening covariance is the midpoint C = (S1 + S2)/2, symmetric in the components.
@@ -28,7 +28,7 @@ them and loses e_i^-1 eps; it also overflows or meets log(0) at extreme ratios, 
 
 **Accuracy** (float64): absolute error below 1e-15 (observed 5e-16), relative error of I near 1e-15 as the
 components approach each other with weights of like size. With a small weight the error of I stays
-absolute: aliases of the trapezoid rule of up to 3e-16 max|1 - rho|. For full covariances read the bars as
+absolute: aliases of the trapezoid rule of up to 3e-16 ``max |1 - rho|``. For full covariances read the bars as
 multiplied by the condition number of the factors, as for any function of a Cholesky factor.
 
 References: L. N. Trefethen and J. A. C. Weideman, "The exponentially convergent trapezoidal rule", SIAM

@@ -143,10 +143,16 @@ def affine_map(dim: int, seed: int) -> Tensor:
 
 
 def embedded(rows: Sequence[Row] | Tensor, dim: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (K,), means (K, D) and covariances (K, D, D); differentiable in a tensor of rows, (..., K, 3)."""
+    """Weights (K,), means (K, D) and covariances (K, D, D); differentiable in a tensor of rows.
+
+    A batch of tables, (B, K, 3), is seen through a batch of maps.
+    """
     table = torch.as_tensor(rows, dtype=F64)
-    a = affine_map(dim, seed)
-    direction = a[:, 0]
+    if table.ndim == 2:
+        a = affine_map(dim, seed)
+    else:  # each its own: the fixed points would treat problems that share a direction alike
+        a = torch.stack([affine_map(dim, 1000 * seed + i) for i in range(len(table))]).unsqueeze(1)
+    direction = a[..., 0]
     loc = table[..., 1:2] * direction + a.sum(-1)
     variances = torch.cat([table[..., 2:] ** 2, torch.ones(*table.shape[:-1], dim - 1, dtype=F64)], -1)
     return table[..., 0], loc, a * variances.unsqueeze(-2) @ a.mT

@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.float64)
 torchs_rule = _KL_REGISTRY[TorchMVN, TorchMVN]
 
 # Largest known of 30,000 random sets (D = 1 ... 32, cond to 1e6): 2.4, 9.9 and 4.7 in float64; 2.4, 0.5 and 0.5 in
-# float32. Gradients (D to 4): 2.3, 3.4 and 1.1 in float64.
+# float32. Gradients (6,000 sets, D to 4, in units of cond(Sq) or cond(Lq) alone): 11, 27 and 7.4 in float64.
 BAR = 16
 GRADIENT_BAR = 32
 
@@ -211,6 +211,7 @@ def test_gradients(kind, dtype):
         near(kind, 3, 10.0, dtype, 2, 64, same_mean=True),
     ]
     rows += [shrunk(kind, 2, 10.0, dtype, 3, 1e-10), shrunk(kind, 1, 1.0, dtype, 4, 0.5)]
+    rows += [shrunk(kind, 3, 1e4, dtype, 5, 0.7)]  # just beyond what counts as near
     assert max(gradient_error(RULES[kind], kind, row) for row in rows) <= GRADIENT_BAR
 
 

@@ -35,10 +35,11 @@ def _diagonal(a: Tensor) -> Tensor:
     return a.diagonal(dim1=-2, dim2=-1)
 
 
-def _plus_diagonal(a: Tensor, d: Tensor) -> Tensor:
-    """``a + diag(d)`` for a fresh ``a``, in place where nothing is recorded."""
+def _lower(a: Tensor, d: Tensor) -> Tensor:
+    """The lower triangle of ``a`` with d added to its diagonal; in place, in a fresh ``a``, where nothing is recorded."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return a + torch.diag_embed(d)
+        return a.tril() + torch.diag_embed(d)
+    a = a.tril_()
     _diagonal(a).add_(d)
     return a
 
@@ -82,15 +83,26 @@ def _half_square(z: Tensor) -> Tensor:
     return (0.5 * norm) * norm
 
 
+def _may_hold(mask: Tensor) -> bool:
+    """False where a CPU in eager mode sees that no row needs the treatment: its work would be thrown away.
+
+    The result is the same bit for bit; everywhere else (devices, tracing) the treatment is computed for all rows.
+    """
+    return mask.device.type != "cpu" or not is_plain((mask,)) or bool(mask.any())
+
+
 def _unless_overflowed(total: Tensor, *inputs: Tensor) -> Tensor:
     """The sum of non-negative terms, +inf where its NaN comes from none of the inputs.
 
     A whitened entry beyond the largest number turns to NaN in the rows below it (0 * inf), and to +inf in truth.
     """
+    overflowed = total.isnan()
+    if not _may_hold(overflowed):
+        return total
     probe = torch.zeros_like(total)
     for x in inputs:
         probe = probe + (x.sum((-2, -1)) if x.ndim > total.ndim + 1 else x.sum(-1))
-    return torch.where(total.isnan() & ~probe.isnan(), torch.inf, total)
+    return torch.where(overflowed & ~probe.isnan(), torch.inf, total)
 
 
 # ---- factors ----------------------------------------------------------------------------------------------------
@@ -110,8 +122,9 @@ def _tril_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     y = solve_triangular(tril_q.mT, z, upper=True)
     r = _diagonal(z)
     d_mu = y[..., -1]
-    d_p = _plus_diagonal(y[..., :-1].tril(), r / _diagonal(tril_p))
-    d_q = _plus_diagonal((y[..., :-1] + y @ z.mT).tril().neg(), -r / _diagonal(tril_q))
+    y_x = y[..., :-1]
+    d_q = _lower(-y_x - y @ z.mT, -r / _diagonal(tril_q))
+    d_p = _lower(y_x, r / _diagonal(tril_p))  # last: it may overwrite y
     return d_mu, d_p, -d_mu, d_q
 
 
@@ -145,14 +158,6 @@ def _root_minus_identity(w: Tensor) -> Tensor:
 def _is_small(w: Tensor) -> Tensor:
     """Where the Frobenius norm is below 1/2: the eigenvalues then lie in (-1/2, 1/2)."""
     return w.square().sum((-2, -1)) < 0.25
-
-
-def _may_hold(mask: Tensor) -> bool:
-    """False where a CPU in eager mode sees that no row is near, and the work for near rows would be thrown away.
-
-    The result is the same bit for bit; everywhere else (devices, tracing) both forms are computed.
-    """
-    return mask.device.type != "cpu" or not is_plain((mask,)) or bool(mask.any())
 
 
 def _factor(a: Tensor) -> Tensor:

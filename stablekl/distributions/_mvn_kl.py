@@ -36,7 +36,7 @@ def _diagonal(a: Tensor) -> Tensor:
 
 
 def _lower(a: Tensor, d: Tensor) -> Tensor:
-    """The lower triangle of ``a`` with d added to its diagonal; in place, in a fresh ``a``, where nothing is recorded."""
+    """The lower triangle of ``a`` plus diag(d); in place, in a fresh ``a``, where nothing is recorded."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return a.tril() + torch.diag_embed(d)
     a = a.tril_()

@@ -22,9 +22,6 @@ __all__ = ["blockwise", "custom", "is_plain", "rowwise"]
 # temporaries of 256 KiB stay in L2. Splitting each pass over torch's own threads instead would meet a barrier per pass
 # and block: a thousand, each of which waits for a time slice when the cores are busy (measured: 8 times slower).
 BLOCK = 2**15
-# Rows of more elements are left whole: a block would hold too few to pay for calling some 30 operations on it (at
-# D = 32, 31 matrices; measured: 1.6 times slower on one thread, where D = 4 is 1.5 times faster on two).
-SMALL_ROW = 256
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -40,43 +37,35 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def blockwise(
-    f: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, batch_ndim: int | None = None
-) -> tuple[Tensor, ...]:
-    """Apply a function of rows, tuple-valued, block by block on a CPU; rows are elements unless told otherwise.
+def blockwise(f: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Apply an elementwise, tuple-valued ``f`` to inputs of one shape, block by block on a CPU.
 
-    The result is that of ``f(*inputs)``, to the last bit for elementwise ``f``: on other devices, for small inputs and
-    inside any transform it is that call. The blocks are shared between as many threads as torch uses.
-
-    Args:
-        f: the function; its results have the batch dimensions of the inputs in front.
-        inputs: of one batch shape, followed by whatever dimensions a row has.
-        batch_ndim: the number of batch dimensions; None: all of them (``f`` is elementwise).
+    The result is that of ``f(*inputs)``, bit for bit: on other devices, for small inputs and inside any
+    transform it is that call. The blocks are shared between as many threads as torch uses.
     """
-    n = inputs[0].ndim if batch_ndim is None else batch_ndim
-    batch = inputs[0].shape[:n]
-    rows = batch.numel()
-    size = max(1, BLOCK // max(1, *(x.shape[n:].numel() for x in inputs)))
-    if rows <= 2 * size or inputs[0].device.type != "cpu" or not is_plain(inputs):
+    shape, n = inputs[0].shape, inputs[0].numel()
+    if n <= 2 * BLOCK or inputs[0].device.type != "cpu" or not is_plain(inputs):
         return f(*inputs)
-    # What is the same for every row stays one row: broadcasting inside the block is free, materialising is not.
-    flat = [x[(0,) * n].unsqueeze(0) if not any(x.stride()[:n]) else x.reshape(rows, *x.shape[n:]) for x in inputs]
+    # An expanded scalar stays a scalar: broadcasting inside the block is free, materialising is not.
+    flat = [x.reshape(-1) if any(x.stride()) else x[(0,) * x.ndim].reshape(1) for x in inputs]
 
     def block(start: int) -> tuple[Tensor, ...]:
-        stop = min(start + size, rows)
-        return f(*(x.expand(stop - start, *x.shape[1:]) if len(x) == 1 else x[start:stop] for x in flat))
+        return f(*(x if len(x) == 1 else x[start : start + BLOCK] for x in flat))
 
+    # A block of nothing but scalars would have their shape: the first input gives the block its own.
+    if len(flat[0]) == 1:
+        flat[0] = flat[0].expand(n)
     first = block(0)
-    outputs = [_empty_rows(rows, r) for r in first]
+    outputs = [r.new_empty(n) for r in first]
     # both modes belong to a thread, so each takes over that of the caller
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
 
     def fill(start: int) -> None:
         with mode():
             for out, r in zip(outputs, block(start) if start else first, strict=True):
-                out[start : start + size] = r
+                out[start : start + BLOCK] = r
 
-    starts = range(0, rows, size)
+    starts = range(0, n, BLOCK)
     threads = min(torch.get_num_threads(), len(starts))
     if threads == 1:
         for start in starts:
@@ -84,14 +73,7 @@ def blockwise(
     else:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, starts))
-    return tuple(out.unflatten(0, batch) for out in outputs)
-
-
-def _empty_rows(rows: int, like: Tensor) -> Tensor:
-    """Room for ``rows`` rows such as those of ``like``; matrices stored by columns, as LAPACK leaves them, stay so."""
-    if like.ndim > 2 and like.mT.is_contiguous() and not like.is_contiguous():
-        return like.new_empty((rows, *like.mT.shape[1:])).mT
-    return like.new_empty((rows, *like.shape[1:]))
+    return tuple(out.view(shape) for out in outputs)
 
 
 def _scaled(g: Tensor, d: Tensor) -> Tensor:
@@ -111,8 +93,6 @@ def _scaled(g: Tensor, d: Tensor) -> Tensor:
 def rowwise(
     value: Callable[..., tuple[Tensor, ...]],
     gradient: Callable[..., tuple[Tensor, ...]],
-    *,
-    event_ndims: Sequence[int] | None = None,
 ) -> Callable[..., Tensor]:
     """A function of rows with a hand-written gradient.
 
@@ -123,22 +103,10 @@ def rowwise(
         gradient: ``gradient(inputs, saved) -> (d out / d input_i, ...)``, of the shapes of the inputs, row
             by row. ``saved`` is None when the result itself must be differentiable: everything is
             then recomputed from ``inputs`` with differentiable operations.
-        event_ndims: how many dimensions a row of each input has. Given, value and gradient of small rows are
-            evaluated by `blockwise`.
 
     Returns:
         ``f(*inputs) -> out``.
     """
-
-    def in_blocks(tensors: Sequence[Tensor], batch_ndim: int) -> bool:
-        widest = max(x.shape[batch_ndim:].numel() for x in tensors)
-        return widest == 1 if event_ndims is None else widest <= SMALL_ROW
-
-    def blocked_value(*inputs: Tensor) -> tuple[Tensor, ...]:
-        batch_ndim = inputs[0].ndim - event_ndims[0] if event_ndims else 0
-        if event_ndims and in_blocks(inputs, batch_ndim):
-            return blockwise(value, *inputs, batch_ndim=batch_ndim)
-        return value(*inputs)
 
     def vjp(
         grad: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor] | None, needed: Sequence[bool]
@@ -149,8 +117,8 @@ def rowwise(
             return tuple(_scaled(grad, d) for d, n in zip(partials, needed, strict=True) if n)
 
         tensors = (grad, *inputs, *(saved or ()))
-        if in_blocks(tensors, grad.ndim):
-            results = iter(blockwise(scaled_partials, *tensors, batch_ndim=grad.ndim))
+        if all(x.shape == grad.shape for x in tensors):  # elementwise
+            results = iter(blockwise(scaled_partials, *tensors))
         else:
             results = iter(scaled_partials(*tensors))
         return tuple(next(results) if n else None for n in needed)
@@ -166,7 +134,7 @@ def rowwise(
                 total = term if total is None else total + term
         return total
 
-    return custom(blocked_value, vjp, jvp)
+    return custom(value, vjp, jvp)
 
 
 def custom(

@@ -317,7 +317,7 @@ def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> t
     )
 
 
-_kl = rowwise(_value, _gradient, event_ndims=(1, 2, 1, 1, 2, 1))
+_kl = rowwise(_value, _gradient)
 
 
 def _padded(factor: Tensor, rank: int) -> Tensor:

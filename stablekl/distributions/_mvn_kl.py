@@ -128,7 +128,7 @@ def _tril_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     return d_mu, d_p, -d_mu, d_q
 
 
-_tril_kl = rowwise(_tril_value, _tril_gradient, event_ndims=(1, 2, 1, 2))
+_tril_kl = rowwise(_tril_value, _tril_gradient)
 
 
 # ---- covariances ------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     return tuple(d.to(dtype) for d in (d_mu, d_p, -d_mu, d_q))
 
 
-_covariance_kl = rowwise(_covariance_value, _covariance_gradient, event_ndims=(1, 2, 1, 2))
+_covariance_kl = rowwise(_covariance_value, _covariance_gradient)
 
 
 # ---- precisions -------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def _symmetric(a: Tensor) -> Tensor:
     return 0.5 * (a + a.mT)
 
 
-_precision_kl = rowwise(_precision_value, _precision_gradient, event_ndims=(1, 2, 1, 2))
+_precision_kl = rowwise(_precision_value, _precision_gradient)
 
 
 # ---- the three, with broadcasting -------------------------------------------------------------------------------

@@ -60,27 +60,42 @@ class Normal(Movable, TorchNormal):
         return expanded
 
 
+def _is_lifted(sigma: Tensor) -> bool:
+    """Whether float64 holds narrower values; there is then room for reciprocals and squares of every input."""
+    return sigma.dtype != widened(sigma).dtype
+
+
 def _standardised(
     mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """The scales in working precision, t, r, and whether float64 holds narrower values.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scales, t and r of float64 (or of float32 without float64).
 
     Divided by sigma_q, never multiplied by 1/sigma_q, which overflows for subnormal scales: 0 * inf at p = q.
     """
-    lifted = sigma_q.dtype != widened(sigma_q).dtype
+    # NaN for sigma_q = inf alone (or both infinite, or NaN, where the logarithm is NaN too): a ratio of 0
+    r = torch.nan_to_num((sigma_p - sigma_q) / sigma_q, nan=-1.0, posinf=torch.inf, neginf=-torch.inf)
+    return sigma_p, sigma_q, (mu_p - mu_q) / sigma_q, r
+
+
+def _lifted_value(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor) -> Tensor:
+    """The rule for narrower values in float64, in as few passes as it takes.
+
+    The quotient of two float32 is 1 or at least 2^-24 away from it: rounding it leaves r - log(1 + r) good to 2^-28.
+    """
     mu_p, sigma_p, mu_q, sigma_q = map(widened, (mu_p, sigma_p, mu_q, sigma_q))
-    if lifted:  # the quotient of two float32 is 1 or at least 2^-24 away: rounding it leaves 2^-28
-        r = sigma_p / sigma_q - 1
-    else:  # NaN for sigma_q = inf alone (or both infinite, or NaN, where the logarithm is NaN too): a ratio of 0
-        r = torch.nan_to_num((sigma_p - sigma_q) / sigma_q, nan=-1.0, posinf=torch.inf, neginf=-torch.inf)
-    return sigma_p, sigma_q, (mu_p - mu_q) / sigma_q, r, lifted
+    t, q = (mu_p - mu_q).div_(sigma_q), sigma_p.div(sigma_q)
+    excess = q.log().clamp_(max=1e4).neg_()  # the bound changes q = inf alone
+    r = q.sub_(1)
+    return excess.add_(r).addcmul_(r, r, value=0.5).addcmul_(t, t, value=0.5)
 
 
 def _value_block(*inputs: Tensor) -> tuple[Tensor]:
-    sigma_p, sigma_q, t, r, lifted = _standardised(*inputs)
-    excess = log_ratio_bregman_value(sigma_p, sigma_q, lifted=lifted)
+    if _is_lifted(inputs[3]):
+        return (_lifted_value(*inputs).to(inputs[0].dtype),)
+    sigma_p, sigma_q, t, r = _standardised(*inputs)
+    excess = log_ratio_bregman_value(sigma_p, sigma_q)
     # (r/2) r rather than r*r/2: the square may overflow where half of it does not
-    return (torch.addcmul(torch.addcmul(excess, r, r, value=0.5), t, t, value=0.5).to(inputs[0].dtype),)
+    return (torch.addcmul(torch.addcmul(excess, r, r, value=0.5), t, t, value=0.5),)
 
 
 def _value(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -88,12 +103,20 @@ def _value(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-    sigma_p, sigma_q, t, r, _ = _standardised(*inputs)
-    d_mu = t / sigma_q
-    # sigma_p/sigma_q^2 - 1/sigma_p with the common factor r taken out, and likewise for sigma_q
-    d_sigma_p = r / sigma_q + r / sigma_p
-    d_sigma_q = -(torch.addcmul(r * (r + 2), t, t) / sigma_q)
-    d_mu, d_sigma_p, d_sigma_q = (d.to(inputs[0].dtype) for d in (d_mu, d_sigma_p, d_sigma_q))
+    # d/d sigma_p = sigma_p/sigma_q^2 - 1/sigma_p with the common factor r taken out, and likewise for sigma_q
+    if _is_lifted(inputs[3]):
+        dtype = inputs[0].dtype
+        mu_p, sigma_p, mu_q, sigma_q = map(widened, inputs)
+        inverse, r = 1 / sigma_q, sigma_p / sigma_q - 1
+        t = (mu_p - mu_q) * inverse
+        d_mu = (t * inverse).to(dtype)
+        d_sigma_p = (r * (inverse + 1 / sigma_p)).to(dtype)
+        d_sigma_q = (torch.addcmul(r * (r + 2), t, t) * -inverse).to(dtype)
+    else:
+        sigma_p, sigma_q, t, r = _standardised(*inputs)
+        d_mu = t / sigma_q
+        d_sigma_p = r / sigma_q + r / sigma_p
+        d_sigma_q = -(torch.addcmul(r * (r + 2), t, t) / sigma_q)
     return d_mu, d_sigma_p, -d_mu, d_sigma_q
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 __all__ = ["blockwise", "custom", "is_plain", "rowwise"]
 
 # Elements per block: torch runs a pass over this few on the thread that asks for it, and a handful of float64
-# temporaries of 256 KiB stay in L2. Blocks of 2^17, each pass split over torch's own threads, are twice as fast on an idle
-# machine but meet a barrier per pass and block, each of which waits for a time slice when the cores are busy (measured
-# at a load of 8 on two cores: 8 times slower than this).
+# temporaries of 256 KiB stay in L2. Blocks of 2^17, each pass split over torch's own threads, are twice as fast on an
+# idle machine but meet a barrier per pass and block, each of which waits for a time slice when the cores are busy
+# (measured at a load of 8 on two cores: 8 times slower than this).
 BLOCK = 2**15
 
 

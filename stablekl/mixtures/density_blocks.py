@@ -6,9 +6,8 @@ Only for tensors that hold data here and now. `value` and `vjp` have the signatu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +17,8 @@ from .density_terms import base, coefficients, inverse_factor, is_diagonal, livi
 
 __all__ = ["value", "vjp"]
 
-T = TypeVar("T")
-
 # Elements per block: measured on a CPU (fastest of 2**14 ... 2**19); elsewhere enough to fill a device.
-_CPU_BLOCK, _DEVICE_BLOCK = 2**17, 2**22
-# Points x components x dimensions from which threads pay for themselves (measured).
-_PARALLEL = 2**18
+_CPU_BLOCK, _DEVICE_BLOCK = 2**18, 2**22
 # The expansion does not pay for its preparation with fewer components or points (measured).
 _EXPANSION_COMPONENTS, _EXPANSION_POINTS = 4, 256
 
@@ -43,6 +38,22 @@ class _Scratch:
         return memory[:size].view(*shape)
 
 
+class _Part(NamedTuple):
+    """Some of the components."""
+
+    k: slice
+    loc: Tensor  # (B, k, D, 1)
+    inverse: Tensor  # (B, k, D) or (B, k, D, D)
+
+
+def _within(x: Tensor, bound: float) -> bool:
+    """Whether |x| < bound everywhere."""
+    if not x.numel():
+        return True
+    low, high = torch.aminmax(x)
+    return -bound < float(low) and float(high) < bound
+
+
 class _Mixtures:
     """A block of batch elements, prepared; meets the points block by block."""
 
@@ -52,6 +63,8 @@ class _Mixtures:
         self.loc, scale = living(log_weights, loc, scale)
         self.diagonal, self.scratch, self.elements = is_diagonal(loc, scale), scratch, elements
         self.inverse, self.base = inverse_factor(self.loc, scale), base(log_weights, self.loc, scale)
+        self._part_size, self._part_list = 0, list[_Part]()
+        self._bound: float | None = None
         self.expansion: Expansion | None = None
         if expand:
             loc, scale = self.loc.double(), scale.double()
@@ -71,9 +84,10 @@ class _Mixtures:
         if self.expansion is not None and features is not None:
             return self.expansion.logits(features, self.scratch("logits64", shape, torch.float64))
         logits = self.scratch("logits", shape, x.dtype)
-        for k in self._component_cuts(x):
-            torch.sum(self._whiten(x, k).square_(), -2, out=logits[:, k])
-        if not self.diagonal:  # the product turned an infinite coordinate into NaN
+        for part in self._parts(x):
+            torch.sum(self._whiten(x, part).square_(), -2, out=logits[:, part.k])
+        # the product turned an infinite coordinate into NaN
+        if not self.diagonal and not (x.device.type == "cpu" and _within(x, math.inf)):
             logits.masked_fill_(x.isinf().any(-2, keepdim=True), math.inf)
         return torch.add(self.base.unsqueeze(-1), logits, alpha=-0.5, out=logits)
 
@@ -82,15 +96,16 @@ class _Mixtures:
     ) -> Tensor | None:
         """Add the weighted moments of z to ``moments``; gradient of ``(c * logits).sum()`` with respect to x."""
         if self.expansion is not None and features is not None:
-            for total, part in zip(moments, self.expansion.moments(features, c), strict=True):
-                total += part
+            for total, new in zip(moments, self.expansion.moments(features, c), strict=True):
+                total += new
             return self.expansion.pull(features, c) if want_x else None
         mass, first, second = moments
         mass += c.sum(-1)
         masked = self._may_overflow(x)
         d_x = self.scratch("d_x", x.shape, x.dtype).zero_() if want_x else None
-        for k in self._component_cuts(x):
-            z, inverse, weight = self._whiten(x, k), self.inverse[:, k], c[:, k].unsqueeze(-2)
+        for part in self._parts(x):
+            k, inverse = part.k, part.inverse
+            z, weight = self._whiten(x, part), c[:, k].unsqueeze(-2)
             if masked:  # z may be inf where nothing is asked of it
                 z.masked_fill_(weight == 0, 0.0)
             cz = torch.mul(z, weight, out=self.scratch("cz", z.shape, z.dtype))
@@ -102,25 +117,32 @@ class _Mixtures:
                 d_x.baddbmm_(inverse.flatten(1, 2).mT, cz.flatten(1, 2), alpha=-1.0)
         return d_x
 
-    def _component_cuts(self, x: Tensor) -> Iterator[slice]:
-        return _cuts(self.loc.shape[1], max(1, self.elements // max(1, x.numel())))
+    def _parts(self, x: Tensor) -> list[_Part]:
+        """The components, as many at a time as fit into a block with these points."""
+        size = max(1, self.elements // max(1, x.numel()))
+        if size != self._part_size:
+            self._part_size, cuts = size, _cuts(self.loc.shape[1], size)
+            self._part_list = [_Part(k, self.loc[:, k].unsqueeze(-1), self.inverse[:, k]) for k in cuts]
+        return self._part_list
 
-    def _whiten(self, x: Tensor, k: slice) -> Tensor:
+    def _whiten(self, x: Tensor, part: _Part) -> Tensor:
         """Whiten the points for some components, in scratch memory. The mean goes first: exact where x is near it."""
-        shape = (x.shape[0], k.stop - k.start, *x.shape[1:])
-        z, inverse = self.scratch("z", shape, x.dtype), self.inverse[:, k]
+        shape = (*part.inverse.shape[:3], x.shape[-1])
+        z, points = self.scratch("z", shape, x.dtype), x.unsqueeze(1)
         if self.diagonal:
-            return torch.sub(x.unsqueeze(1), self.loc[:, k].unsqueeze(-1), out=z).mul_(inverse.unsqueeze(-1))
-        deviation = torch.sub(x.unsqueeze(1), self.loc[:, k].unsqueeze(-1), out=self.scratch("cz", shape, x.dtype))
-        torch.bmm(inverse.flatten(0, 1), deviation.flatten(0, 1), out=z.flatten(0, 1))
+            return torch.sub(points, part.loc, out=z).mul_(part.inverse.unsqueeze(-1))
+        deviation = torch.sub(points, part.loc, out=self.scratch("cz", shape, x.dtype))
+        torch.bmm(part.inverse.flatten(0, 1), deviation.flatten(0, 1), out=z.flatten(0, 1))
         return z
 
     def _may_overflow(self, x: Tensor) -> bool:
         """Whether the magnitudes leave open that z is infinite; without asking them on an asynchronous device."""
-        if x.device.type != "cpu" or not x.numel():
+        if x.device.type != "cpu":
             return True
-        size = self.inverse.abs().amax() * (x.abs().amax() + self.loc.abs().amax()) * x.shape[1]
-        return not bool(size < torch.finfo(x.dtype).max)
+        if self._bound is None:  # |z| <= D |inverse| (|x| + |loc|)
+            largest = torch.finfo(x.dtype).max / x.shape[1]
+            self._bound = float(largest / self.inverse.abs().amax() - self.loc.abs().amax())
+        return not _within(x, self._bound)
 
 
 def _cuts(length: int, size: int) -> Iterator[slice]:
@@ -155,34 +177,6 @@ def _points(x: Tensor, b: slice, n: slice, scratch: _Scratch) -> Tensor:
     return scratch("x", block.shape, x.dtype).copy_(block)
 
 
-def _share_out(work: Callable[[slice, slice], T], inputs: Sequence[Tensor]) -> tuple[list[T], bool]:
-    """Give each thread its part of the batch or of the points; also says whether it was the points.
-
-    Splitting each pass over torch's own threads instead would meet a barrier per pass and block: thousands of them,
-    each of which waits for a time slice when the cores are busy (measured: 10 times slower).
-    """
-    x, loc = inputs[0], inputs[2]
-    batch, samples = x.shape[0], x.shape[2]
-    by_points = samples >= batch
-    length = samples if by_points else batch
-    parallel = x.device.type == "cpu" and x.numel() * loc.shape[1] >= _PARALLEL
-    threads = min(torch.get_num_threads(), length) if parallel else 1
-    cuts = list(_cuts(length, -(-length // threads))) if length else [slice(0, 0)]
-    whole = slice(None)
-    parts = [(whole, cut) if by_points else (cut, whole) for cut in cuts]
-    if len(parts) == 1:
-        return [work(whole, whole)], by_points
-    # both modes belong to a thread, so each takes over that of the caller
-    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-
-    def guarded(part: tuple[slice, slice]) -> T:
-        with mode():
-            return work(*part)
-
-    with ThreadPoolExecutor(len(parts)) as executor:
-        return list(executor.map(guarded, parts)), by_points
-
-
 def value(pooled: bool, keep: bool, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Log-density (pooled) or logits; with ``keep``, also the exponentials and their sum for the backward."""
     flat = _flat(inputs)
@@ -192,19 +186,12 @@ def value(pooled: bool, keep: bool, inputs: Sequence[Tensor]) -> tuple[Tensor, .
     if keep:
         results += [x.new_empty(table), x.new_empty(row)]
 
-    def work(members: slice, points: slice) -> None:
-        _fill(
-            pooled,
-            [flat[0][members, :, points], *(p[members] for p in flat[1:])],
-            [r[members, ..., points] for r in results],
-        )
-
-    _share_out(work, flat)
+    _fill(pooled, flat, results)
     return tuple(r.reshape(*inputs[0].shape[:-2], *r.shape[1:]) for r in results)
 
 
 def _fill(pooled: bool, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-    """`value` on one thread, into ``results``."""
+    """`value`, into ``results``."""
     x, (out, *kept) = inputs[0], results
     scratch = _Scratch(x.device)
     for b, mixtures, cuts in _blocks(inputs, scratch):
@@ -229,14 +216,7 @@ def vjp(
     rows = [t.reshape(x.shape[0], *t.shape[inputs[0].ndim - 2 :]) for t in (grad, *saved)]
     d_x = x.new_empty(x.mT.shape).mT if needed[0] else None
 
-    def work(members: slice, points: slice) -> list[Tensor]:
-        part = [flat[0][members, :, points], *(p[members] for p in flat[1:])]
-        return _pull(
-            pooled, [r[members, ..., points] for r in rows], part, None if d_x is None else d_x[members, :, points]
-        )
-
-    parts, by_points = _share_out(work, flat)
-    gradients = [sum(p[1:], p[0]) if by_points else torch.cat(p) for p in zip(*parts, strict=True)]
+    gradients = _pull(pooled, rows, flat, d_x)
     return tuple(
         g.to(i.dtype).reshape(i.shape) if g is not None and wanted else None
         for g, i, wanted in zip((d_x, *gradients), inputs, needed, strict=True)
@@ -244,7 +224,7 @@ def vjp(
 
 
 def _pull(pooled: bool, rows: Sequence[Tensor], inputs: Sequence[Tensor], d_x: Tensor | None) -> list[Tensor]:
-    """`vjp` on one thread: gradients of the parameters; that of the points goes into ``d_x``."""
+    """`vjp`: gradients of the parameters; that of the points goes into ``d_x``."""
     (grad, *kept), x = rows, inputs[0]
     scratch = _Scratch(x.device)
     # Sums over points are carried in float64 where that is free.

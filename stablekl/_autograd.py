@@ -94,6 +94,7 @@ def _scaled(g: Tensor, d: Tensor) -> Tensor:
 def rowwise(
     value: Callable[..., tuple[Tensor, ...]],
     gradient: Callable[..., tuple[Tensor, ...]],
+    pullback: Callable[..., tuple[Tensor | None, ...] | None] | None = None,
 ) -> Callable[..., Tensor]:
     """A function of rows with a hand-written gradient.
 
@@ -104,6 +105,8 @@ def rowwise(
         gradient: ``gradient(inputs, saved) -> (d out / d input_i, ...)``, of the shapes of the inputs, row
             by row. ``saved`` is None when the result itself must be differentiable: everything is
             then recomputed from ``inputs`` with differentiable operations.
+        pullback: ``pullback(grad, inputs, needed)``, the gradient times that of the caller in one go, or None
+            where it has no shorter way than that.
 
     Returns:
         ``f(*inputs) -> out``.
@@ -112,6 +115,10 @@ def rowwise(
     def vjp(
         grad: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor] | None, needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
+        pulled = None if pullback is None else pullback(grad, inputs, needed)
+        if pulled is not None:
+            return pulled
+
         def scaled_partials(grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             kept = None if saved is None else tensors[len(inputs) :]
             partials = gradient(tensors[: len(inputs)], kept)

@@ -30,6 +30,8 @@ torchs_rule = _KL_REGISTRY[TorchMVN, TorchMVN]
 BAR = 16
 GRADIENT_BAR = 32
 
+torchs_rule = _KL_REGISTRY[TorchMVN, TorchMVN]
+
 
 def spd(rng, d, condition):
     basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
@@ -219,6 +221,25 @@ def test_gradients(kind, dtype):
 @by_kind
 def test_torchs_gradients_fail_the_same_check(kind, dtype):
     assert gradient_error(torchs(kind), kind, near(kind, 2, 10.0, dtype, 1, 1)) > 1e4
+
+
+@pytest.mark.parametrize("d", [255, 256, 300, 520])
+def test_gradients_of_large_factors_are_made_of_blocks(d):
+    g = torch.Generator().manual_seed(d)
+    row = [torch.randn(2, d, generator=g, dtype=torch.float64) for _ in range(2)]
+    for _ in range(2):
+        noise = torch.randn(2, d, d, generator=g, dtype=torch.float64) * 0.2 / d**0.5
+        row.append((torch.eye(d) + noise).tril())
+    mu_p, mu_q, tril_p, tril_q = leaves = [x.requires_grad_() for x in row]
+    weight = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    expected = torch.autograd.grad(
+        torchs_rule(*(TorchMVN(*x) for x in ((mu_p, None, None, tril_p), (mu_q, None, None, tril_q)))), leaves, weight
+    )
+    for got, want in zip(
+        torch.autograd.grad(scale_tril_kl(mu_p, tril_p, mu_q, tril_q), leaves, weight), expected, strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+        assert got.is_contiguous()
 
 
 def test_second_derivatives_of_a_covariance_far_smaller_than_the_other():

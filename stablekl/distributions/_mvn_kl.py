@@ -18,6 +18,8 @@ relative accuracy:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
@@ -30,22 +32,42 @@ __all__ = ["covariance_kl", "precision_kl", "scale_tril_kl"]
 
 Tensors = tuple[Tensor, ...]
 
+_BLOCKED = 256  # rows from which it pays to leave out the blocks above a diagonal (measured)
+
 
 def _diagonal(a: Tensor) -> Tensor:
     return a.diagonal(dim1=-2, dim2=-1)
 
 
-def _lower(a: Tensor, d: Tensor) -> Tensor:
-    """The lower triangle of ``a`` plus diag(d); in place, in a fresh ``a``, where nothing is recorded."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return a.tril() + torch.diag_embed(d)
-    a = a.tril_()
-    _diagonal(a).add_(d)
-    return a
+def _recorded() -> bool:
+    """Whether operations are recorded, which must then not happen in place."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def _lower(block: Callable[[int, int], Tensor], d: int, diagonal: Tensor) -> Tensor:
+    """The lower triangle of a fresh D x D matrix plus a diagonal.
+
+    Args:
+        block: ``block(start, stop)``: its columns start to stop, rows start to D. A large matrix is made of a few,
+            and nothing above them is computed.
+        d: D.
+        diagonal: what to add to its diagonal.
+    """
+    if _recorded():
+        return block(0, d).tril() + torch.diag_embed(diagonal)
+    size = d if d < _BLOCKED else max(_BLOCKED // 2, d // 4)
+    result = block(0, size).tril_()
+    if size < d:
+        left, result = result, result.new_zeros((*result.shape[:-1], d))
+        result[..., :size] = left
+        for start in range(size, d, size):
+            result[..., start:, start : start + size] = block(start, start + size).tril_()
+    _diagonal(result).add_(diagonal)
+    return result
 
 
 def _whitened(factor_p: Tensor, factor_q: Tensor, shift: Tensor) -> Tensor:
-    """``[X, m]``, shape (..., D, D + 1), from triangular factors; the diagonal of X is (p - q)/q itself.
+    """``[m, X]``, shape (..., D, D + 1), from triangular factors; the diagonal of X is (p - q)/q itself.
 
     Off the diagonal, Lq^-1 Lp and Lq^-1 (Lp - Lq) are the same numbers. Subtracting first is exact for columns that
     are near each other; for a column with Lp << Lq it would bury Lp under Lq (1e4 eps), so it is left alone there.
@@ -53,18 +75,27 @@ def _whitened(factor_p: Tensor, factor_q: Tensor, shift: Tensor) -> Tensor:
     dp, dq = _diagonal(factor_p), _diagonal(factor_q)
     near = ((dp > 0.5 * dq) & (dp < 2 * dq)).to(dp.dtype).unsqueeze(-2)
     r = (dp - dq) / dq
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if _recorded():
         difference = torch.addcmul(factor_p, factor_q, near, value=-1)
-        z = solve_triangular(factor_q, torch.cat((difference, shift.unsqueeze(-1)), -1), upper=False)
-        return torch.diagonal_scatter(z, r, 0, -2, -1)
-    # The same, with nothing recorded, written column by column, as LAPACK reads it: two copies fewer.
+        z = _solve(factor_q, torch.cat((shift.unsqueeze(-1), difference), -1))
+        return torch.diagonal_scatter(z, r, 1, -2, -1)
     d = dp.shape[-1]
-    rhs = shift.new_empty((*shift.shape[:-1], d + 1, d)).mT
-    torch.addcmul(factor_p, factor_q, near, value=-1, out=rhs[..., :d])
-    rhs[..., d] = shift
-    whitened: Tensor = solve_triangular(factor_q, rhs, upper=False)
-    _diagonal(whitened).copy_(r)
-    return whitened
+    rhs = shift.new_empty((*shift.shape[:-1], d, d + 1))
+    torch.addcmul(factor_p, factor_q, near, value=-1, out=rhs[..., 1:])
+    rhs[..., 0] = shift
+    z = _solve(factor_q, rhs)
+    _diagonal(z[..., 1:]).copy_(r)
+    return z
+
+
+def _solve(factor: Tensor, rhs: Tensor, *, transposed: bool = False) -> Tensor:
+    """``F^-1 B`` for a lower-triangular F, or ``F^-T B``.
+
+    Solved from the right, as (B' F^-T)', since torch's rows are LAPACK's columns: two copies fewer.
+    """
+    f = factor if transposed else factor.mT
+    solved: Tensor = solve_triangular(f, rhs.mT, upper=not transposed, left=False)
+    return solved.mT
 
 
 def _diagonal_excess(dp: Tensor, dq: Tensor) -> Tensor:
@@ -75,11 +106,10 @@ def _diagonal_excess(dp: Tensor, dq: Tensor) -> Tensor:
 
 def _half_square(z: Tensor) -> Tensor:
     """|z|^2 / 2; +inf from half of the largest number on."""
-    # mT: as LAPACK left it. A norm reads once and writes nothing, where the dot product of z/2 and z takes 2 to 10
-    # times as long; it adds in sequence, though (20 eps at D = 512), so long columns come first.
-    columns = z.mT
-    columns = torch.linalg.vector_norm(columns, dim=-1) if z.shape[-2] > 64 else columns.flatten(-2)
-    norm: Tensor = torch.linalg.vector_norm(columns, dim=-1)
+    # A norm reads once and writes nothing, where the dot product of z/2 and z takes 2 to 10 times as long; it adds in
+    # sequence, though (20 eps at D = 512), so long rows come first.
+    rows = torch.linalg.vector_norm(z, dim=-1) if z.shape[-1] > 64 else z.flatten(-2)
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=-1)
     return (0.5 * norm) * norm
 
 
@@ -117,15 +147,22 @@ def _tril_value(mu_p: Tensor, tril_p: Tensor, mu_q: Tensor, tril_q: Tensor) -> T
 def _tril_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     mu_p, tril_p, mu_q, tril_q = inputs
     z = _whitened(tril_p, tril_q, mu_p - mu_q) if saved is None else saved[0]
-    # [Y, y] = Lq^-T [X, m]. d/dLp = tril(Lq^-T (I + X)) - diag(1/Lp) and d/dLq = tril(Lq^-T (I - (I+X)(I+X)' - mm')),
+    # [y, Y] = Lq^-T [m, X]. d/dLp = tril(Lq^-T (I + X)) - diag(1/Lp) and d/dLq = tril(Lq^-T (I - (I+X)(I+X)' - mm')),
     # written without the identity, which would cancel near p = q.
-    y = solve_triangular(tril_q.mT, z, upper=True)
-    r = _diagonal(z)
-    d_mu = y[..., -1]
-    y_x = y[..., :-1]
-    d_q = _lower(-y_x - y @ z.mT, -r / _diagonal(tril_q))
-    d_p = _lower(y_x, r / _diagonal(tril_p))  # last: it may overwrite y
-    return d_mu, d_p, -d_mu, d_q
+    y = _solve(tril_q, z, transposed=True)
+    d, r = mu_p.shape[-1], _diagonal(z[..., 1:])
+
+    def block_p(start: int, stop: int) -> Tensor:
+        return y[..., start:, start + 1 : stop + 1].clone()
+
+    def block_q(start: int, stop: int) -> Tensor:
+        # X has nothing above its diagonal; Y has, but not where it meets the rest of X
+        product = y[..., start:, : stop + 1] @ z[..., start:stop, : stop + 1].mT
+        return (product + y[..., start:, start + 1 : stop + 1]).neg()
+
+    d_mu = y[..., 0].clone()
+    d_p = _lower(block_p, d, r / _diagonal(tril_p))
+    return d_mu, d_p, -d_mu, _lower(block_q, d, -r / _diagonal(tril_q))
 
 
 _tril_kl = rowwise(_tril_value, _tril_gradient)
@@ -171,7 +208,7 @@ def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) 
     mu_p, cov_p, mu_q, cov_q = map(widened, (mu_p, cov_p, mu_q, cov_q))
     factor_p, factor_q = _factor(cov_p), _factor(cov_q)
     far = _whitened(factor_p, factor_q, mu_p - mu_q)
-    m, x = far[..., -1:], far[..., :-1]
+    m, x = far[..., :1], far[..., 1:]
     excess = log_ratio_bregman_value(_diagonal(factor_p), _diagonal(factor_q))
     near = _is_small(x + x.mT + x @ x.mT)[..., None, None]
     if _may_hold(near):
@@ -219,7 +256,7 @@ def _precision_value(mu_p: Tensor, precision_p: Tensor, mu_q: Tensor, precision_
     identity = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
     x_near = -solve_triangular(identity + m, m, upper=False)
     # Far: U_p^-1 U_q has the diagonal and the norm of the transposed X.
-    x_far = _whitened(factor_q, factor_p, torch.zeros_like(shift))[..., :-1]
+    x_far = _whitened(factor_q, factor_p, torch.zeros_like(shift))[..., 1:]
     x = torch.where(near, x_near, x_far)
     l_near = -log1pmx_value(torch.where(near[..., 0], _diagonal(x), torch.zeros_like(_diagonal(x))))
     l_far = log_ratio_bregman_value(_diagonal(factor_q), _diagonal(factor_p))

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import Normal as TorchNormal
 from torch.types import _size
 
+from .. import _fused
 from .._autograd import blockwise, rowwise
 from ..parameterizations import check_positive
 from ..registry import register_hardened
@@ -99,6 +100,8 @@ def _value_block(*inputs: Tensor) -> tuple[Tensor]:
 
 
 def _value(*inputs: Tensor) -> tuple[Tensor, ...]:
+    if _fused.available(inputs):
+        return (_fused.normal_kl(inputs),)
     return blockwise(_value_block, *inputs)
 
 
@@ -120,7 +123,11 @@ def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> t
     return d_mu, d_sigma_p, -d_mu, d_sigma_q
 
 
-_kl = rowwise(_value, _gradient)
+def _pullback(grad: Tensor, inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...] | None:
+    return _fused.normal_kl_gradient(grad, inputs, needed) if _fused.available((*inputs, grad)) else None
+
+
+_kl = rowwise(_value, _gradient, _pullback)
 
 
 def normal_kl(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor) -> Tensor:

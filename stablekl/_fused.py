@@ -1,0 +1,95 @@
+"""One pass over memory instead of one per operation: kernels in C for elementwise rules on a CPU.
+
+torch reads and writes memory for every operation, so a rule of twenty operations moves ten times its data. The kernels
+of ``_fused_kernels.c`` move it once. They are built when stablekl is installed, if there is a C compiler; without
+one, and for everything but plain float32 and float64 tensors on a CPU, the callers evaluate the same formulas with
+torch's operations. A kernel releases the interpreter lock, so threads share a large call evenly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._autograd import is_plain
+
+__all__ = ["available", "normal_kl", "normal_kl_gradient"]
+
+# Elements that are worth a thread of their own (starting one takes as long as some 20,000 elements).
+_PER_THREAD = 2**17
+
+
+def _load() -> Any:
+    spec = find_spec("stablekl._fused_kernels")
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    for kernel in (library.stablekl_normal_kl, library.stablekl_normal_kl_gradient):
+        addresses, size = ctypes.POINTER(ctypes.c_void_p), ctypes.c_int64
+        kernel.argtypes = [addresses, ctypes.POINTER(size), size, size, ctypes.c_int, ctypes.c_void_p]
+        kernel.restype = None
+    return library
+
+
+_library = _load()  # None where no compiler was
+
+
+def available(inputs: Sequence[Tensor]) -> bool:
+    """Whether a kernel can take these tensors, which have one shape and dtype.
+
+    A kernel reads addresses, behind the back of whatever records operations: it is for plain tensors outside every
+    trace and every dispatch mode.
+    """
+    x = inputs[0]
+    return (
+        _library is not None
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in inputs)
+        and is_plain(inputs)
+        and not torch._C._is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def normal_kl(inputs: Sequence[Tensor]) -> Tensor:
+    """KL(N(mu_p, sigma_p^2) || N(mu_q, sigma_q^2)) of tensors for which `available` holds."""
+    out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype)
+    _run(_library.stablekl_normal_kl, inputs, ctypes.c_void_p(out.data_ptr()))
+    return out
+
+
+def normal_kl_gradient(grad: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Its gradient times ``grad``, for the inputs that are ``needed``."""
+    out = [torch.empty(grad.shape, dtype=grad.dtype) if n else None for n in needed]
+    addresses = (ctypes.c_void_p * 4)(*(None if x is None else x.data_ptr() for x in out))
+    _run(_library.stablekl_normal_kl_gradient, (*inputs, grad), addresses)
+    return tuple(out)
+
+
+def _run(kernel: Callable[..., None], inputs: Sequence[Tensor], out: object) -> None:
+    """Call ``kernel`` on as many threads as torch uses; an expanded scalar goes in as it is, of stride 0."""
+    scalar = [not any(x.stride()) for x in inputs]
+    dense = [(x if s else x.contiguous()).resolve_neg() for x, s in zip(inputs, scalar, strict=True)]
+    addresses = (ctypes.c_void_p * len(dense))(*(x.data_ptr() for x in dense))
+    strides = (ctypes.c_int64 * len(dense))(*(0 if s else 1 for s in scalar))
+    wide, n = inputs[0].dtype == torch.float64, inputs[0].numel()
+    threads = max(1, min(torch.get_num_threads(), n // _PER_THREAD))
+
+    def part(i: int) -> None:
+        kernel(addresses, strides, n * i // threads, n * (i + 1) // threads, wide, out)
+
+    if threads == 1:
+        part(0)
+    else:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(part, i) for i in range(1, threads)]
+            part(0)
+        for other in others:
+            other.result()

@@ -1,0 +1,125 @@
+"""The kernels in C: what they may take, and that their results depend on nothing but the values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from stablekl import _fused
+from stablekl.distributions.normal import normal_kl
+
+pytestmark = pytest.mark.skipif(_fused._library is None, reason="installed without a C compiler")
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def parameters(*shape, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    mu_p, mu_q = torch.randn(2, *shape, generator=g, dtype=torch.float64)
+    sigma_p, sigma_q = torch.exp(3 * torch.randn(2, *shape, generator=g, dtype=torch.float64))
+    return [x.to(dtype) for x in (mu_p, sigma_p, mu_q, sigma_q)]
+
+
+def by_operations(monkeypatch, inputs, grad):
+    with monkeypatch.context() as patch:
+        patch.setattr(_fused, "_library", None)
+        return value_and_gradient(inputs, grad)
+
+
+def value_and_gradient(inputs, grad):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    value = normal_kl(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves, grad)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_value_and_gradient_are_those_of_the_operations(dtype, monkeypatch):
+    inputs = parameters(10_007, dtype=dtype)
+    grad = torch.randn(10_007, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    grad[::7] = 0
+    eps = torch.finfo(dtype).eps
+    for a, b in zip(value_and_gradient(inputs, grad), by_operations(monkeypatch, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=20 * eps, atol=20 * eps * float(b.abs().median()))
+        assert (a[::7][1:] == 0).all() == (b[::7][1:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_operations_are_not_called(dtype, monkeypatch):
+    monkeypatch.setattr("stablekl.distributions.normal._value_block", None)
+    assert _fused.available(parameters(5, dtype=dtype))
+    assert normal_kl(*parameters(5, dtype=dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 300_001])
+def test_bits_depend_on_the_values_alone(dtype, n):
+    inputs = parameters(n, dtype=dtype)
+    value = normal_kl(*inputs)
+    for i in {0, n // 2, n - 1}:
+        one = [x[i].clone() for x in inputs]
+        assert torch.equal(normal_kl(*one), value[i])
+        assert torch.equal(normal_kl(*(x.expand(3, 2) for x in one)), value[i].expand(3, 2))
+    strided = [x.repeat_interleave(2)[::2] for x in inputs]
+    assert torch.equal(normal_kl(*strided), value)
+    assert torch.equal(normal_kl(*(x.flip(0) for x in inputs)).flip(0), value)
+    shifted = [torch.cat((x[:1], x))[1:] for x in inputs]  # another alignment
+    assert torch.equal(normal_kl(*shifted), value)
+    assert torch.equal(
+        normal_kl(inputs[0], inputs[1], torch.zeros(()).to(dtype), torch.ones(()).to(dtype)),
+        normal_kl(inputs[0], inputs[1], torch.zeros(n).to(dtype), torch.ones(n).to(dtype)),
+    )
+
+
+def test_threads_do_not_show():
+    inputs, threads = parameters(600_000, dtype=torch.float32), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(value_and_gradient(inputs, torch.ones(600_000)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes(dtype):
+    assert normal_kl(*parameters(0, dtype=dtype)).shape == (0,)
+    assert normal_kl(*parameters(2, 0, 3, dtype=dtype)).shape == (2, 0, 3)
+    inputs = parameters(4, 5, dtype=dtype)
+    column = normal_kl(*(x.mT for x in inputs))
+    assert torch.equal(column, normal_kl(*inputs).mT)
+    rows = normal_kl(inputs[0], inputs[1], inputs[2][:1], inputs[3][:1])
+    assert torch.equal(rows, normal_kl(inputs[0], inputs[1], *(x[:1].repeat(4, 1) for x in inputs[2:])))
+    conjugate = torch.complex(torch.zeros_like(inputs[0]), -inputs[0]).conj().imag
+    assert conjugate.is_neg()
+    assert torch.equal(normal_kl(conjugate, *inputs[1:]), normal_kl(*inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_scale(dtype, monkeypatch):
+    inf, nan = math.inf, math.nan
+    cases = {  # mu_p, sigma_p, mu_q, sigma_q
+        (0, 1, 0, inf): inf, (0, inf, 0, 1): inf, (0, inf, 0, inf): nan, (0, 0, 0, 1): inf, (0, 1, 0, 0): nan,
+        (0, -1, 0, 1): nan, (0, 1, 0, -1): nan, (nan, 1, 0, 1): nan, (0, nan, 0, 1): nan, (0, 1, nan, 1): nan,
+        (0, 1, 0, nan): nan, (inf, 1, 0, 1): inf, (inf, 1, inf, 1): nan, (1, 1, 0, 0): inf,
+    }  # fmt: skip
+    columns = [torch.tensor(x, dtype=dtype) for x in zip(*cases, strict=True)]
+    expected = torch.tensor(list(cases.values()), dtype=dtype)
+    torch.testing.assert_close(normal_kl(*columns), expected, rtol=0, atol=0, equal_nan=True)
+    monkeypatch.setattr(_fused, "_library", None)
+    torch.testing.assert_close(normal_kl(*columns), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_whatever_records_operations_gets_operations():
+    inputs = parameters(3)
+    assert not _fused.available([x.half() for x in inputs])
+    assert not _fused.available([x.to("meta") for x in inputs])
+    assert not _fused.available([x.clone().requires_grad_() for x in inputs])
+    graph = make_fx(normal_kl)(*inputs)
+    others = parameters(3, seed=1)
+    torch.testing.assert_close(graph(*others), normal_kl(*others), rtol=1e-14, atol=0)
+    torch.testing.assert_close(torch.vmap(normal_kl)(*others), normal_kl(*others), rtol=1e-14, atol=0)

@@ -30,8 +30,6 @@ torchs_rule = _KL_REGISTRY[TorchMVN, TorchMVN]
 BAR = 16
 GRADIENT_BAR = 32
 
-torchs_rule = _KL_REGISTRY[TorchMVN, TorchMVN]
-
 
 def spd(rng, d, condition):
     basis = np.linalg.qr(rng.standard_normal((d, d)))[0]
@@ -238,6 +236,7 @@ def test_gradients_of_large_factors_are_made_of_blocks(d):
     for got, want in zip(
         torch.autograd.grad(scale_tril_kl(mu_p, tril_p, mu_q, tril_q), leaves, weight), expected, strict=True
     ):
+        want = want.tril() if want.ndim == 3 else want  # torch's has entries above the diagonal too
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
         assert got.is_contiguous()
 

@@ -10,7 +10,6 @@ inputs. `blockwise` runs an elementwise function through the cache instead of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ from torch import Tensor
 
 __all__ = ["blockwise", "custom", "is_plain", "rowwise"]
 
-# Elements per block: torch runs a pass over this few on the thread that asks for it, and a handful of float64
-# temporaries of 256 KiB stay in L2. Blocks of 2^17, each pass split over torch's own threads, are twice as fast on an
-# idle machine but meet a barrier per pass and block, each of which waits for a time slice when the cores are busy
-# (measured at a load of 8 on two cores: 8 times slower than this).
-BLOCK = 2**15
+# Elements per block: enough for torch to split each pass over its threads, few enough for a handful of float64
+# temporaries of 1 MiB to stay in the caches. Measured, idle: 2^16 to 2^18 are as good; blocks of 2^15 shared between
+# Python's threads, which then hand over the interpreter lock at every operation, are three times slower.
+BLOCK = 2**17
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -42,7 +40,7 @@ def blockwise(f: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Te
     """Apply an elementwise, tuple-valued ``f`` to inputs of one shape, block by block on a CPU.
 
     The result is that of ``f(*inputs)``, bit for bit: on other devices, for small inputs and inside any
-    transform it is that call. The blocks are shared between as many threads as torch uses.
+    transform it is that call.
     """
     shape, n = inputs[0].shape, inputs[0].numel()
     if n <= 2 * BLOCK or inputs[0].device.type != "cpu" or not is_plain(inputs):
@@ -58,22 +56,9 @@ def blockwise(f: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Te
         flat[0] = flat[0].expand(n)
     first = block(0)
     outputs = [r.new_empty(n) for r in first]
-    # both modes belong to a thread, so each takes over that of the caller
-    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-
-    def fill(start: int) -> None:
-        with mode():
-            for out, r in zip(outputs, block(start) if start else first, strict=True):
-                out[start : start + BLOCK] = r
-
-    starts = range(0, n, BLOCK)
-    threads = min(torch.get_num_threads(), len(starts))
-    if threads == 1:
-        for start in starts:
-            fill(start)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(fill, starts))
+    for start in range(0, n, BLOCK):
+        for out, r in zip(outputs, block(start) if start else first, strict=True):
+            out[start : start + BLOCK] = r
     return tuple(out.view(shape) for out in outputs)
 
 

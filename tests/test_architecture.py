@@ -25,6 +25,7 @@ FLOORS = {
     "_autograd": 0,
     "_elementwise": 0,
     "_fused": 0,
+    "_residual": 0,
     "_normal_tail": 0,
     "special": 0,
     "linalg": 0,

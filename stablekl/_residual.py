@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 __all__ = ["residual"]
@@ -34,7 +33,7 @@ def residual(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _slices(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three terms whose sum is exactly ``a``; rows of the first two are whole multiples, below 2^bits, of one number."""
+    """Three terms whose sum is exactly ``a``; in a row of either of the first two, small multiples of a number."""
     bits = (_PRECISION - math.ceil(math.log2(a.shape[-1]))) // 2
     # Adding and subtracting a number so many times as large rounds to multiples of its last place; 4 for sums that
     # leave its binade.

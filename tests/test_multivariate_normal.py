@@ -25,8 +25,8 @@ RULES = {"scale_tril": scale_tril_kl, "covariance_matrix": covariance_kl, "preci
 DTYPES = (torch.float32, torch.float64)
 torchs_rule = _KL_REGISTRY[TorchMVN, TorchMVN]
 
-# Largest known of 30,000 random sets (D = 1 ... 32, cond to 1e6): 2.4, 9.9 and 4.7 in float64; 2.4, 0.5 and 0.5 in
-# float32. Gradients (6,000 sets, D to 4, in units of cond(Sq) or cond(Lq) alone): 11, 27 and 7.4 in float64.
+# Largest known of 230,000 random sets (D = 1 ... 12, conditions of p and q to 1e6 each): 2.0, 6.3 and 4.8 in float64; 2.4,
+# 0.5 and 0.5 in float32. Gradients (6,000 sets, D to 4, in units of cond(Sq) or cond(Lq) alone): 11, 27 and 7.4.
 BAR = 16
 GRADIENT_BAR = 32
 
@@ -73,6 +73,17 @@ def stretched(kind, d, condition_p, condition_q, dtype, seed):
     power = 2 if kind == "scale_tril" else 1
     a_p, a_q = (as_given(kind, parameter(kind, spd(rng, d, c**power)), dtype) for c in (condition_p, condition_q))
     return torch.from_numpy(rng.standard_normal(d)).to(dtype), a_p, torch.zeros(d, dtype=dtype), a_q
+
+
+def between(kind, d, condition, norm, seed):
+    """Sp = Lq (I + W) Lq' with |W| given: about where the rules for near and for far covariances meet."""
+    rng = np.random.default_rng(seed)
+    a_q = as_given(kind, parameter(kind, spd(rng, d, condition)), torch.float64)
+    root, w = np.linalg.cholesky(a_q.numpy()), rng.standard_normal((d, d))
+    w = (w + w.T) * norm / np.linalg.norm(w + w.T)
+    a_p = as_given(kind, parameter(kind, root @ (np.eye(d) + w) @ root.T), torch.float64)
+    mean = torch.zeros(d, dtype=torch.float64)
+    return mean, a_p, mean, a_q
 
 
 def near(kind, d, condition, dtype, seed, ulps, same_mean=False):
@@ -151,6 +162,14 @@ def stretched_rows(kind, dtype):
     for seed, (d, condition_q) in enumerate(itertools.product((2, 5), (1.0, 30.0, 1e3))):
         yield stretched(kind, d, reach, condition_q, dtype, seed)
         yield stretched(kind, d, 300.0, condition_q, dtype, seed + 100)
+
+
+@pytest.mark.parametrize("kind", ["covariance_matrix", "precision_matrix"])
+def test_between_near_and_far(kind):
+    for seed in range(3):
+        for norm in (0.3, 0.5, 0.6, 0.75, 0.87, 0.88, 0.95):
+            assert error(RULES[kind], kind, between(kind, 2 + seed, 1e3**seed, norm, seed)) <= BAR
+    assert error(RULES[kind], kind, between(kind, 3, 1.0, 0.531, 9377)) <= BAR  # 18 with two factorisations
 
 
 @by_dtype

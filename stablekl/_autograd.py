@@ -153,7 +153,11 @@ def custom(
         # torch.compile refuses functions that define jvp or vmap (torch 2.13), so this one does not.
         @staticmethod
         def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return value(*inputs)
+            out, *saved = value(*inputs)
+            if torch.compiler.is_compiling():
+                # torch 2.11 sends a gradient of zeros to an output that ends in an operation without effect, .to(dtype)
+                out = out.clone()
+            return (out, *saved)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:

@@ -435,6 +435,8 @@ def test_blocks_do_not_change_the_result(form: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("form", ["diagonal", "full"])
 def test_one_graph_forward_and_backward(form: str) -> None:
+    torch.compiler.reset()  # or the second form is a recompilation of the first
+
     def f(lw: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         return label_information(Components(lw, loc, scale))
 

@@ -35,7 +35,10 @@ def given_parameter(distribution: TorchMultivariateNormal) -> str:
 
     The constructor stores it before any of the others can be computed on demand, and a dict keeps its order.
     """
-    return next(name for name in distribution.__dict__ if name in (*_MATRICES, "scale_diag"))
+    stored = [name for name in (*_MATRICES, "scale_diag") if name in distribution.__dict__]
+    if len(stored) == 1:  # always so where torch.compile traces, which before torch 2.12 can't run through a __dict__
+        return stored[0]
+    return next(name for name in distribution.__dict__ if name in stored)
 
 
 class MultivariateNormal(Movable, TorchMultivariateNormal):

@@ -68,7 +68,9 @@ def main() -> None:
     print(HEADER)
     n = 4_000_000
     positive = [torch.rand(n, device=device) + 0.5 for _ in range(4)]
-    compare("Normal, 4,000,000", normal, distributions.Normal, stablekl.Normal, leaves(*positive), (None, 0.6), device)
+    for kind, tensors, bar in (("", positive, 0.6), (", float64", [x.double() for x in positive], None)):
+        name, families = f"Normal, 4,000,000{kind}", (distributions.Normal, stablekl.Normal)
+        compare(name, normal, *families, leaves(*tensors), (None, bar), device)
     for batch, d in ((100_000, 4), (2_000, 32), (4, 512)):
         tril_p, tril_q = factors(batch, d, device), factors(batch, d, device)
         mu_p, mu_q = torch.randn(batch, d, device=device), torch.randn(batch, d, device=device)

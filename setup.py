@@ -1,5 +1,7 @@
 """Builds the kernels in C; everything else is in pyproject.toml, which can't say that an extension is optional."""
 
+import sys
+
 from setuptools import Extension, setup
 
 setup(
@@ -9,6 +11,7 @@ setup(
             ["stablekl/_fused_kernels.c"],
             # Comparisons become vector selections if nobody reads the floating-point flags; results do not change.
             extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
+            libraries=[] if sys.platform == "win32" else ["m"],
             optional=True,  # without a C compiler the same formulas are evaluated by torch's operations
         )
     ]

@@ -24,8 +24,8 @@ BLOCK = 2**17
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """True when the tensors hold data here and now: no tracing, no vmap, no graph to record."""
-    if torch.compiler.is_compiling():
+    """True when the tensors hold data here and now: no tracing, no vmap, no graph to record, no dual numbers."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0 or _is_traced():
         return False
     functorch = torch._C._functorch
     return not any(
@@ -33,6 +33,17 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
         or functorch.is_legacy_batchedtensor(t)  # torch.autograd.grad(..., is_grads_batched=True)
         or (torch.is_grad_enabled() and t.requires_grad)
         for t in tensors
+    )
+
+
+def _is_traced() -> bool:
+    """Under torch.jit.trace, make_fx, or with fake tensors."""
+    mode, key = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    return (
+        torch._C._is_tracing()
+        or mode(key.PROXY) is not None
+        or mode(key.FAKE) is not None
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
     )
 
 
@@ -171,7 +182,9 @@ def custom(
             inputs, saved = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
             if grads[0] is None:
                 return (None,) * ctx.num_inputs
-            return vjp(grads[0], inputs, None if torch.is_grad_enabled() else saved, ctx.needs_input_grad)
+            # What was saved has no derivative. Forward over reverse needs one even where no gradient is recorded.
+            again = torch.is_grad_enabled() or not (torch.compiler.is_compiling() or is_plain((grads[0], *tensors)))
+            return vjp(grads[0], inputs, None if again else saved, ctx.needs_input_grad)
 
     class Eager(Traceable):
         @staticmethod

@@ -25,11 +25,19 @@ __all__ = ["available", "normal_kl", "normal_kl_gradient"]
 _PER_THREAD = 2**17
 
 
+_VERSION = 1  # of the functions' arguments: that of the C file
+
+
 def _load() -> Any:
     spec = find_spec("stablekl._fused_kernels")
     if spec is None or spec.origin is None:
         return None
-    library = ctypes.CDLL(spec.origin)
+    try:
+        library = ctypes.CDLL(spec.origin)
+        if ctypes.c_int.in_dll(library, "stablekl_fused_version").value != _VERSION:
+            return None
+    except (OSError, ValueError):  # built for another system, or left over from another version
+        return None
     for kernel in (library.stablekl_normal_kl, library.stablekl_normal_kl_gradient):
         addresses, size = ctypes.POINTER(ctypes.c_void_p), ctypes.c_int64
         kernel.argtypes = [addresses, ctypes.POINTER(size), size, size, ctypes.c_int, ctypes.c_void_p]
@@ -37,7 +45,7 @@ def _load() -> Any:
     return library
 
 
-_library = _load()  # None where no compiler was
+_library = _load()  # None where there is none that fits
 
 
 def available(inputs: Sequence[Tensor]) -> bool:
@@ -49,25 +57,24 @@ def available(inputs: Sequence[Tensor]) -> bool:
     x = inputs[0]
     return (
         _library is not None
+        and is_plain(inputs)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in inputs)
-        and is_plain(inputs)
-        and not torch._C._is_tracing()
+        and all(type(t) in (Tensor, torch.nn.Parameter) and not t._is_zerotensor() for t in inputs)
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
 def normal_kl(inputs: Sequence[Tensor]) -> Tensor:
     """KL(N(mu_p, sigma_p^2) || N(mu_q, sigma_q^2)) of tensors for which `available` holds."""
-    out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype)
+    out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device="cpu")
     _run(_library.stablekl_normal_kl, inputs, ctypes.c_void_p(out.data_ptr()))
     return out
 
 
 def normal_kl_gradient(grad: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Its gradient times ``grad``, for the inputs that are ``needed``."""
-    out = [torch.empty(grad.shape, dtype=grad.dtype) if n else None for n in needed]
+    out = [torch.empty(grad.shape, dtype=grad.dtype, device="cpu") if n else None for n in needed]
     addresses = (ctypes.c_void_p * 4)(*(None if x is None else x.data_ptr() for x in out))
     _run(_library.stablekl_normal_kl_gradient, (*inputs, grad), addresses)
     return tuple(out)

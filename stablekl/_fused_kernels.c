@@ -3,7 +3,7 @@
  * Plain C without Python or torch: `_fused.py` passes addresses through ctypes, which releases the interpreter lock.
  * The formulas are those of distributions/normal.py, tile by tile in float64: every element, the last one of an odd
  * length too, goes through the same vector instructions, and contraction into fused multiply-adds is off, so that an
- * element's bits depend neither on its position nor on the processor.
+ * element's bits depend neither on its position nor on the width of the vectors.
  */
 #include <float.h>
 #include <math.h>
@@ -17,6 +17,9 @@
 #define PUBLIC __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #endif
+
+/* Of the functions' arguments: that of _fused.py. */
+PUBLIC const int stablekl_fused_version = 1;
 
 /* One version of a loop per generation of processors, chosen when the library is loaded. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)

@@ -34,7 +34,7 @@ def residual(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _slices(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Three terms whose sum is exactly ``a``; in a row of either of the first two, small multiples of a number."""
-    bits = (_PRECISION - math.ceil(math.log2(a.shape[-1]))) // 2
+    bits = (_PRECISION - math.ceil(math.log2(max(1, a.shape[-1])))) // 2
     # Adding and subtracting a number so many times as large rounds to multiples of its last place; 4 for sums that
     # leave its binade.
     scale = 4.0 * 2.0 ** (_PRECISION - bits)

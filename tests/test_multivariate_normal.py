@@ -172,6 +172,40 @@ def test_between_near_and_far(kind):
     assert error(RULES[kind], kind, between(kind, 3, 1.0, 0.531, 9377)) <= BAR  # 18 with two factorisations
 
 
+@pytest.mark.parametrize("kind", ["covariance_matrix", "precision_matrix"])
+@pytest.mark.parametrize("condition", [1e4, 1e8, 1e12, 1e14])
+def test_a_scaled_copy_is_exact_however_ill_conditioned(kind, condition):
+    for d, ratio in itertools.product((2, 5), (0.25, 4.0, 16.0)):  # powers of 4: the factors scale exactly
+        a = as_given(kind, spd(np.random.default_rng(d), d, condition), torch.float64)
+        truth = references.mvn_kl(
+            [0.0] * d,
+            "covariance_matrix",
+            references.exact(torch.eye(d)),
+            [0.0] * d,
+            "covariance_matrix",
+            references.exact((ratio if kind == "covariance_matrix" else 1 / ratio) * torch.eye(d)),
+        )
+        zero = torch.zeros(d, dtype=torch.float64)
+        assert float(abs(RULES[kind](zero, a, zero, ratio * a).item() / truth - 1)) <= 1e-15
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's forward mode
+@pytest.mark.parametrize("kl", [scale_tril_kl, covariance_kl])
+def test_second_derivatives_where_no_gradient_is_recorded(kl):
+    row = [
+        x.detach() for x in far("scale_tril" if kl is scale_tril_kl else "covariance_matrix", 3, 10.0, torch.float64, 0)
+    ]
+
+    def of_shift(t):
+        return kl(row[0] + t, row[1], row[2], row[3]) + kl(row[0], row[1] * (1 + t), row[2], row[3])
+
+    zero = torch.zeros((), dtype=torch.float64)
+    expected = torch.func.hessian(of_shift)(zero)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.hessian(of_shift)(zero), expected)
+        torch.vmap(lambda t: torch.func.jvp(of_shift, (zero,), (t,)))(torch.ones(2, dtype=torch.float64))
+
+
 @by_dtype
 @by_kind
 @pytest.mark.parametrize("rows", [far_rows, near_rows, shrunk_rows, stretched_rows])

@@ -15,9 +15,9 @@ relative accuracy:
   :math:`X + X^\top + XX^\top = W` by one Newton step;
 * precisions: likewise from :math:`U_q^{-1}(P_p - P_q)U_q^{-\top}`, no inverse of a matrix.
 
-Far from each other, p's factorisation is corrected to first order by its residual (float64; for narrower values the
-factorisation is float64's): log det Sp alone would cost eps * cond(Sp), 1e4 units where p is ill conditioned and q is
-not.
+Far from each other, the factorisations are corrected to first order by their residuals (float64; for narrower values
+the factorisation is float64's): log det Sp alone would cost eps * cond(Sp), 1e4 units where p is ill conditioned and q
+is not.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _diagonal(a: Tensor) -> Tensor:
     return a.diagonal(dim1=-2, dim2=-1)
 
 
-def _recorded() -> bool:
-    """Whether operations are recorded, which must then not happen in place."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether operations are recorded or transformed, which must then not happen in place."""
+    return torch.is_grad_enabled() or not is_plain(tensors)
 
 
 def _lower(block: Callable[[int, int], Tensor], d: int, diagonal: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _lower(block: Callable[[int, int], Tensor], d: int, diagonal: Tensor) -> Ten
         d: D.
         diagonal: what to add to its diagonal.
     """
-    if _recorded():
+    if _recorded(diagonal):
         return block(0, d).tril() + torch.diag_embed(diagonal)
     size = d if d < _BLOCKED else max(_BLOCKED // 2, d // 4)
     result = block(0, size).tril_()
@@ -82,7 +82,7 @@ def _whitened(factor_p: Tensor, factor_q: Tensor, shift: Tensor) -> Tensor:
     dp, dq = _diagonal(factor_p), _diagonal(factor_q)
     near = ((dp > 0.5 * dq) & (dp < 2 * dq)).to(dp.dtype).unsqueeze(-2)
     r = (dp - dq) / dq
-    if _recorded():
+    if _recorded(factor_p, factor_q, shift):
         difference = torch.addcmul(factor_p, factor_q, near, value=-1)
         z = _solve(factor_q, torch.cat((shift.unsqueeze(-1), difference), -1))
         return torch.diagonal_scatter(z, r, 1, -2, -1)
@@ -216,10 +216,20 @@ def _factor(a: Tensor) -> Tensor:
 def _factorisation_error(a: Tensor, factor: Tensor) -> Tensor:
     """E = L^-1 A L^-T - I for the computed factor L of A.
 
-    Rounding in the factorisation costs log det A eps cond(A), of which tr E is the first and only visible order.
-    That is for p: whatever is lost in q is within the conditioning of the divergence itself.
+    Rounding in the factorisation costs log det A eps cond(A), of which tr E is the first and only visible order. Of p
+    that is what no conditioning of the divergence excuses; of q it must go where p's goes, since for Sq = 4 Sp the two
+    are one and the same.
     """
     return _sandwich(factor, residual(a, factor, factor))
+
+
+def _trace(a: Tensor) -> Tensor:
+    return _diagonal(a).sum(-1)
+
+
+def _corrected(value: Tensor, correction: Tensor, far: Tensor) -> Tensor:
+    """``value + correction`` where far, unless a matrix is singular to float64: then the first order is no order."""
+    return value + torch.where(far & (correction.abs() < _FIRST_ORDER * value), correction, 0.0)
 
 
 def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) -> Tensors:
@@ -238,8 +248,12 @@ def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) 
     value = _half_square(x) + _half_square(m) + excess.sum(-1)
     is_far = ~near[..., 0, 0]
     if dtype == torch.float64 and _may_hold(is_far):  # narrower values leave room enough
-        error = _diagonal(_factorisation_error(cov_p, factor_p)).sum(-1)  # log det Sp lacks it
-        value = value - torch.where(is_far & (error.abs() < _FIRST_ORDER), 0.5 * error, 0.0)
+        error_p, error_q = _factorisation_error(cov_p, factor_p), _factorisation_error(cov_q, factor_q)
+        g = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) + far[..., 1:]  # tr(Sq^-1 Sp) = |G|^2
+        determinants = _trace(error_q - error_p)
+        trace = (g * (g @ error_p - error_q @ g)).sum((-2, -1))
+        square = (m.mT @ error_q @ m).squeeze((-2, -1))
+        value = _corrected(value, 0.5 * (determinants + trace - square), is_far)
     return _unless_overflowed(value, mu_p, cov_p, mu_q, cov_q).to(dtype), factor_p, factor_q, m
 
 
@@ -286,12 +300,13 @@ def _precision_value(mu_p: Tensor, precision_p: Tensor, mu_q: Tensor, precision_
     value = _half_square(x) + (0.5 * shift * shift).sum(-1) + torch.where(near[..., 0], l_near, l_far).sum(-1)
     is_far = ~near[..., 0, 0]
     if dtype == torch.float64 and _may_hold(is_far):
-        # log det P_p lacks tr E, and tr(P_p^-1 P_q) = |F|^2, F = U_p^-1 U_q, what E and the solution of F lack
-        error = _factorisation_error(precision_p, factor_p)
-        f = identity + x_far
-        missing = _solve(factor_p, residual(factor_q, factor_p, f.mT)) - 0.5 * error @ f
-        correction = 0.5 * _diagonal(error).sum(-1) + (f * missing).sum((-2, -1))
-        value = value + torch.where(is_far & (correction.abs() < _FIRST_ORDER * value), correction, 0.0)
+        error_p, error_q = _factorisation_error(precision_p, factor_p), _factorisation_error(precision_q, factor_q)
+        f = identity + x_far  # tr(P_p^-1 P_q) = |F|^2, and F was solved for
+        solution = _solve(factor_p, residual(factor_q, factor_p, f.mT))
+        determinants = _trace(error_p - error_q)
+        trace = (f * (f @ error_q - error_p @ f)).sum((-2, -1))
+        square = (shift * (error_q @ shift.unsqueeze(-1)).squeeze(-1)).sum(-1)
+        value = _corrected(value, 0.5 * (determinants + trace + square) + (f * solution).sum((-2, -1)), is_far)
     return (_unless_overflowed(value, mu_p, precision_p, mu_q, precision_q).to(dtype),)
 
 

@@ -140,7 +140,7 @@ class _Mixtures:
         if x.device.type != "cpu":
             return True
         if self._bound is None:  # |z| <= D |inverse| (|x| + |loc|)
-            largest = torch.finfo(x.dtype).max / x.shape[1]
+            largest = torch.finfo(x.dtype).max / max(1, x.shape[1])
             self._bound = float(largest / self.inverse.abs().amax() - self.loc.abs().amax())
         return not _within(x, self._bound)
 

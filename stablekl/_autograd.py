@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["blockwise", "custom", "is_plain", "rowwise"]
+__all__ = ["blockwise", "custom", "is_dual", "is_plain", "rowwise"]
 
 # Elements per block: enough for torch to split each pass over its threads, few enough for a handful of float64
 # temporaries of 1 MiB to stay in the caches. Measured, idle: 2^16 to 2^18 are as good; blocks of 2^15 shared between
@@ -24,8 +25,8 @@ BLOCK = 2**17
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """True when the tensors hold data here and now: no tracing, no vmap, no graph to record, no dual numbers."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0 or _is_traced():
+    """True when the tensors hold data here and now: no tracing, no vmap, no graph to record."""
+    if torch.compiler.is_compiling() or _is_traced():
         return False
     functorch = torch._C._functorch
     return not any(
@@ -34,6 +35,11 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
         or (torch.is_grad_enabled() and t.requires_grad)
         for t in tensors
     )
+
+
+def is_dual(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of these plain tensors carries a tangent of forward mode outside of torch.func."""
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _is_traced() -> bool:
@@ -141,6 +147,16 @@ def rowwise(
     return custom(value, vjp, jvp)
 
 
+def _refuse_nested_forward_mode() -> None:
+    jvp = torch._C._functorch.TransformType.Jvp
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if sum(level.key() == jvp for level in stack) > 1:
+        raise NotImplementedError(
+            "forward mode inside forward mode: torch takes the derivative of a custom function's jvp to be 0. "
+            "Use reverse mode for one of the two, as torch.func.hessian does (jacfwd of jacrev)."
+        )
+
+
 def custom(
     value: Callable[..., tuple[Tensor, ...]],
     vjp: Callable[..., tuple[Tensor | None, ...]],
@@ -183,7 +199,9 @@ def custom(
             if grads[0] is None:
                 return (None,) * ctx.num_inputs
             # What was saved has no derivative. Forward over reverse needs one even where no gradient is recorded.
-            again = torch.is_grad_enabled() or not (torch.compiler.is_compiling() or is_plain((grads[0], *tensors)))
+            again = torch.is_grad_enabled()
+            if not torch.compiler.is_compiling():
+                again = again or not is_plain((grads[0], *tensors)) or is_dual((grads[0], *tensors))
             return vjp(grads[0], inputs, None if again else saved, ctx.needs_input_grad)
 
     class Eager(Traceable):
@@ -211,6 +229,7 @@ def custom(
 
     def call(*inputs: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
+            _refuse_nested_forward_mode()
             outputs = Eager.apply(*inputs)  # type: ignore[no-untyped-call]
         elif torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
             outputs = Traceable.apply(*inputs)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import is_plain
+from ._autograd import is_dual, is_plain
 
 __all__ = ["available", "normal_kl", "normal_kl_gradient"]
 
@@ -58,6 +58,7 @@ def available(inputs: Sequence[Tensor]) -> bool:
     return (
         _library is not None
         and is_plain(inputs)
+        and not is_dual(inputs)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and all(type(t) in (Tensor, torch.nn.Parameter) and not t._is_zerotensor() for t in inputs)

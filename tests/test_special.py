@@ -457,3 +457,11 @@ def test_logsumexp_dimensions():
         for keepdim in (False, True):
             torch.testing.assert_close(special.logsumexp(x, dim, keepdim), torch.logsumexp(x, dim, keepdim))
     assert special.logsumexp(torch.zeros(2, 0), 1).tolist() == [-INF, -INF]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's forward mode
+def test_forward_mode_twice_is_refused_rather_than_zero():
+    x = torch.tensor(0.7, dtype=torch.float64)
+    assert torch.func.jacfwd(torch.func.jacrev(special.log1pmx))(x) != 0
+    with pytest.raises(NotImplementedError, match="jacfwd of jacrev"):
+        torch.func.jacfwd(torch.func.jacfwd(special.log1pmx))(x)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from .._autograd import is_plain, rowwise
+from .._autograd import is_dual, is_plain, rowwise
 from .._residual import residual
 from ..special import log1pmx_value, log_ratio_bregman_value
 from ._base import widened
@@ -48,7 +48,7 @@ def _diagonal(a: Tensor) -> Tensor:
 
 def _recorded(*tensors: Tensor) -> bool:
     """Whether operations are recorded or transformed, which must then not happen in place."""
-    return torch.is_grad_enabled() or not is_plain(tensors)
+    return torch.is_grad_enabled() or not is_plain(tensors) or is_dual(tensors)
 
 
 def _lower(block: Callable[[int, int], Tensor], d: int, diagonal: Tensor) -> Tensor:

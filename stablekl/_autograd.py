@@ -124,14 +124,13 @@ def rowwise(
         def scaled_partials(grad: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             kept = None if saved is None else tensors[len(inputs) :]
             partials = gradient(tensors[: len(inputs)], kept)
-            return tuple(_scaled(grad, d) for d, n in zip(partials, needed, strict=True) if n)
+            return tuple([_scaled(grad, d) for d, n in zip(partials, needed, strict=True) if n])
 
         tensors = (grad, *inputs, *(saved or ()))
-        if all(x.shape == grad.shape for x in tensors):  # elementwise
-            results = iter(blockwise(scaled_partials, *tensors))
-        else:
-            results = iter(scaled_partials(*tensors))
-        return tuple(next(results) if n else None for n in needed)
+        # Lists, not generators, which torch.compile can't run within a custom function's backward (torch 2.15).
+        elementwise = all([x.shape == grad.shape for x in tensors])  # noqa: C419
+        results = list(blockwise(scaled_partials, *tensors) if elementwise else scaled_partials(*tensors))
+        return tuple([results.pop(0) if n else None for n in needed])
 
     def jvp(inputs: Sequence[Tensor], tangents: Sequence[Tensor | None], ndim: int) -> Tensor | None:
         total: Tensor | None = None

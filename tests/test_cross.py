@@ -23,7 +23,6 @@ KIND = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's forward mode
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's validation under vmap
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("requirement", REQUIREMENTS)

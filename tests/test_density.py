@@ -20,7 +20,6 @@ from tests.benchmarks.bench_mixture_log_prob import Problem, backward, inputs, m
 
 # What torch's own transforms and compiler warn about, wherever they are used.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit.script(_method)?. is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning"),
 ]

@@ -145,7 +145,6 @@ def test_tensors_without_memory():
     assert torch.equal(leaf.grad, torch.zeros(3))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's forward mode
 def test_dual_numbers():
     mu_p, sigma_p, mu_q, sigma_q = parameters(3)
     expected = torch.func.hessian(lambda s: normal_kl(mu_p, s, mu_q, sigma_q).sum())(sigma_p).sum(-1)

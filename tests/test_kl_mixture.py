@@ -27,7 +27,6 @@ import stablekl
 from .mixture_references import F64, embedded, gaussian, line, plane, radial
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 

@@ -303,7 +303,6 @@ def from_logits(*x):
 
 
 # torch's own forward mode, on first use
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("kp", "kq"), [(1, 1), (3, 1), (1, 2), (2, 2), (2, 3)])
 def test_derivatives_and_transforms(kp, kq):
     x = random(kp, kq, rows=2)

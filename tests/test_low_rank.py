@@ -309,7 +309,6 @@ def test_torch_fails_the_gradient_check():
     assert gradient_units(gradients, part, kappa) > 100 * BAR
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize(("d", "r_p", "r_q"), [(3, 1, 2), (7, 2, 1)])
 def test_transforms(d, r_p, r_q):
     args = [torch.stack([x, 1.1 * x]).requires_grad_() for x in (*base(1, d, r_p), *base(2, d, r_q))]

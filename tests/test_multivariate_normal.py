@@ -189,7 +189,6 @@ def test_a_scaled_copy_is_exact_however_ill_conditioned(kind, condition):
         assert float(abs(RULES[kind](zero, a, zero, ratio * a).item() / truth - 1)) <= 1e-15
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's forward mode
 @pytest.mark.parametrize("kl", [scale_tril_kl, covariance_kl])
 def test_second_derivatives_where_no_gradient_is_recorded(kl):
     row = [

@@ -197,7 +197,6 @@ def functions(full):
     return {"kl": kl, "information": information}
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["kl", "information"])
 @pytest.mark.parametrize("full", [False, True])
 def test_derivatives_are_those_of_the_value(name, full):

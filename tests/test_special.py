@@ -459,7 +459,6 @@ def test_logsumexp_dimensions():
     assert special.logsumexp(torch.zeros(2, 0), 1).tolist() == [-INF, -INF]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's forward mode
 def test_forward_mode_twice_is_refused_rather_than_zero():
     x = torch.tensor(0.7, dtype=torch.float64)
     assert torch.func.jacfwd(torch.func.jacrev(special.log1pmx))(x) != 0

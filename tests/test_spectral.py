@@ -19,7 +19,6 @@ from stablekl.mixtures.spectral import label_entropy_given_sample, label_informa
 
 # What torch's own transforms and compiler warn about, wherever they are used.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 F64 = torch.float64

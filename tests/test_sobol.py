@@ -78,7 +78,7 @@ def test_the_interval_covers_the_truth_and_the_default_budget_is_enough(count):
         covered_information.append((value - exact_information(p)).abs() <= error + 1e-13)
         assert (error <= 1e-2).all()
     for hits in (covered, covered_information):
-        # 95 % nominal, less two standard errors; a bound half as wide covers 75 %
+        # 95 % nominal, less two standard errors of the count
         share = torch.cat(hits).double().mean()
         assert share >= 0.95 - 2 * (0.05 * 0.95 / count) ** 0.5
 

@@ -33,6 +33,10 @@ __all__ = ["sobol_information", "sobol_kl"]
 
 # Elements of the points' coordinates per block in eager mode: 8 MiB in float64.
 BLOCK = 2**20
+# Measured: the t interval covers the truth in 90 to 99 % of the problems of a setting, not in 95 %, for two reasons.
+# The scrambles are fixed, so that similar problems share their luck; and whoever doubles the points until the estimated
+# error is small favours underestimates. Wider by half, it covers 95 % in every setting (tests/test_kl_estimate.py).
+WIDENING = 1.5
 # The share of p in the sampling density. It sets the rates at which q/p is bounded, and is not tuned.
 SHARE = 0.875
 
@@ -84,8 +88,8 @@ def _blocks(components: Components, z: Tensor) -> list[Tensor]:
 
 def _summary(means: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 95 % half-width of the replicates' results, shape ``(R,) + batch_shape``."""
-    error = student_t_half_width(means.shape[0]) * means.detach().std(0)
-    return means.mean(0), error
+    half_width = student_t_half_width(means.shape[0]) * means.detach().std(0)
+    return means.mean(0), WIDENING * half_width
 
 
 def sobol_kl(p: Components, q: Components, *, num_points: int = 2048, num_replicates: int = 8) -> tuple[Tensor, Tensor]:

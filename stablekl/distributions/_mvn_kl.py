@@ -202,7 +202,8 @@ def _root_minus_identity(w: Tensor) -> Tensor:
 def _is_small(w: Tensor) -> Tensor:
     """Where the Frobenius norm, and with it every eigenvalue, is below 7/8.
 
-    The nearer to 1, the less is left of the rounding of two separate factorisations: 18 units at 1/2, 6 at 7/8.
+    The nearer to 1, the less is left of the rounding of two separate factorisations: uncorrected, 18 units at 1/2 and 6
+    at 7/8.
     """
     return w.square().sum((-2, -1)) < 0.875**2
 

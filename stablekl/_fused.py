@@ -23,8 +23,6 @@ __all__ = ["available", "normal_kl", "normal_kl_gradient"]
 
 # Elements that are worth a thread of their own (starting one takes as long as some 20,000 elements).
 _PER_THREAD = 2**17
-
-
 _VERSION = 1  # of the functions' arguments: that of the C file
 
 

@@ -120,6 +120,15 @@ INLINE void load(double *tile, const void *source, int64_t stride, int64_t start
             tile[i] = ((const float *)source)[start + i];
 }
 
+INLINE void load_parameters(double *mu_p, double *sigma_p, double *mu_q, double *sigma_q, const void *const *in,
+                            const int64_t *stride, int64_t start, int64_t count, int wide)
+{
+    load(mu_p, in[0], stride[0], start, count, wide);
+    load(sigma_p, in[1], stride[1], start, count, wide);
+    load(mu_q, in[2], stride[2], start, count, wide);
+    load(sigma_q, in[3], stride[3], start, count, wide);
+}
+
 INLINE void store(void *target, const double *tile, int64_t start, int64_t count, int wide)
 {
     if (wide)
@@ -137,10 +146,7 @@ CLONES PUBLIC void stablekl_normal_kl(
     double mu_p[TILE], sigma_p[TILE], mu_q[TILE], sigma_q[TILE], kl[TILE], quotient[TILE];
     for (int64_t i = start; i < end; i += TILE) {
         int64_t count = end - i < TILE ? end - i : TILE;
-        load(mu_p, in[0], stride[0], i, count, wide);
-        load(sigma_p, in[1], stride[1], i, count, wide);
-        load(mu_q, in[2], stride[2], i, count, wide);
-        load(sigma_q, in[3], stride[3], i, count, wide);
+        load_parameters(mu_p, sigma_p, mu_q, sigma_q, in, stride, i, count, wide);
         if (wide) {
             int extreme = 0;
             for (int j = 0; j < TILE; j++) {
@@ -178,10 +184,7 @@ CLONES PUBLIC void stablekl_normal_kl_gradient(
     double mu_p[TILE], sigma_p[TILE], mu_q[TILE], sigma_q[TILE], grad[TILE];
     for (int64_t i = start; i < end; i += TILE) {
         int64_t count = end - i < TILE ? end - i : TILE;
-        load(mu_p, in[0], stride[0], i, count, wide);
-        load(sigma_p, in[1], stride[1], i, count, wide);
-        load(mu_q, in[2], stride[2], i, count, wide);
-        load(sigma_q, in[3], stride[3], i, count, wide);
+        load_parameters(mu_p, sigma_p, mu_q, sigma_q, in, stride, i, count, wide);
         load(grad, in[4], stride[4], i, count, wide);
         if (wide) { /* two loops, or each vector would go through both branches */
             for (int j = 0; j < TILE; j++) {

@@ -17,6 +17,7 @@ from torch.distributions import MultivariateNormal as TorchMVN
 from torch.distributions.kl import _KL_REGISTRY
 
 import stablekl
+from stablekl.distributions import _mvn_kl
 from stablekl.distributions._mvn_kl import covariance_kl, precision_kl, scale_tril_kl
 from tests import references
 
@@ -210,6 +211,12 @@ def test_second_derivatives_where_no_gradient_is_recorded(kl):
 @pytest.mark.parametrize("rows", [far_rows, near_rows, shrunk_rows, stretched_rows])
 def test_kl(rows, kind, dtype):
     assert max(error(RULES[kind], kind, row) for row in rows(kind, dtype)) <= BAR
+
+
+@pytest.mark.parametrize("kind", ["covariance_matrix", "precision_matrix"])
+def test_computed_factors_left_as_they_are_fail_the_same_check(kind, monkeypatch):
+    monkeypatch.setattr(_mvn_kl, "residual", lambda c, a, b: torch.zeros_like(c))
+    assert max(error(RULES[kind], kind, row) for row in stretched_rows(kind, torch.float64)) > 10 * BAR
 
 
 @by_dtype

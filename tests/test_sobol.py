@@ -67,11 +67,12 @@ def exact_information(p):
 
 @pytest.mark.parametrize("count", [48, pytest.param(600, marks=pytest.mark.slow)])
 def test_the_interval_covers_the_truth_and_the_default_budget_is_enough(count):
-    covered, covered_information = [], []
+    covered, covered_information, narrow = [], [], []
     for p, q, high_p, high_q in problems(count, seed=1):
         value, error = sobol_kl(high_p, high_q)
         truth = line_kl(p, q)[0]
         covered.append((value - truth).abs() <= error + 1e-13)
+        narrow.append((value - truth).abs() <= error / 3 + 1e-13)
         assert (error <= 1e-2 * (1 + truth)).all()
         assert ((value - truth).abs() <= 4 * error + 1e-13).all()
         value, error = sobol_information(high_p)
@@ -81,6 +82,8 @@ def test_the_interval_covers_the_truth_and_the_default_budget_is_enough(count):
         # 95 % nominal, less two standard errors of the count
         share = torch.cat(hits).double().mean()
         assert share >= 0.95 - 2 * (0.05 * 0.95 / count) ** 0.5
+    # the must-fail twin: an interval a third as wide
+    assert torch.cat(narrow).double().mean() < 0.95 - 2 * (0.05 * 0.95 / count) ** 0.5
 
 
 def test_information_and_divergence_agree():

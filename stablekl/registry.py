@@ -53,8 +53,8 @@ def register_hardened(family_p: type[Distribution], family_q: type[Distribution]
     return decorate
 
 
-def _lookup(type_p: type, type_q: type) -> Rule | None:
-    """Resolve as torch does, written so that torch.compile can trace it: the most specific p, then q."""
+def rule_for(type_p: type, type_q: type) -> Rule | None:
+    """The rule that `kl_divergence` takes: the most specific p, then q, as in torch; torch.compile can trace it."""
     for p in type_p.__mro__:
         for q in type_q.__mro__:
             rule = _HARDENED.get((p, q)) or _KL_REGISTRY.get((p, q))
@@ -86,7 +86,7 @@ def kl_divergence(p: Distribution, q: Distribution) -> Tensor:
         >>> print(f"{stablekl.kl_divergence(p, torch.distributions.Normal(0.0, 1.0)):.3f}")
         57.065
     """
-    rule = _lookup(type(p), type(q))
+    rule = rule_for(type(p), type(q))
     if rule is None:
         raise NotImplementedError(
             f"no KL rule for {type(p).__name__} against {type(q).__name__}: torch and stablekl have none. "

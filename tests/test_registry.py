@@ -146,7 +146,7 @@ def test_dispatch_is_never_ambiguous():
                 ours = any(c.__module__.startswith("stablekl.") for c in (*p.__mro__, *q.__mro__))
                 if ours:
                     assert rule.__module__.startswith("stablekl.")
-                assert stablekl.registry._lookup(p, q).__module__.startswith("stablekl.")
+                assert stablekl.registry.rule_for(p, q).__module__.startswith("stablekl.")
 
 
 def test_a_pair_nobody_knows():

@@ -1,0 +1,11 @@
+"""How wrong is ``kl_divergence`` here? ``python -m stablekl.precision`` says, for torch's rules and for stablekl's.
+
+Needs the packages of the extra: ``pip install stablekl[precision]``. `measure` does the same for a rule of your own.
+"""
+
+from .batches import pairs
+from .measure import Row, measure
+from .references.context import PrecisionError, agreed, mp
+from .search import Limits
+
+__all__ = ["Limits", "PrecisionError", "Row", "agreed", "measure", "mp", "pairs"]

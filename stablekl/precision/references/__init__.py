@@ -1,0 +1,42 @@
+"""True values in mpmath: one file per family, written from the definition."""
+
+from __future__ import annotations
+
+from .bernoulli import Bernoulli, Binomial, Geometric
+from .beta import Beta
+from .cauchy import Cauchy, HalfCauchy
+from .continuous_bernoulli import ContinuousBernoulli
+from .exponential import Exponential
+from .family import Family
+from .gamma import Chi2, Gamma, InverseGamma
+from .gumbel import Gumbel
+from .laplace import Laplace
+from .normal import HalfNormal, LogNormal, Normal
+from .pareto import Pareto
+from .poisson import Poisson
+from .uniform import Uniform
+
+__all__ = ["FAMILIES", "Family"]
+
+_CLASSES: tuple[type[Family], ...] = (
+    Bernoulli,
+    Beta,
+    Binomial,
+    Cauchy,
+    Chi2,
+    ContinuousBernoulli,
+    Exponential,
+    Gamma,
+    Geometric,
+    Gumbel,
+    HalfCauchy,
+    HalfNormal,
+    InverseGamma,
+    Laplace,
+    LogNormal,
+    Normal,
+    Pareto,
+    Poisson,
+    Uniform,
+)
+FAMILIES: dict[str, Family] = {c.__name__: c() for c in _CLASSES}  # by the name of torch's class

@@ -1,0 +1,103 @@
+"""Gamma, Chi2 and InverseGamma."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .context import Number, mp
+from .family import INVERSE, LOG, ONE, POSITIVE, Family, Statistic, Support, X
+
+__all__ = ["Chi2", "Gamma", "InverseGamma"]
+
+
+def _mean_log(concentration: Number, rate: Number) -> Number:
+    """E[log X] of a Gamma, right even where digamma(concentration) is all but log(rate)."""
+    with mp.extraprec(max(0, int(mp.mag(concentration))) + 20):
+        value = mp.psi(0, concentration) - mp.log(rate)
+    return +value
+
+
+class Gamma(Family):
+    """Mean ``concentration``/``rate``."""
+
+    parameters: ClassVar = {"concentration": POSITIVE, "rate": POSITIVE}
+
+    def support(self, concentration: Number, rate: Number) -> Support:
+        """The positive half-line."""
+        return Support(mp.mpf(0), mp.inf)
+
+    def terms(self, concentration: Number, rate: Number) -> dict[Statistic, Number]:
+        """The sum a log(rate) - log Gamma(a) + (a - 1) log x - rate x."""
+        one = concentration * mp.log(rate) - mp.loggamma(concentration)
+        return {ONE: one, LOG: concentration - 1, X: -rate}
+
+    def expectation(self, statistic: Statistic, concentration: Number, rate: Number) -> Number:
+        """Of x, (x - m)^2, |x - m|, log x, exp(t x) and 1/x."""
+        kind, a = statistic
+        mean = concentration / rate
+        if kind == "x":
+            return mean
+        if kind == "square":
+            return mean / rate + (mean - a) ** 2
+        if kind == "abs":
+            if a <= 0:
+                return mean - a
+            z = rate * a
+            below = (a - mean) * mp.gammainc(concentration, 0, z, regularized=True)
+            below += mp.exp(concentration * mp.log(z) - z - mp.loggamma(concentration)) / rate
+            return mean - a + 2 * below
+        if kind == "log":
+            return _mean_log(concentration, rate)
+        if kind == "exp":
+            return mp.exp(-concentration * mp.log1p(-a / rate)) if a < rate else mp.inf
+        if kind == "inverse":
+            return rate / (concentration - 1) if concentration > 1 else mp.inf
+        raise self.unknown(statistic)
+
+
+class Chi2(Family):
+    """The Gamma of concentration ``df``/2 and rate 1/2."""
+
+    parameters: ClassVar = {"df": POSITIVE}
+    _gamma = Gamma()
+
+    def support(self, df: Number) -> Support:
+        """The positive half-line."""
+        return self._gamma.support(df / 2, mp.mpf(1) / 2)
+
+    def terms(self, df: Number) -> dict[Statistic, Number]:
+        """As of the Gamma."""
+        return self._gamma.terms(df / 2, mp.mpf(1) / 2)
+
+    def expectation(self, statistic: Statistic, df: Number) -> Number:
+        """As of the Gamma."""
+        return self._gamma.expectation(statistic, df / 2, mp.mpf(1) / 2)
+
+
+class InverseGamma(Family):
+    """The reciprocal of a Gamma of the same parameters."""
+
+    parameters: ClassVar = {"concentration": POSITIVE, "rate": POSITIVE}
+
+    def support(self, concentration: Number, rate: Number) -> Support:
+        """The positive half-line."""
+        return Support(mp.mpf(0), mp.inf)
+
+    def terms(self, concentration: Number, rate: Number) -> dict[Statistic, Number]:
+        """The sum a log(rate) - log Gamma(a) - (a + 1) log x - rate/x."""
+        one = concentration * mp.log(rate) - mp.loggamma(concentration)
+        return {ONE: one, LOG: -concentration - 1, INVERSE: -rate}
+
+    def expectation(self, statistic: Statistic, concentration: Number, rate: Number) -> Number:
+        """Of x, (x - m)^2, log x and 1/x; the first two are infinite for concentrations up to 1 and to 2."""
+        kind, a = statistic
+        if kind == "log":
+            return -_mean_log(concentration, rate)
+        if kind == "inverse":
+            return concentration / rate
+        if kind in ("x", "square"):
+            if concentration <= (1 if kind == "x" else 2):
+                return mp.inf
+            mean = rate / (concentration - 1)
+            return mean if kind == "x" else mean**2 / (concentration - 2) + (mean - a) ** 2
+        raise self.unknown(statistic)

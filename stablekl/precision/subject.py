@@ -1,0 +1,109 @@
+"""A subject of measurement: what is computed, what is true of it, and which inputs to try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from .batches import Batch, Plan
+from .references.context import Number, agreed, exact, gradient, mp
+
+__all__ = ["Rule", "Subject", "differentiated"]
+
+Rule = Callable[..., Any]  # tensors with one leading dimension -> a tensor, or a tuple of them, with that dimension
+
+
+def _everything(*batch: Tensor) -> Tensor:
+    return torch.ones(len(batch[0]), dtype=torch.bool, device=batch[0].device)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of the report, before it is measured.
+
+    Attributes:
+        name: of the rule, as ``--pairs`` selects it.
+        parameters: the names of the inputs, for the report.
+        rules: by implementation, ``"torch"`` and ``"stablekl"``: from a batch to a tensor ``(n,)``, or a tuple of
+            tensors ``(n, ...)`` whose components are judged together, as those of a gradient are.
+        reference: the true result for one parameter set, exact numbers in, at the current precision; as many nested
+            lists as the rules return tensors.
+        draw: the strategy of plans.
+        expand: from a plan and a dtype to a batch.
+        valid: which sets of a batch are in the rule's domain; keeps the climb inside.
+        scale: None to count ulps; else the factor of eps that is the unit of error, from the truth and the input.
+        unit: the name of the unit.
+        divergence: whether a negative result is a defect.
+        elementwise: whether a result may depend on nothing but its own row, to the last bit.
+        cost: rough milliseconds of one reference.
+        bars: the largest error that the project aims at, by dtype.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    rules: Mapping[str, Rule]
+    reference: Callable[..., Any]
+    draw: st.SearchStrategy[Any]
+    expand: Callable[[Plan, torch.dtype], Batch] = lambda plan, dtype: plan  # type: ignore[assignment, return-value]
+    valid: Callable[..., Tensor] = _everything
+    scale: Callable[[Number, Sequence[Tensor]], Number] | None = None
+    unit: str = "ulp"
+    divergence: bool = True
+    elementwise: bool = True
+    cost: float = 0.5
+    bars: Mapping[torch.dtype, float] = field(default_factory=dict)
+
+    def truth(self, row: Sequence[Tensor]) -> list[list[Number]]:
+        """The true results for one parameter set, each a flat list of numbers."""
+        result = self.reference(*(exact(x) for x in row))
+        return [_flat(r) for r in result] if isinstance(result, (list, tuple)) else [[result]]
+
+
+def _flat(item: Any) -> list[Number]:
+    return [x for i in item for x in _flat(i)] if isinstance(item, (list, tuple)) else [item]
+
+
+def outputs(rule: Rule, batch: Batch) -> tuple[Tensor, ...]:
+    """The results of a rule, as a tuple of detached tensors ``(n, components)``."""
+    result = rule(*batch)
+    results = result if isinstance(result, tuple) else (result,)
+    return tuple(r.detach().reshape(len(batch[0]), -1) for r in results)
+
+
+def differentiated(rule: Rule) -> Rule:
+    """The gradient of a rule in each of its inputs, for a batch of independent parameter sets."""
+
+    def gradients(*batch: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().clone().requires_grad_() for x in batch]
+        with torch.enable_grad():
+            found = torch.autograd.grad(rule(*leaves).sum(), leaves, allow_unused=True)
+        return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True))
+
+    return gradients
+
+
+def settled(at: Callable[..., Number]) -> Callable[..., Number]:
+    """A reference for one precision, at two that agree."""
+    return lambda *row: agreed(lambda: at(*row))
+
+
+def gradient_of(at: Callable[..., Number]) -> Callable[..., list[list[Number]]]:
+    """The reference of `differentiated`, for a divergence within one family: 0 where p = q, its minimum."""
+
+    def partials(*row: Any) -> list[list[Number]]:
+        half = len(row) // 2
+        if row[:half] == row[half:]:
+            return [[mp.mpf(0)] * len(_flat(x)) for x in row]
+        return gradient(at, *row)
+
+    return partials
+
+
+def one_plus(truth: Number, row: Sequence[Tensor]) -> Number:
+    """The unit of results whose error is absolute: eps (1 + |truth|)."""
+    return 1 + abs(truth) if mp.isfinite(truth) else mp.mpf(1)

@@ -1,0 +1,239 @@
+"""Families on the line: every closed-form KL that torch registers between them, gradients, and log-densities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributions import kl as torch_kl
+
+from ... import registry
+from ...distributions import Normal
+from ..batches import RELATIONS, Batch, Expand, Plan, plans, related, scalars
+from ..references import FAMILIES
+from ..references.context import Number, mp
+from ..references.family import Family, kl
+from ..subject import Rule, Subject, differentiated, gradient_of, settled
+
+__all__ = ["subjects"]
+
+COUNT = 2048
+# Our own class where there is one, torch's elsewhere.
+OURS = {"Normal": Normal}
+# torch computes these by their base distributions, or as a subclass; its registry does not name them.
+INHERITED = (
+    ("Chi2", "Chi2"),
+    ("HalfCauchy", "HalfCauchy"),
+    ("InverseGamma", "InverseGamma"),
+    ("LogNormal", "LogNormal"),
+)
+ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential", "Gamma", "Pareto")
+# Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.
+EXCLUDED = {"ContinuousBernoulli": True, "Geometric": False}  # whether both ends, or 0 alone
+BARS = {torch.float64: 4.0, torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+
+
+def torch_class(name: str) -> type[torch.distributions.Distribution]:
+    """torch's class of that name."""
+    found: type[torch.distributions.Distribution] = getattr(torch.distributions, name)
+    return found
+
+
+def registered_pairs() -> list[tuple[str, str]]:
+    """The pairs of these families that torch has a rule for, by name."""
+    names = {(p.__name__, q.__name__) for p, q in torch_kl._KL_REGISTRY if p.__module__.startswith("torch.")}
+    known = {pair for pair in names if pair[0] in FAMILIES and pair[1] in FAMILIES}
+    return sorted(known | set(INHERITED))
+
+
+# ---- rules --------------------------------------------------------------------------------------------------------
+
+
+def _built(classes: tuple[type, type], batch: Batch) -> tuple[torch.distributions.Distribution, ...]:
+    widths = [len(FAMILIES[c.__name__].parameters) for c in classes]
+    names = [list(FAMILIES[c.__name__].parameters) for c in classes]
+    halves = batch[: widths[0]], batch[widths[0] :]
+    return tuple(
+        c(**dict(zip(n, half, strict=True)), validate_args=False)
+        for c, n, half in zip(classes, names, halves, strict=True)
+    )
+
+
+def rules(p: str, q: str) -> dict[str, Rule]:
+    """torch's rule for a pair, and stablekl's where it has one of its own."""
+    classes = torch_class(p), torch_class(q)
+    found: dict[str, Rule] = {"torch": lambda *batch: torch_kl.kl_divergence(*_built(classes, batch))}
+    if registry.rule_for(*classes) is not torch_kl._dispatch_kl(*classes):
+        ours = OURS.get(p, classes[0]), OURS.get(q, classes[1])
+        found["stablekl"] = lambda *batch: registry.kl_divergence(*_built(ours, batch))
+    return found
+
+
+# ---- inputs -------------------------------------------------------------------------------------------------------
+
+
+def _single(name: str, partner: str, plan: Plan, dtype: torch.dtype, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Parameters of one family, such that it can lie inside the support of its partner."""
+    family = FAMILIES[name]
+    if name != "Uniform":
+        drawn = scalars(family.parameters, plan, dtype, COUNT, rng)
+        if name in EXCLUDED:
+            eps = torch.finfo(dtype).eps
+            drawn["probs"] = drawn["probs"].clamp(2 * eps, 1 - 2 * eps if EXCLUDED[name] else 1)
+        return drawn
+    if partner in ON_UNIT_INTERVAL:
+        a, b = (scalars({"x": "probability"}, plan, dtype, COUNT, rng)["x"] for _ in range(2))
+        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        return {"low": torch.where(low < high, low, low / 2), "high": torch.where(high > 0, high, 1)}
+    width = scalars({"x": "positive"}, plan, dtype, COUNT, rng)["x"]
+    kind = "positive" if partner in ON_HALF_LINE else "real"
+    low = scalars({"x": kind, "scale": "positive"}, plan, dtype, COUNT, rng)["x"]
+    high = low + width
+    return {"low": low, "high": torch.where(high > low, high, torch.nextafter(high, torch.full_like(high, torch.inf)))}
+
+
+def _inside(p: str, q: str, a: dict[str, Tensor], b: dict[str, Tensor], rng: np.random.Generator) -> None:
+    """Move q's support out around p's, for most rows; where p sticks out, the divergence is infinite."""
+    some = torch.from_numpy(rng.uniform(size=COUNT) < 0.9)
+    start = {"Uniform": "low", "Pareto": "scale"}
+    if q == "Pareto" and p in start:
+        low = torch.where(some, torch.minimum(a[start[p]], b["scale"]), b["scale"])
+        b["scale"] = torch.where(low > 0, low, b["scale"])
+    elif q == "Uniform" and p in ON_UNIT_INTERVAL:
+        b["low"], b["high"] = (torch.where(some, bound(b[k]), b[k]) for k, bound in _UNIT_BOUNDS.items())
+    elif q == "Uniform" and p == "Uniform":
+        b["low"] = torch.where(some, torch.minimum(a["low"], b["low"]), b["low"])
+        b["high"] = torch.where(some, torch.maximum(a["high"], b["high"]), b["high"])
+
+
+_UNIT_BOUNDS = {"low": lambda x: -x.abs(), "high": lambda x: 1 + x.abs()}
+
+
+def expansion(p: str, q: str) -> Expand:
+    """From a plan to a batch for a pair of families: all parameters of p, then all of q."""
+
+    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
+        rng = plan.generator()
+        b = _single(q, p, plan, dtype, rng)
+        same = p == q and p != "Uniform"
+        a = related(FAMILIES[p].parameters, b, plan, dtype, rng) if same else _single(p, q, plan, dtype, rng)
+        if p == q == "Uniform" and plan.relation == "equal":
+            a = dict(b)
+        _inside(p, q, a, b, rng)
+        return (*a.values(), *b.values())
+
+    return expand
+
+
+def validity(*families: Family) -> Callable[..., Tensor]:
+    """Which rows hold parameters of the families' domains."""
+    checks = {
+        "real": lambda x: x.isfinite(),
+        "positive": lambda x: (x > 0) & x.isfinite(),
+        "nonnegative": lambda x: (x >= 0) & x.isfinite(),
+        "probability": lambda x: (x >= 0) & (x <= 1),
+        "count": lambda x: (x >= 1) & (x == x.floor()) & (x < 1e4),
+    }
+    domains = [d for family in families for d in family.parameters.values()]
+
+    def valid(*batch: Tensor) -> Tensor:
+        columns = [checks[d](x) for d, x in zip(domains, batch, strict=True)]
+        return torch.stack(columns).all(0)
+
+    return valid
+
+
+# ---- subjects -----------------------------------------------------------------------------------------------------
+
+
+def _reference(p: Family, q: Family) -> Callable[..., Number]:
+    split = len(p.parameters)
+
+    def at(*theta: Number) -> Number:
+        same = type(p) is type(q) and theta[:split] == theta[split:]
+        return mp.mpf(0) if same else kl(p, theta[:split], q, theta[split:])
+
+    return at
+
+
+def divergence(p: str, q: str) -> Subject:
+    """The KL divergence of a pair of families."""
+    families = FAMILIES[p], FAMILIES[q]
+    relations = RELATIONS if p == q and p != "Uniform" else ("apart",)
+    return Subject(
+        name=f"{p}-{q}",
+        parameters=tuple(f"{name}_{side}" for side, f in zip("pq", families, strict=True) for name in f.parameters),
+        rules=rules(p, q),
+        reference=settled(_reference(*families)),
+        draw=plans(relations),
+        expand=expansion(p, q),
+        valid=validity(*families),
+        bars=BARS,
+    )
+
+
+def gradient(value: Subject, p: str, q: str) -> Subject:
+    """The gradient of `divergence` in every parameter."""
+    return replace(
+        value,
+        name=f"gradient {value.name}",
+        rules={name: differentiated(rule) for name, rule in value.rules.items()},
+        reference=gradient_of(_reference(FAMILIES[p], FAMILIES[q])),
+        # at the ends of a probability's range, and at equal counts, there is no two-sided derivative
+        draw=plans(("apart", "ratio", "near")),
+        divergence=False,
+        cost=10,
+        bars={dtype: 2 * bar for dtype, bar in BARS.items()},
+    )
+
+
+def log_density(name: str) -> Subject:
+    """The log-density of a family, at points drawn from it and around."""
+    family, cls = FAMILIES[name], torch_class(name)
+
+    def rule(*batch: Tensor) -> Tensor:
+        parameters = dict(zip(family.parameters, batch[1:], strict=True))
+        return cls(**parameters, validate_args=False).log_prob(batch[0])
+
+    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
+        rng = plan.generator()
+        theta = _single(name, "", plan, dtype, rng)
+        torch.manual_seed(plan.seed)
+        drawn = cls(**theta, validate_args=False).sample().to(dtype)
+        stretch = torch.from_numpy(np.exp2(rng.normal(size=COUNT) * plan.step))
+        far = (drawn.double() * stretch).to(dtype)
+        x = torch.where(cls(**theta, validate_args=False).support.check(far), far, drawn)
+        return (x, *theta.values())
+
+    def valid(x: Tensor, *theta: Tensor) -> Tensor:
+        inside = cls(**dict(zip(family.parameters, theta, strict=True)), validate_args=False).support.check(x)
+        return validity(family)(*theta) & inside & x.isfinite()
+
+    return Subject(
+        name=f"log_prob {name}",
+        parameters=("x", *family.parameters),
+        rules={"torch": rule},
+        reference=settled(family.log_density),
+        draw=plans(("apart",)),
+        expand=expand,
+        valid=valid,
+        scale=lambda truth, row: max(mp.mpf(1), abs(truth)) if mp.isfinite(truth) else mp.mpf(1),
+        unit="eps max(1, |log p|)",
+        divergence=False,
+        bars=BARS,
+    )
+
+
+def subjects() -> Iterator[Subject]:
+    """All of them."""
+    for p, q in registered_pairs():
+        value = divergence(p, q)
+        yield value
+        if p == q and not set(FAMILIES[p].parameters.values()) & {"count"} and p != "Uniform":
+            yield gradient(value, p, q)
+    for name in FAMILIES:
+        yield log_density(name)

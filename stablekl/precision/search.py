@@ -183,10 +183,14 @@ class _Search:
             except PrecisionError:
                 return
         truth = self.truths[key]
-        scale = self.subject.scale(truth[0][0], [x[0] for x in row]) if self.subject.scale else None
+        values = [x[0] for x in row]
+        tops = [max((abs(t) for t in group if mp.isfinite(t)), default=mp.mpf(0)) for group in truth]
+        scales = [self.subject.scale(top, values) if self.subject.scale else None for top in tops]
         for name in names:
             computed = [r[i].tolist() for r in results[name]]
-            error = max(group_error(c, t, self.dtype, scale) for c, t in zip(computed, truth, strict=True))
+            error = max(
+                group_error(c, t, self.dtype, scale) for c, t, scale in zip(computed, truth, scales, strict=True)
+            )
             self.record(name, row, computed, truth, error)
 
     def record(

@@ -36,7 +36,8 @@ class Subject:
         draw: the strategy of plans.
         expand: from a plan and a dtype to a batch.
         valid: which sets of a batch are in the rule's domain; keeps the climb inside.
-        scale: None to count ulps; else the factor of eps that is the unit of error, from the truth and the input.
+        scale: None to count ulps; else the factor of eps that is the unit of error, from the largest true number of a
+            group and the input.
         unit: the name of the unit.
         divergence: whether a negative result is a defect.
         elementwise: whether a result may depend on nothing but its own row, to the last bit.
@@ -92,18 +93,28 @@ def settled(at: Callable[..., Number]) -> Callable[..., Number]:
     return lambda *row: agreed(lambda: at(*row))
 
 
+def _same(row: Sequence[Any]) -> bool:
+    """Whether the parameters of p are those of q; no precision but the last shows that by itself."""
+    half = len(row) // 2
+    return row[:half] == row[half:]
+
+
+def divergence_of(at: Callable[..., Number]) -> Callable[..., Number]:
+    """The reference of a divergence within one family: 0 where p = q."""
+    return lambda *row: mp.mpf(0) if _same(row) else agreed(lambda: at(*row))
+
+
 def gradient_of(at: Callable[..., Number]) -> Callable[..., list[list[Number]]]:
     """The reference of `differentiated`, for a divergence within one family: 0 where p = q, its minimum."""
 
     def partials(*row: Any) -> list[list[Number]]:
-        half = len(row) // 2
-        if row[:half] == row[half:]:
+        if _same(row):
             return [[mp.mpf(0)] * len(_flat(x)) for x in row]
         return gradient(at, *row)
 
     return partials
 
 
-def one_plus(truth: Number, row: Sequence[Tensor]) -> Number:
+def one_plus(top: Number, row: Sequence[Tensor]) -> Number:
     """The unit of results whose error is absolute: eps (1 + |truth|)."""
-    return 1 + abs(truth) if mp.isfinite(truth) else mp.mpf(1)
+    return 1 + top

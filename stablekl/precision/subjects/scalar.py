@@ -17,7 +17,7 @@ from ..batches import RELATIONS, Batch, Expand, Plan, plans, related, scalars
 from ..references import FAMILIES
 from ..references.context import Number, mp
 from ..references.family import Family, kl
-from ..subject import Rule, Subject, differentiated, gradient_of, settled
+from ..subject import Rule, Subject, differentiated, divergence_of, gradient_of, settled
 
 __all__ = ["subjects"]
 
@@ -153,11 +153,7 @@ def validity(*families: Family) -> Callable[..., Tensor]:
 def _reference(p: Family, q: Family) -> Callable[..., Number]:
     split = len(p.parameters)
 
-    def at(*theta: Number) -> Number:
-        same = type(p) is type(q) and theta[:split] == theta[split:]
-        return mp.mpf(0) if same else kl(p, theta[:split], q, theta[split:])
-
-    return at
+    return lambda *theta: kl(p, theta[:split], q, theta[split:])
 
 
 def divergence(p: str, q: str) -> Subject:
@@ -168,7 +164,7 @@ def divergence(p: str, q: str) -> Subject:
         name=f"{p}-{q}",
         parameters=tuple(f"{name}_{side}" for side, f in zip("pq", families, strict=True) for name in f.parameters),
         rules=rules(p, q),
-        reference=settled(_reference(*families)),
+        reference=(divergence_of if p == q else settled)(_reference(*families)),
         draw=plans(relations),
         expand=expansion(p, q),
         valid=validity(*families),
@@ -184,7 +180,7 @@ def gradient(value: Subject, p: str, q: str) -> Subject:
         rules={name: differentiated(rule) for name, rule in value.rules.items()},
         reference=gradient_of(_reference(FAMILIES[p], FAMILIES[q])),
         # at the ends of a probability's range, and at equal counts, there is no two-sided derivative
-        draw=plans(("apart", "ratio", "near")),
+        draw=plans(("near", "ratio", "apart")),
         divergence=False,
         cost=10,
         bars={dtype: 2 * bar for dtype, bar in BARS.items()},
@@ -210,8 +206,13 @@ def log_density(name: str) -> Subject:
         return (x, *theta.values())
 
     def valid(x: Tensor, *theta: Tensor) -> Tensor:
-        inside = cls(**dict(zip(family.parameters, theta, strict=True)), validate_args=False).support.check(x)
-        return validity(family)(*theta) & inside & x.isfinite()
+        good = validity(family)(*theta)
+        if not good.any():
+            return good
+        # some of torch's constructors raise even when asked not to validate
+        safe = [torch.where(good, t, t[good][0]) for t in theta]
+        inside = cls(**dict(zip(family.parameters, safe, strict=True)), validate_args=False).support.check(x)
+        return good & inside & x.isfinite()
 
     return Subject(
         name=f"log_prob {name}",
@@ -221,7 +222,7 @@ def log_density(name: str) -> Subject:
         draw=plans(("apart",)),
         expand=expand,
         valid=valid,
-        scale=lambda truth, row: max(mp.mpf(1), abs(truth)) if mp.isfinite(truth) else mp.mpf(1),
+        scale=lambda top, row: max(mp.mpf(1), top),
         unit="eps max(1, |log p|)",
         divergence=False,
         bars=BARS,

@@ -102,6 +102,37 @@ INLINE double unless_infinite(double r, double b)
     return r != r && b == INFINITY ? -1.0 : r;
 }
 
+/* a * b - p for p = a * b, exactly: Dekker's product, which needs no fused multiply-add. */
+INLINE double product_error(double a, double b, double p)
+{
+    double c = 134217729.0 * a, a_high = c - (c - a), a_low = a - a_high;
+    double d = 134217729.0 * b, b_high = d - (d - b), b_low = b - b_high;
+    return ((a_high * b_high - p) + a_high * b_low + a_low * b_high) + a_low * b_low;
+}
+
+/* a + b - s for s = a + b, exactly: Knuth's sum. */
+INLINE double sum_error(double a, double b, double s)
+{
+    double c = s - a;
+    return (a - (s - c)) + (b - c);
+}
+
+/* (t^2 + r (r + 2))/sigma_q, t and r as below: the derivative by sigma_q, up to its sign. Where r < 0 the two terms may
+ * cancel and leave nothing of t and r as rounded; then it is (d^2 + (sigma_p - sigma_q)(sigma_p + sigma_q))/sigma_q^3
+ * with d = mu_p - mu_q, each to twice the digits. */
+INLINE double slope(double mu_p, double sigma_p, double mu_q, double sigma_q, double t, double r)
+{
+    double square = t * t, rest = r * (r + 2.0), plain = (rest + square) / sigma_q;
+    /* exact: products of what is scaled neither overflow nor underflow where the terms cancel */
+    double unit = sigma_q < 0x1p-300 ? 0x1p600 : sigma_q > 0x1p300 ? 0x1p-600 : 1.0;
+    double a = unit * sigma_p, b = unit * sigma_q, x = unit * mu_p, y = -(unit * mu_q);
+    double d = x + y, low = a - b, high = a + b, p = d * d, q = low * high, u = p + q;
+    double p_error = product_error(d, d, p) + 2.0 * d * sum_error(x, y, d);
+    double q_error = product_error(low, high, q) + low * sum_error(a, b, high) + high * sum_error(a, -b, low);
+    double careful = (u + (sum_error(p, q, u) + (p_error + q_error))) / b / b / b * unit;
+    return r < 0.0 && square > -0.25 * rest && square < -4.0 * rest ? careful : plain;
+}
+
 INLINE void load(double *tile, const void *source, int64_t stride, int64_t start, int64_t count, int wide)
 {
     if (stride == 0) {
@@ -190,17 +221,19 @@ CLONES PUBLIC void stablekl_normal_kl_gradient(
             for (int j = 0; j < TILE; j++) {
                 double sp = sigma_p[j], sq = sigma_q[j], t = (mu_p[j] - mu_q[j]) / sq;
                 double r = unless_infinite((sp - sq) / sq, sq);
+                double by_sigma_q = -slope(mu_p[j], sp, mu_q[j], sq, t, r);
                 mu_p[j] = t / sq;
                 sigma_p[j] = r / sq + r / sp;
-                sigma_q[j] = -((r * (r + 2.0) + t * t) / sq);
+                sigma_q[j] = by_sigma_q;
             }
         } else {
             for (int j = 0; j < TILE; j++) {
                 double sp = sigma_p[j], sq = sigma_q[j], inverse = 1.0 / sq, t = (mu_p[j] - mu_q[j]) * inverse;
                 double r = unless_infinite((sp - sq) * inverse, sq);
+                double by_sigma_q = -slope(mu_p[j], sp, mu_q[j], sq, t, r);
                 mu_p[j] = t * inverse;
                 sigma_p[j] = r * (inverse + 1.0 / sp);
-                sigma_q[j] = -((r * (r + 2.0) + t * t) * inverse);
+                sigma_q[j] = by_sigma_q;
             }
         }
         for (int j = 0; j < TILE; j++) {

@@ -123,6 +123,8 @@ def _gaussian_kl(p: Gaussian, q: Gaussian) -> Tensor:
     if kinds == {"precision_matrix"}:
         return precision_kl(p.loc, p.scale, q.loc, q.scale)
     if kinds == {"scale_tril"}:
+        if p.loc.shape[-1] == 1:  # a Normal, whose gradient is accurate where it changes sign, too
+            return normal_kl(p.loc, p.scale.squeeze(-1), q.loc, q.scale.squeeze(-1)).squeeze(-1)
         return scale_tril_kl(p.loc, p.scale, q.loc, q.scale)
     # From here on something is converted: in more precision than the parameters have.
     dtype = p.loc.dtype

@@ -76,15 +76,20 @@ def rules(p: str, q: str) -> dict[str, Rule]:
 # ---- inputs -------------------------------------------------------------------------------------------------------
 
 
+def _within(name: str, drawn: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Without the probabilities that the family excludes."""
+    if name in EXCLUDED:
+        eps = torch.finfo(dtype).eps
+        drawn["probs"] = drawn["probs"].clamp(2 * eps, 1 - 2 * eps if EXCLUDED[name] else 1)
+    return drawn
+
+
 def _single(name: str, partner: str, plan: Plan, dtype: torch.dtype, rng: np.random.Generator) -> dict[str, Tensor]:
     """Parameters of one family, such that it can lie inside the support of its partner."""
     family = FAMILIES[name]
     if name != "Uniform":
         drawn = scalars(family.parameters, plan, dtype, COUNT, rng)
-        if name in EXCLUDED:
-            eps = torch.finfo(dtype).eps
-            drawn["probs"] = drawn["probs"].clamp(2 * eps, 1 - 2 * eps if EXCLUDED[name] else 1)
-        return drawn
+        return _within(name, drawn, dtype)
     if partner in ON_UNIT_INTERVAL:
         a, b = (scalars({"x": "probability"}, plan, dtype, COUNT, rng)["x"] for _ in range(2))
         low, high = torch.minimum(a, b), torch.maximum(a, b)
@@ -121,6 +126,7 @@ def expansion(p: str, q: str) -> Expand:
         b = _single(q, p, plan, dtype, rng)
         same = p == q and p != "Uniform"
         a = related(FAMILIES[p].parameters, b, plan, dtype, rng) if same else _single(p, q, plan, dtype, rng)
+        a = _within(p, a, dtype)
         if p == q == "Uniform" and plan.relation == "equal":
             a = dict(b)
         _inside(p, q, a, b, rng)
@@ -139,9 +145,11 @@ def validity(*families: Family) -> Callable[..., Tensor]:
         "count": lambda x: (x >= 1) & (x == x.floor()) & (x < 1e4),
     }
     domains = [d for family in families for d in family.parameters.values()]
+    names = [type(family).__name__ for family in families for _ in family.parameters]
 
     def valid(*batch: Tensor) -> Tensor:
         columns = [checks[d](x) for d, x in zip(domains, batch, strict=True)]
+        columns += [x == _within(n, {"probs": x}, x.dtype)["probs"] for n, x in zip(names, batch, strict=True)]
         return torch.stack(columns).all(0)
 
     return valid

@@ -218,10 +218,16 @@ class Conditioned(NamedTuple):
         r""":math:`(\Lambda + V V^\top)^{-1} V`, which no subtraction enters."""
         return self._back(self.rows, self.root * (self.rest.q1 @ (self.turn @ self.rest.q2).mT))
 
-    def explained(self) -> Tensor:
-        r""":math:`V^\top (\Lambda + V V^\top)^{-1} V = I - C^{-1}`, ``(..., r, r)``."""
+    def explained(self, v: Tensor, y: Tensor) -> Tensor:
+        r""":math:`V^\top (\Lambda + V V^\top)^{-1} V = I - C^{-1}` from V and y, its `factor`, ``(..., r, r)``.
+
+        Where V is small so is the result, of which the difference leaves no digit; where V is large, the product would
+        be off by eps times the largest of its columns over the smallest.
+        """
         t = self.turn @ self.rest.q2
-        return identity(t.shape[-1], t) - t @ t.mT
+        product = v.mT @ y
+        small = ((product * product).sum((-2, -1)) < 0.25)[..., None, None]
+        return torch.where(small, product, identity(t.shape[-1], t) - t @ t.mT)
 
     def scattered(self, x: Tensor, rows: Tensor) -> Tensor:
         """``x`` (..., D) with the entries J replaced by ``rows`` (..., k)."""

@@ -293,8 +293,8 @@ def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> t
     p_g, columns_q, p_m, p_dp, p_dq = torch.split(solved_q, [rank, k, 1, rank, rank], -1)
     b_g, columns_p = solved_p[..., :rank], solved_p[..., rank : rank + k]
 
-    d_factor_p = p_dp + p_g @ p.explained() + y_q @ (g.mT @ y_p)
-    d_factor_q = p_dq + p_g @ q.explained() + (y_q + p_g) @ (g.mT @ y_q) + p_m @ (m.mT @ y_q)
+    d_factor_p = p_dp + p_g @ p.explained(v_p, y_p) + y_q @ (g.mT @ y_p)
+    d_factor_q = p_dq + p_g @ q.explained(v_q, y_q) + (y_q + p_g) @ (g.mT @ y_q) + p_m @ (m.mT @ y_q)
     d_diag_q = _diagonal(q, q, columns_q, columns_q, delta)
     d_diag_q = d_diag_q + (p_g * (2 * y_q + p_g)).sum(-1) + (p_m * p_m).sum(-1)
     # diag(P - B) = diag(P Delta B) two ways: the differences, or the two inverses as they are, whichever has the

@@ -109,7 +109,7 @@ def _value(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def _product_error(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
-    """a b - p for p = a b, exactly: Dekker's product, which needs no fused multiply-add."""
+    """A b - p for p = a b, exactly: Dekker's product, which needs no fused multiply-add."""
     factor = 2.0**27 + 1 if p.dtype == torch.float64 else 2.0**12 + 1
     c, d = factor * a, factor * b
     a_high, b_high = c - (c - a), d - (d - b)
@@ -118,7 +118,7 @@ def _product_error(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
 
 
 def _sum_error(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    """a + b - s for s = a + b, exactly: Knuth's sum."""
+    """A + b - s for s = a + b, exactly: Knuth's sum."""
     c = s - a
     return (a - (s - c)) + (b - c)
 

@@ -4,8 +4,8 @@ Needs the packages of the extra: ``pip install stablekl[precision]``. `measure` 
 """
 
 from .batches import pairs
-from .measure import Row, measure
+from .measure import measure
 from .references.context import PrecisionError, agreed, mp
-from .search import Limits
+from .rows import Row
 
-__all__ = ["Limits", "PrecisionError", "Row", "agreed", "measure", "mp", "pairs"]
+__all__ = ["PrecisionError", "Row", "agreed", "measure", "mp", "pairs"]

@@ -1,4 +1,4 @@
-"""``python -m stablekl.precision``: how wrong ``kl_divergence`` is on this machine, for torch's rules and stablekl's."""
+"""How wrong ``kl_divergence`` is on this machine, for torch's rules and for stablekl's."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .exhaustive import NAMES
-from .measure import DTYPES, Row, Task, as_json, ratchet, regressions, run, select, swept
-from .record import record
+from .ratchet import ratchet, record, regressions
 from .render import environment, page, table
+from .rows import DTYPES, Row, Task, as_json
+from .run import run, select, swept
 from .search import Limits
 
 TIME_LIMIT = 80.0  # with what starting and finishing take, two minutes on two cores
@@ -27,7 +28,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m stablekl.precision", description=__doc__)
     add = parser.add_argument
     add("--pairs", metavar="PATTERN", help="rules to measure: shell patterns or parts of names, separated by commas")
-    add("--dtype", default="float32,float64", help=f"of {', '.join(DTYPES)}, separated by commas (default: %(default)s)")
+    add(
+        "--dtype", default="float32,float64", help=f"of {', '.join(DTYPES)}, separated by commas (default: %(default)s)"
+    )
     add("--device", default="cpu", help="where rules are evaluated (default: %(default)s)")
     add("--compiled", action="store_true", help="evaluate under torch.compile")
     add("--examples", type=int, default=100, metavar="N", help="batches for each rule, at most (default: %(default)s)")
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         console.print(f"[red]{error}[/red]", highlight=False)
         return 2
-    wide = Console(width=None if sys.stdout.isatty() else 150)
+    wide = Console(width=None if sys.stdout.isatty() else 170)
     wide.print(environment(options.device), highlight=False)
     table(rows, wide)
     if options.json:

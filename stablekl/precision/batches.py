@@ -1,7 +1,7 @@
 """What a search draws: whole batches of parameters, from a few knobs that hypothesis turns.
 
-A `Plan` says how p relates to q and on what scale; expanding it to thousands of parameter sets takes no more draws, so that
-hypothesis explores regimes and a device works as it does for users. Values are log-uniform bit patterns.
+A `Plan` says how p relates to q and on what scale. Expanding it to thousands of parameter sets takes no more draws, so
+hypothesis explores regimes, and a device works as it does for users. Values are log-uniform bit patterns.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def pairs(
 
 
 def hexadecimal(x: Any) -> Any:
-    """A tensor's values as nested lists of C99 hexadecimal strings, which say every bit; `torch.tensor` reads them not."""
+    """A tensor's values as nested lists of hexadecimal strings, which say every bit."""
     items = x.detach().double().tolist() if isinstance(x, Tensor) else x
     return [hexadecimal(i) for i in items] if isinstance(items, list) else float(items).hex()
 

@@ -1,8 +1,8 @@
 """How wrong a result is: a number for every result, whatever it is.
 
-One *ulp* is the spacing of the dtype's numbers at the truth: below the smallest normal number that of the subnormals, above
-the largest that of the last binade. A correctly rounded result is off by 0.5 at most. Nothing excuses an error but its
-unit: inputs are exact floats, however close p is to q.
+One *ulp* is the spacing of the dtype's numbers at the truth: below the smallest normal number that of the subnormals,
+above the largest that of the last binade. A correctly rounded result is off by 0.5 at most. Nothing excuses an error
+but its unit: inputs are exact floats, however close p is to q.
 """
 
 from __future__ import annotations

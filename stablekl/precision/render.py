@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from .measure import Row, order
+from .rows import Row
+from .run import order
 
 __all__ = ["page", "table"]
 
@@ -26,9 +27,14 @@ _COLOURS = {"torch": "#c0392b", "stablekl": "#1f618d", "yours": "#117a65"}
 
 def environment(device: str) -> str:
     """What was measured with, in one line."""
-    chip = torch.cuda.get_device_name() if device.startswith("cuda") and torch.cuda.is_available() else platform.processor()
+    chip = (
+        torch.cuda.get_device_name()
+        if device.startswith("cuda") and torch.cuda.is_available()
+        else platform.processor()
+    )
     name = f"{device} ({chip})" if chip else device
-    return f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}, {name}"
+    system = f"{platform.system()} {platform.machine()}"
+    return f"torch {torch.__version__}, Python {platform.python_version()}, {system}, {name}"
 
 
 def number(x: float) -> str:
@@ -40,12 +46,21 @@ def number(x: float) -> str:
     return f"{x:.2f}" if x < 100 else f"{x:.0f}" if x < 1e5 else f"{x:.0e}"
 
 
+def short(rule: str) -> str:
+    """A rule's name as the table has room for it."""
+    names = {"MultivariateNormal": "MVN", "MixtureSameFamily": "Mixture", "ContinuousBernoulli": "ContBernoulli"}
+    for name, brief in names.items():
+        rule = rule.replace(name, brief)
+    return rule
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     counts = (row.nan, row.inf, row.negative)
+    rule = short(row.rule) + (" (compiled)" if row.mode == "compiled" else "")
     if row.failure:
-        return (row.rule, row.impl, row.dtype, "fails", row.failure[:40], "", "", "", "", "")
+        return (rule, row.impl, row.dtype, "fails", row.failure[:40], "", "", "", "", "")
     return (
-        row.rule + (" (compiled)" if row.mode == "compiled" else ""),
+        rule,
         row.impl,
         row.dtype,
         number(row.worst_ulp),
@@ -66,9 +81,9 @@ def _verdict(row: Row) -> str:
 
 def table(rows: Sequence[Row], console: Console) -> None:
     """Print the rows, implementations of one rule beside each other."""
-    grid = Table(box=None, header_style="bold", pad_edge=False)
+    grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for i, name in enumerate(_COLUMNS):
-        grid.add_column(name, justify="left" if i in (0, 1, 2, 4) else "right", no_wrap=i != 4)
+        grid.add_column(name, justify="left" if i in (0, 1, 2, 4) else "right", no_wrap=True)
     for row in order(rows):
         cells, colour = list(_cells(row)), _verdict(row)
         if colour:
@@ -82,7 +97,8 @@ def table(rows: Sequence[Row], console: Console) -> None:
 
 def _scatter(rows: Sequence[Row], axis: int, label: str) -> str:
     """Errors against a coordinate of the samples, as an inline SVG picture; empty where there are none."""
-    points = [(r.impl, s[axis], s[2]) for r in rows for s in r.samples if s[axis] > 0 and math.isfinite(s[axis])]
+    far = 1e150  # matplotlib's ticks overflow beyond
+    points = [(r.impl, s[axis], s[2]) for r in rows for s in r.samples if 1 / far < s[axis] < far]
     if not points:
         return ""
     figure = Figure(figsize=(4.6, 2.9), layout="constrained")
@@ -122,9 +138,9 @@ def page(rows: Sequence[Row], title: str = "How wrong is kl_divergence here?") -
     rows = order(rows)
     body = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(environment(rows[0].device if rows else 'cpu'))}</p>"]
     body.append(
-        "<p>The largest error known, confirmed by mpmath, of every rule measured; the sets of parameters evaluated, each "
-        "looked at for NaN, infinities and signs, and how many of them mpmath judged. A search, so a lower bound on "
-        "the true worst case. Green meets the project's bar, red misses it.</p><table><tr>"
+        "<p>The largest error known, confirmed by mpmath, of every rule measured; the sets of parameters evaluated, "
+        "each looked at for NaN, infinities and signs, and how many of them mpmath judged. A search, so a lower "
+        "bound on the true worst case. Green meets the project's bar, red misses it.</p><table><tr>"
     )
     body += [f"<th>{c}</th>" for c in _COLUMNS]
     body.append("</tr>")
@@ -141,7 +157,9 @@ def page(rows: Sequence[Row], title: str = "How wrong is kl_divergence here?") -
         body.append(f"<h2>{html.escape(rule)}, {dtype}</h2>")
         body.append(_scatter(group, 0, "sqrt(2 KL), the distance of p from q") if "-" in rule else "")
         body.append(_scatter(group, 1, "largest parameter"))
-        body += [f"<p>{html.escape(r.impl)}, worst input:<br><code>{_input(r)}</code></p>" for r in group if r.worst_input]
+        body += [
+            f"<p>{html.escape(r.impl)}, worst input:<br><code>{_input(r)}</code></p>" for r in group if r.worst_input
+        ]
     return _PAGE.replace("BODY", "\n".join(body)).replace("TITLE", html.escape(title))
 
 

@@ -1,16 +1,16 @@
 """The search for the worst input: hypothesis over batches, then a climb over bit patterns from the worst found.
 
-Every parameter set of a batch is evaluated on the device and looked at for NaN, infinities and signs. mpmath is too slow to
-judge them all: it judges *suspects* and a random sample. For dtypes narrower than float64 the suspects are the rows that
-differ most from the same rule in float64; for float64, those where implementations differ most from each other. No
-error is ever reported that mpmath has not confirmed.
+Every parameter set of a batch is evaluated on the device and looked at for NaN, infinities and signs. mpmath is too
+slow to judge them all: it judges *suspects* and a random sample. For dtypes narrower than float64 the suspects are the
+rows that differ most from the same rule in float64; for float64, those where implementations differ most from each
+other. No error is ever reported that mpmath has not confirmed.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +28,11 @@ from .subject import Rule, Subject, outputs
 __all__ = ["Limits", "Tally", "explore"]
 
 SUSPECTS, SAMPLE = 6, 24  # judged in a batch: for each implementation by suspicion, and at random
-CLIMB = 48  # neighbours tried in a step of the climb
-PATIENCE = 6  # steps without progress before it ends
+INFINITIES = 200  # infinite float64 results that mpmath looks at in a batch
+CLIMB, PATIENCE = 48, 6  # neighbours judged in a step of the climb; steps without progress before it ends
 SAMPLES_KEPT = 4000  # points of the report's plots
+
+Results = dict[str, tuple[Tensor, ...]]  # of each implementation: tensors (n, components), float64, on the CPU
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,7 @@ class Limits:
 
 @dataclass
 class Tally:
-    """What was found of one implementation of a rule.
-
-    Attributes:
-        worst: the largest error that mpmath confirmed, in the subject's unit; NaN before the first.
-        row: the input that gives it.
-        value: what was computed there.
-        truth: the true result there.
-        evaluations: parameter sets evaluated, each looked at for NaN, infinities and signs.
-        judged: those of them compared with mpmath.
-        nan: results that are NaN.
-        inf: results that are infinite where the truth is a number of the dtype.
-        negative: results below zero, of a divergence.
-        defects: an input for each of the three that occurred.
-        unstable: rows whose bits depend on the batch they stand in.
-        failure: what the rule raised, where it could not be evaluated.
-        samples: (distance of p from q, scale of the input, error) of the judged.
-    """
+    """What was found of one implementation of a rule; the attributes mean what they do in `measure.Row`."""
 
     worst: float = math.nan
     row: Batch | None = None
@@ -79,44 +65,52 @@ class Tally:
     negative: int = 0
     defects: dict[str, Batch] = field(default_factory=dict)
     unstable: int = 0
+    device_gap: float | None = None
     failure: str = ""
     samples: list[tuple[float, float, float]] = field(default_factory=list)
 
+    def note(self, kind: str, batch: Batch, hits: Tensor) -> None:
+        """Count rows with a defect of one kind, and keep the first."""
+        if count := int(hits.sum()):
+            setattr(self, kind, getattr(self, kind) + count)
+            self.defects.setdefault(kind, _row(batch, int(hits.nonzero()[0])))
 
-@dataclass
+    def record(self, row: Batch, computed: list[list[float]], truth: list[list[Number]], error: float) -> None:
+        """Take in a judged row."""
+        self.judged += 1
+        if not self.worst >= error:  # NaN before the first
+            self.worst, self.row = error, row
+            self.value, self.truth = [c for group in computed for c in group], [t for group in truth for t in group]
+        if len(self.samples) < SAMPLES_KEPT and len(truth) == 1 and mp.isfinite(truth[0][0]):
+            distance = float(mp.sqrt(2 * abs(truth[0][0])))
+            self.samples.append((distance, max(float(x.double().abs().max()) for x in row), error))
+
+
 class _Search:
-    subject: Subject
-    dtype: torch.dtype
-    device: torch.device
-    limits: Limits
-    compiled: bool = False
-    started: float = field(default_factory=time.monotonic)
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    """One subject, dtype and device."""
 
-    def __post_init__(self) -> None:
+    def __init__(self, subject: Subject, dtype: torch.dtype, device: torch.device, limits: Limits, compiled: bool):
+        self.subject, self.dtype, self.device, self.limits = subject, dtype, device, limits
         self.rules: dict[str, Rule] = {
-            name: torch.compile(rule, dynamic=True) if self.compiled else rule
-            for name, rule in self.subject.rules.items()
+            name: torch.compile(rule, dynamic=True) if compiled else rule for name, rule in subject.rules.items()
         }
         self.tallies = {name: Tally() for name in self.rules}
-        self.rng = np.random.default_rng(self.limits.seed)
-        self.truths: dict[tuple[Any, ...], list[list[Number]]] = {}
+        self.rng = np.random.default_rng(limits.seed)
+        self.started = time.monotonic()
 
     def spent(self, part: float = 1.0) -> bool:
         return time.monotonic() - self.started > part * self.limits.seconds
 
     # ---- one batch ------------------------------------------------------------------------------------------------
 
-    def evaluate(self, batch: Batch) -> dict[str, tuple[Tensor, ...]]:
-        """The results of each implementation that works, on the CPU in float64."""
-        placed = tuple(x.to(self.device) for x in batch)
-        results = {}
+    def evaluate(self, batch: Batch) -> Results:
+        """The results of each implementation that works."""
+        placed, results = tuple(x.to(self.device) for x in batch), {}
         for name, rule in self.rules.items():
-            tally = self.tallies[name]
             try:
                 results[name] = tuple(r.cpu().double() for r in outputs(rule, placed))
-            except Exception as error:  # a host's rule may raise anything: that is a finding, not our failure
-                tally.failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            except Exception as error:  # a rule may raise anything: that is a finding, not our failure
+                self.tallies[name].failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         return results
 
     def screen(self, batch: Batch) -> tuple[Tensor, ...] | None:
@@ -129,213 +123,141 @@ class _Search:
         except Exception:  # the rule does not work: `evaluate` has said so
             return None
 
-    def suspicion(self, name: str, results: dict[str, tuple[Tensor, ...]], screen: tuple[Tensor, ...] | None) -> Tensor:
+    def suspicion(self, name: str, results: Results, screen: tuple[Tensor, ...] | None) -> Tensor:
         """For each row how wrong it may be: by float64, or by another implementation."""
-        mine = results[name]
-        if screen is not None:
-            others = [screen]
-        else:
-            others = [r for other, r in results.items() if other != name]
-        rows = torch.zeros(len(mine[0]), dtype=torch.float64)
+        others = [screen] if screen is not None else [r for other, r in results.items() if other != name]
+        doubt = torch.zeros(len(results[name][0]), dtype=torch.float64)
         for other in others:
-            for a, b in zip(mine, other, strict=True):
+            for a, b in zip(results[name], other, strict=True):
                 # components are judged by the largest of their group
                 top = torch.nan_to_num(b).abs().amax(-1, keepdim=True).expand_as(b)
-                gap = rough_ulps(
-                    torch.where((a - b).isfinite(), top + (a - b), a), torch.where(b.isfinite(), top, b), self.dtype
-                )
-                rows = torch.maximum(rows, gap.amax(-1))
-        return rows
+                shifted = torch.where((a - b).isfinite(), top + (a - b), a)
+                gap = rough_ulps(shifted, torch.where(b.isfinite(), top, b), self.dtype)
+                doubt = torch.maximum(doubt, gap.amax(-1))
+        return doubt
 
-    def count(
-        self, name: str, batch: Batch, result: tuple[Tensor, ...], screen: tuple[Tensor, ...] | None
-    ) -> list[int]:
-        """Count NaN and negative results; the rows of infinite ones, which are to be judged, unless float64 has done so."""
-        tally, joined = self.tallies[name], torch.cat(result, -1)
+    def count(self, name: str, batch: Batch, results: Results, screen: tuple[Tensor, ...] | None) -> Tensor:
+        """Count what needs no mpmath; the rows of infinite results that do."""
+        tally, joined = self.tallies[name], torch.cat(results[name], -1)
         tally.evaluations += len(joined)
-        nan, below = joined.isnan().any(-1), (joined < 0).any(-1)
-        found = {"nan": nan} | ({"negative": below} if self.subject.divergence else {})
+        tally.note("nan", batch, joined.isnan().any(-1))
+        if self.subject.divergence:
+            tally.note("negative", batch, (joined < 0).any(-1))
         infinite = joined.isinf().any(-1)
-        if screen is not None:
-            other = torch.cat(screen, -1)
-            info = torch.finfo(self.dtype)
-            found["inf"] = infinite & (other.isfinite() & (other.abs() < info.max)).all(-1)
-            infinite = infinite & False
-        for kind, rows in found.items():
-            self.note(name, kind, batch, rows)
-        return [int(i) for i in infinite.nonzero().reshape(-1)]
+        if screen is None:
+            return infinite
+        wide = torch.cat(screen, -1)
+        tally.note("inf", batch, infinite & (wide.abs() < torch.finfo(self.dtype).max).all(-1))
+        return infinite & False
 
-    def note(self, name: str, kind: str, batch: Batch, rows: Tensor) -> None:
-        tally, hits = self.tallies[name], int(rows.sum())
-        if hits:
-            setattr(tally, kind, getattr(tally, kind) + hits)
-            tally.defects.setdefault(kind, _row(batch, int(rows.nonzero()[0])))
-
-    def judge(self, batch: Batch, i: int, results: dict[str, tuple[Tensor, ...]], names: Iterable[str]) -> None:
+    def judge(self, batch: Batch, i: int, results: Results, names: Sequence[str], screened: bool) -> None:
         """Compare row i of the implementations with mpmath."""
         row = _row(batch, i)
-        key = tuple(
-            x.numpy().tobytes() if x.dtype != torch.bfloat16 else x.view(torch.int16).numpy().tobytes() for x in row
-        )
-        if key not in self.truths:
-            try:
-                self.truths[key] = self.subject.truth([x[0] for x in row])
-            except PrecisionError:
-                return
-        truth = self.truths[key]
         values = [x[0] for x in row]
+        try:
+            truth = self.subject.truth(values)
+        except PrecisionError:
+            return
         tops = [max((abs(t) for t in group if mp.isfinite(t)), default=mp.mpf(0)) for group in truth]
         scales = [self.subject.scale(top, values) if self.subject.scale else None for top in tops]
         for name in names:
             computed = [r[i].tolist() for r in results[name]]
-            error = max(
-                group_error(c, t, self.dtype, scale) for c, t, scale in zip(computed, truth, scales, strict=True)
-            )
-            self.record(name, row, computed, truth, error)
-
-    def record(
-        self, name: str, row: Batch, computed: list[list[float]], truth: list[list[Number]], error: float
-    ) -> None:
-        tally = self.tallies[name]
-        tally.judged += 1
-        # a NaN or an infinity that is wrong is the worst there is, and counted as such; beyond them, numbers are ranked
-        if not tally.worst >= error:
-            flat = [(c, t) for cs, ts in zip(computed, truth, strict=True) for c, t in zip(cs, ts, strict=True)]
-            tally.worst, tally.row = error, row
-            tally.value, tally.truth = [c for c, _ in flat], [t for _, t in flat]
-        if len(tally.samples) < SAMPLES_KEPT and len(truth) == 1 and mp.isfinite(truth[0][0]):
-            distance = float(mp.sqrt(2 * abs(truth[0][0])))
-            scale = max((float(x.double().abs().max()) for x in row), default=0.0)
-            tally.samples.append((distance, scale, error))
+            groups = zip(computed, truth, scales, strict=True)
+            error = max(group_error(c, t, self.dtype, scale) for c, t, scale in groups)
+            self.tallies[name].record(row, computed, truth, error)
+            pairs = [(c, t) for cs, ts in zip(computed, truth, strict=True) for c, t in zip(cs, ts, strict=True)]
+            if not screened and any(math.isinf(c) and group_error([c], [t], self.dtype) for c, t in pairs):
+                self.tallies[name].note("inf", row, torch.tensor([True]))
 
     def run(self, batch: Batch) -> dict[str, float]:
-        """Evaluate a batch and judge a part of it; the largest error of each implementation."""
+        """Evaluate a batch and judge a part of it; the largest error so far of each implementation."""
         results, screen = self.evaluate(batch), self.screen(batch)
-        before = {name: (t.worst, t.judged) for name, t in self.tallies.items()}
-        suspects: dict[int, set[str]] = {}
-        for name, result in results.items():
-            infinite = self.count(name, batch, result, screen)
+        everyone = list(results)
+        suspects: dict[int, list[str]] = {}
+        for name in everyone:
+            infinite = self.count(name, batch, results, screen)
             doubt = self.suspicion(name, results, screen)
-            worst = torch.topk(doubt, min(SUSPECTS, len(doubt))).indices.tolist()
-            for i in worst:
-                suspects.setdefault(i, set()).update(results)
-            budget = SUSPECTS * 30
-            for i in infinite[:budget]:
-                suspects.setdefault(i, set()).add(name)
-        chosen = self.rng.permutation(len(batch[0]))[: max(2, int(SAMPLE / max(1.0, self.subject.cost)))]
-        for i in chosen.tolist():
-            suspects.setdefault(i, set()).update(results)
-        largest: dict[str, float] = {}
+            suspects |= dict.fromkeys(torch.topk(doubt, min(SUSPECTS, len(doubt))).indices.tolist(), everyone)
+            for i in infinite.nonzero().reshape(-1).tolist()[:INFINITIES]:
+                suspects.setdefault(i, [name])
+        sample = max(2, int(SAMPLE / max(1.0, self.subject.cost)))
+        suspects |= dict.fromkeys(self.rng.permutation(len(batch[0]))[:sample].tolist(), everyone)
         for done, (i, names) in enumerate(suspects.items()):
             if done > 2 and self.spent():
                 break
-            self.judge(batch, i, results, names)
-            if screen is None:
-                self.confirm_infinite(batch, i, results, names)
-        self.truths.clear()
-        for name, tally in self.tallies.items():
-            if before[name] != (tally.worst, tally.judged):
-                largest[name] = tally.worst
-        return largest
-
-    def confirm_infinite(
-        self, batch: Batch, i: int, results: dict[str, tuple[Tensor, ...]], names: Iterable[str]
-    ) -> None:
-        """Count an infinity of float64 that mpmath finds to be wrong."""
-        row = _row(batch, i)
-        key = tuple(x.numpy().tobytes() for x in row)
-        truth = self.truths.get(key)
-        if truth is None:
-            return
-        flat = [t for group in truth for t in group]
-        for name in names:
-            values = torch.cat([r[i] for r in results[name]]).tolist()
-            if any(
-                math.isinf(c) and group_error([c], [t], self.dtype) == math.inf
-                for c, t in zip(values, flat, strict=True)
-            ):
-                rows = torch.zeros(len(batch[0]), dtype=torch.bool)
-                rows[i] = True
-                self.note(name, "inf", batch, rows)
+            self.judge(batch, i, results, names, screen is not None)
+        return {name: self.tallies[name].worst for name in everyone}
 
     # ---- the climb ------------------------------------------------------------------------------------------------
 
     def climb(self, name: str) -> None:
         """From the worst row of an implementation to worse ones, by changes of bits."""
-        idle = 0
-        while idle < PATIENCE and not self.spent():
-            tally = self.tallies[name]
-            if tally.row is None or not math.isfinite(tally.worst):
-                return
-            before = tally.worst
-            count = max(4, int(CLIMB / max(1.0, self.subject.cost)))
-            changed = self.mutated(tally.row, 4 * CLIMB if self.dtype != torch.float64 else count)
-            if changed is None:
-                return
-            results, screen = self.evaluate(changed), self.screen(changed)
+        tally, idle = self.tallies[name], 0
+        judged = max(4, int(CLIMB / max(1.0, self.subject.cost)))
+        tried = 4 * CLIMB if self.dtype != torch.float64 else judged  # float64 has nothing to choose them by
+        while idle < PATIENCE and not self.spent() and tally.row is not None and math.isfinite(tally.worst):
+            before, changed = tally.worst, self.mutated(tally.row, tried)
+            results = self.evaluate(changed) if len(changed[0]) else {}
             if name not in results:
                 return
-            self.count(name, changed, results[name], screen)
-            order = torch.argsort(self.suspicion(name, results, screen), descending=True).tolist()
-            for i in order[:count]:
+            screen = self.screen(changed)
+            self.count(name, changed, results, screen)
+            for i in torch.argsort(self.suspicion(name, results, screen), descending=True).tolist()[:judged]:
                 if self.spent():
                     break
-                self.judge(changed, i, results, [name])
-            self.truths.clear()
+                self.judge(changed, i, results, [name], screen is not None)
             idle = 0 if tally.worst > before else idle + 1
 
-    def mutated(self, row: Batch, count: int) -> Batch | None:
-        """Sets that differ from ``row`` in some bits and are valid."""
-        changed = []
-        bits = int(-math.log2(torch.finfo(self.dtype).eps))
-        # a step shared by all parameters keeps p where it was relative to q
+    def mutated(self, row: Batch, count: int) -> Batch:
+        """Sets that differ from ``row`` by up to a factor of two in some entries, those that are valid."""
+        changed, bits = [], int(-math.log2(torch.finfo(self.dtype).eps))
         for x in row:
             repeated = x.expand(count, *x.shape[1:]).clone()
-            shape = repeated.shape
-            steps = np.floor(2.0 ** self.rng.uniform(0, bits + 1, shape)) * self.rng.choice((-1, 1), shape)
-            entries = max(1, repeated[0].numel())
-            steps *= self.rng.uniform(size=shape) < max(0.5 if entries == 1 else 0, 1.5 / entries)
-            pattern = repeated.view(INTEGER[self.dtype]) + torch.from_numpy(steps.astype(np.int64)).to(
-                INTEGER[self.dtype]
-            )
+            entries = max(1, x[0].numel())
+            steps = np.floor(2.0 ** self.rng.uniform(0, bits + 1, repeated.shape))
+            steps *= self.rng.choice((-1, 1), repeated.shape)
+            steps *= self.rng.uniform(size=repeated.shape) < (0.5 if entries == 1 else 1.5 / entries)
+            pattern = repeated.view(INTEGER[self.dtype]) + torch.from_numpy(steps).to(INTEGER[self.dtype])
             value = torch.where(repeated == 0, repeated, pattern.view(self.dtype))
-            if entries > 1 and x.ndim == 3 and torch.equal(x, x.mT):
+            if x.ndim == 3 and torch.equal(x, x.mT):
                 value = torch.triu(value) + torch.triu(value, 1).mT
             changed.append(value)
-        good = self.subject.valid(*changed).nonzero().reshape(-1)
-        return tuple(x[good] for x in changed) if len(good) else None
+        good = self.subject.valid(*changed)
+        return tuple(x[good] for x in changed)
 
-    # ---- bits -----------------------------------------------------------------------------------------------------
+    # ---- the same bits, and the same digits on another device -------------------------------------------------------
 
     def check_bits(self, batch: Batch) -> None:
         """Count the rows whose bits change with the batch's size, order or layout, or from one run to the next."""
-        n = len(batch[0])
-        order = torch.from_numpy(self.rng.permutation(n))
-        offset = int(self.rng.integers(1, max(2, n // 3)))
         placed = tuple(x.to(self.device) for x in batch)
-        there = order.to(self.device)
+        order = torch.from_numpy(self.rng.permutation(len(batch[0]))).to(self.device)
+        offset = int(self.rng.integers(1, max(2, len(order) // 3)))
+        variants = (
+            (placed, slice(None)),
+            (tuple(x[order] for x in placed), order),
+            (tuple(x[offset:] for x in placed), slice(offset, None)),
+            (tuple(x.repeat_interleave(2, 0)[::2] for x in placed), slice(None)),
+        )
         for name, rule in self.rules.items():
             if self.tallies[name].failure:
                 continue
             plain = torch.cat(outputs(rule, placed), -1)
-            strided = tuple(x.repeat_interleave(2, 0)[::2] for x in placed)
-            variants = [
-                (plain, torch.cat(outputs(rule, placed), -1)),
-                (plain[there], torch.cat(outputs(rule, tuple(x[there] for x in placed)), -1)),
-                (plain[offset:], torch.cat(outputs(rule, tuple(x[offset:] for x in placed)), -1)),
-                (plain, torch.cat(outputs(rule, strided), -1)),
-            ]
-            differ = sum(int(((a != b) & ~(a.isnan() & b.isnan())).any(-1).sum()) for a, b in variants)
-            self.tallies[name].unstable += differ
+            for inputs, place in variants:
+                a, b = plain[place], torch.cat(outputs(rule, inputs), -1)
+                self.tallies[name].unstable += int(((a != b) & ~(a.isnan() & b.isnan())).any(-1).sum())
+
+    def check_device(self, batch: Batch) -> None:
+        """The largest difference from the CPU's results, in ulps of the largest of a group."""
+        if self.device.type == "cpu":
+            return
+        here = self.evaluate(batch)
+        for name, results in here.items():
+            cpu = tuple(r.double() for r in outputs(self.subject.rules[name], batch))
+            self.tallies[name].device_gap = float(self.suspicion("here", {"here": results, "cpu": cpu}, cpu).max())
 
 
 def _row(batch: Batch, i: int) -> Batch:
     return tuple(x[i : i + 1].cpu() for x in batch)
-
-
-def rows_of(cases: Sequence[Batch]) -> list[Batch]:
-    """Stored cases as batches of one row each."""
-    return list(cases)
 
 
 def explore(
@@ -362,7 +284,7 @@ def explore(
     search = _Search(subject, dtype, device, limits, compiled)
     for case in cases:
         search.run(case)
-    first = True
+    seen = 0
 
     @hypothesis.seed(limits.seed)
     @hypothesis.settings(
@@ -375,16 +297,18 @@ def explore(
     )
     @hypothesis.given(subject.draw)
     def look(drawn: Any) -> None:
-        nonlocal first
-        if not first and search.spent(0.7):
+        nonlocal seen
+        if seen and search.spent(0.7):
             return
         batch = subject.expand(drawn, dtype) if isinstance(drawn, Plan) else tuple(drawn)
         for name, error in search.run(batch).items():
             if math.isfinite(error):
                 hypothesis.target(math.log2(max(error, 2.0**-40)), label=name)
-        if first and subject.elementwise:
-            search.check_bits(batch)
-        first = False
+        if not seen:
+            search.check_device(batch)
+            if subject.elementwise:
+                search.check_bits(batch)
+        seen += 1
 
     look()
     for name in search.tallies:

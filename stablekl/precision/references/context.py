@@ -7,6 +7,7 @@ its integers where it is installed; that is faster and gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from mpmath.ctx_mp import MPContext
@@ -134,6 +135,6 @@ def gradient(f: Callable[..., Number], *arguments: Any) -> list[list[Number]]:
         return (up - down) / (2 * h)
 
     return [
-        [agreed(lambda i=i, path=path: quotient(i, path), _GRADIENT_LADDER) for path in _paths(argument)]
+        [agreed(partial(quotient, i, path), _GRADIENT_LADDER) for path in _paths(argument)]
         for i, argument in enumerate(arguments)
     ]

@@ -10,7 +10,7 @@ does; `agreed` takes the digits that this costs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from .context import Number, agreed, mp
@@ -34,7 +34,7 @@ class Statistic(NamedTuple):
         return _VALUES[self.kind](x, a)
 
 
-_VALUES = {
+_VALUES: dict[str, Callable[[Number, Any], Number]] = {
     "one": lambda x, _: mp.mpf(1),
     "x": lambda x, _: x,
     "log": lambda x, _: mp.log(x),

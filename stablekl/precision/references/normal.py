@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from .context import Number, mp
 from .family import LOG, ONE, POSITIVE, REAL, Family, Statistic, Support, X
 
@@ -11,7 +13,7 @@ __all__ = ["HalfNormal", "LogNormal", "Normal"]
 class Normal(Family):
     """Mean ``loc``, standard deviation ``scale``."""
 
-    parameters = {"loc": REAL, "scale": POSITIVE}
+    parameters: ClassVar[dict[str, str]] = {"loc": REAL, "scale": POSITIVE}
 
     def support(self, loc: Number, scale: Number) -> Support:
         """The whole line."""
@@ -39,7 +41,7 @@ class Normal(Family):
 class HalfNormal(Family):
     """The absolute value of a normal with mean 0 and standard deviation ``scale``."""
 
-    parameters = {"scale": POSITIVE}
+    parameters: ClassVar[dict[str, str]] = {"scale": POSITIVE}
 
     def support(self, scale: Number) -> Support:
         """The positive half-line."""
@@ -63,7 +65,7 @@ class HalfNormal(Family):
 class LogNormal(Family):
     """The exponential of a normal."""
 
-    parameters = {"loc": REAL, "scale": POSITIVE}
+    parameters: ClassVar[dict[str, str]] = {"loc": REAL, "scale": POSITIVE}
 
     def support(self, loc: Number, scale: Number) -> Support:
         """The positive half-line."""

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
-from torch.distributions import kl as torch_kl
 from torch.distributions import LowRankMultivariateNormal as TorchLowRank
 from torch.distributions import MultivariateNormal as TorchMVN
 from torch.distributions import Normal as TorchNormal
+from torch.distributions import kl as torch_kl
 
 from ... import registry
 from ...distributions import LowRankMultivariateNormal, MultivariateNormal
@@ -90,7 +90,11 @@ def _value(kind: str, rng: np.random.Generator, plan: Plan, n: int, dtype: torch
     if kind == "low_rank":
         r = 1 + int(rng.integers(0, min(d, 4)))
         size = np.exp2(plan.centre * min(REACH[dtype] / 4, 30))
-        w = size * rng.standard_normal((n, d, r)) * np.exp2(rng.uniform(-1, 1, (n, 1, 1)) * CONDITION[dtype] * plan.spread / 2)
+        w = (
+            size
+            * rng.standard_normal((n, d, r))
+            * np.exp2(rng.uniform(-1, 1, (n, 1, 1)) * CONDITION[dtype] * plan.spread / 2)
+        )
         variances = size**2 * np.exp2(rng.uniform(-1, 1, (n, d)) * CONDITION[dtype] * plan.spread)
         return torch.from_numpy(w).to(dtype), torch.from_numpy(variances).to(dtype)
     root = _roots(rng, plan, n, d, dtype)
@@ -133,7 +137,8 @@ def _scale(kind: str, value: tuple[Tensor, ...]) -> Tensor:
     if kind == "scale_diag":
         return value[0].double()
     if kind == "scale_tril":
-        return torch.linalg.vector_norm(value[0].double(), dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(value[0].double(), dim=-1)
+        return norms
     diagonal = value[0].double().diagonal(dim1=-2, dim2=-1)
     return diagonal.sqrt() if kind == "covariance_matrix" else diagonal.rsqrt()
 
@@ -180,10 +185,13 @@ def _good(kind: str, value: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     if kind == "scale_tril":
         positive = (matrices.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
         # LAPACK would raise for a singular one
-        return finite & positive & (torch.linalg.cond(matrices) < limit)
+        conditioned: Tensor = torch.linalg.cond(matrices) < limit
+        return finite & positive & conditioned
     values = torch.linalg.eigvalsh(matrices)
     # with room for the host, which factorises in the dtype of the matrix
-    return finite & (values[:, 0] * limit**2 > values[:, -1]) & (values[:, 0] > 8 * torch.finfo(dtype).eps * values[:, -1])
+    least = values[:, -1] * max(limit**-2, 8 * torch.finfo(dtype).eps)
+    result: Tensor = finite & (values[:, 0] > least)
+    return result
 
 
 def validity(kind_p: str, kind_q: str, dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
@@ -211,12 +219,12 @@ def kappa(kind: str, value: Sequence[Tensor]) -> float:
     return max(1.0, float(torch.linalg.cond(matrix)))
 
 
-def unit(kind_q: str, split: int) -> Callable[[Number, Sequence[Tensor]], Number]:
-    """max(1, kappa) times the truth."""
+def unit(*kinds: tuple[str, slice]) -> Callable[[Number, Sequence[Tensor]], Number]:
+    """max(1, kappa) times the truth, with the largest of the condition numbers of the values at these places."""
 
     def scale(top: Number, row: Sequence[Tensor]) -> Number:
         tiny = torch.finfo(row[0].dtype).tiny
-        return mp.mpf(kappa(kind_q, row[split + 1 :])) * max(top, mp.mpf(tiny))
+        return mp.mpf(max(kappa(kind, row[place]) for kind, place in kinds)) * max(top, mp.mpf(tiny))
 
     return scale
 
@@ -236,9 +244,7 @@ def divergence(kind_p: str, kind_q: str) -> Subject:
     """KL between two Gaussians given by two parameters."""
     split = _width(kind_p)
     rules: dict[str, Rule] = {}
-    if registry.rule_for(TorchMVN, TorchMVN) and not {"Independent"} & set(_name(kind_p, kind_q).split("-")):
-        rules["torch"] = _rule(torch_kl.kl_divergence, _torch(kind_p), _torch(kind_q), split)
-    elif kind_p == kind_q == "scale_diag":
+    if (kind_p == "scale_diag") == (kind_q == "scale_diag"):  # torch has no rule for a diagonal against a matrix
         rules["torch"] = _rule(torch_kl.kl_divergence, _torch(kind_p), _torch(kind_q), split)
     rules["stablekl"] = _rule(registry.kl_divergence, _ours(kind_p), _ours(kind_q), split)
 
@@ -254,7 +260,7 @@ def divergence(kind_p: str, kind_q: str) -> Subject:
         draw=plans(("near", "ratio", "apart", "equal") if same else ("apart",), SIZES),
         expand=expansion(kind_p, kind_q),
         valid=validity(kind_p, kind_q),
-        scale=unit(kind_q, split),
+        scale=unit((kind_q, slice(split + 1, None))),
         unit="eps max(1, cond(Lq))" if kind_q == "scale_tril" else "eps max(1, cond(Sq))",
         elementwise=False,
         cost=3.0,
@@ -278,6 +284,9 @@ def gradient(value: Subject, kind: str) -> Subject:
         rules={name: differentiated(rule) for name, rule in value.rules.items()},
         reference=reference,
         draw=plans(("near", "ratio", "apart"), (1, 2, 2, 3, 4, 6, 8)),
+        # the derivative in the covariance of p holds its inverse
+        scale=unit((kind, slice(1, split)), (kind, slice(split + 1, None))),
+        unit=value.unit.replace("Lq", "Lp or Lq").replace("Sq", "Sp or Sq"),
         divergence=False,
         cost=6.0,
         bars={dtype: 2 * bar for dtype, bar in BARS.items()},

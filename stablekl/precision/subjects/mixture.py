@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians: on the line by integration, two components in any dimension by their own identity, densities."""
+"""Mixtures of Gaussians: on the line, of two components in any dimension, and their densities."""
 
 from __future__ import annotations
 
@@ -137,9 +137,7 @@ def _pair(kind: str) -> Subject:
     def valid(w: Tensor, loc: Tensor, value: Tensor, loc_q: Tensor, value_q: Tensor) -> Tensor:
         check = gaussian.validity(kind, kind)
         weights = (w >= 0).all(-1) & (w.sum(-1) > 0)
-        return (
-            weights & check(loc[:, 0], value[:, 0], loc_q, value_q) & check(loc[:, 1], value[:, 1], loc_q, value_q)
-        )
+        return weights & check(loc[:, 0], value[:, 0], loc_q, value_q) & check(loc[:, 1], value[:, 1], loc_q, value_q)
 
     def scale(top: Number, row: Sequence[Tensor]) -> Number:
         return mp.mpf(gaussian.kappa(kind, row[4:])) * (1 + top)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import kl as torch_kl
 
@@ -37,10 +37,9 @@ EXCLUDED = {"ContinuousBernoulli": True, "Geometric": False}  # whether both end
 BARS = {torch.float64: 4.0, torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
-def torch_class(name: str) -> type[torch.distributions.Distribution]:
-    """torch's class of that name."""
-    found: type[torch.distributions.Distribution] = getattr(torch.distributions, name)
-    return found
+def torch_class(name: str) -> Any:
+    """The class of torch by that name."""
+    return getattr(torch.distributions, name)
 
 
 def registered_pairs() -> list[tuple[str, str]]:
@@ -53,7 +52,7 @@ def registered_pairs() -> list[tuple[str, str]]:
 # ---- rules --------------------------------------------------------------------------------------------------------
 
 
-def _built(classes: tuple[type, type], batch: Batch) -> tuple[torch.distributions.Distribution, ...]:
+def _built(classes: tuple[Any, Any], batch: Batch) -> tuple[torch.distributions.Distribution, ...]:
     widths = [len(FAMILIES[c.__name__].parameters) for c in classes]
     names = [list(FAMILIES[c.__name__].parameters) for c in classes]
     halves = batch[: widths[0]], batch[widths[0] :]
@@ -64,10 +63,10 @@ def _built(classes: tuple[type, type], batch: Batch) -> tuple[torch.distribution
 
 
 def rules(p: str, q: str) -> dict[str, Rule]:
-    """torch's rule for a pair, and stablekl's where it has one of its own."""
+    """The rule of torch for a pair, and stablekl's where it has one of its own."""
     classes = torch_class(p), torch_class(q)
     found: dict[str, Rule] = {"torch": lambda *batch: torch_kl.kl_divergence(*_built(classes, batch))}
-    if registry.rule_for(*classes) is not torch_kl._dispatch_kl(*classes):
+    if registry.rule_for(classes[0], classes[1]) is not torch_kl._dispatch_kl(*classes):
         ours = OURS.get(p, classes[0]), OURS.get(q, classes[1])
         found["stablekl"] = lambda *batch: registry.kl_divergence(*_built(ours, batch))
     return found
@@ -115,7 +114,7 @@ def _inside(p: str, q: str, a: dict[str, Tensor], b: dict[str, Tensor], rng: np.
         b["high"] = torch.where(some, torch.maximum(a["high"], b["high"]), b["high"])
 
 
-_UNIT_BOUNDS = {"low": lambda x: -x.abs(), "high": lambda x: 1 + x.abs()}
+_UNIT_BOUNDS: dict[str, Callable[[Tensor], Tensor]] = {"low": lambda x: -x.abs(), "high": lambda x: 1 + x.abs()}
 
 
 def expansion(p: str, q: str) -> Expand:
@@ -137,7 +136,7 @@ def expansion(p: str, q: str) -> Expand:
 
 def validity(*families: Family) -> Callable[..., Tensor]:
     """Which rows hold parameters of the families' domains."""
-    checks = {
+    checks: dict[str, Callable[[Tensor], Tensor]] = {
         "real": lambda x: x.isfinite(),
         "positive": lambda x: (x > 0) & x.isfinite(),
         "nonnegative": lambda x: (x >= 0) & x.isfinite(),
@@ -201,7 +200,8 @@ def log_density(name: str) -> Subject:
 
     def rule(*batch: Tensor) -> Tensor:
         parameters = dict(zip(family.parameters, batch[1:], strict=True))
-        return cls(**parameters, validate_args=False).log_prob(batch[0])
+        found: Tensor = cls(**parameters, validate_args=False).log_prob(batch[0])
+        return found
 
     def expand(plan: Plan, dtype: torch.dtype) -> Batch:
         rng = plan.generator()
@@ -220,7 +220,8 @@ def log_density(name: str) -> Subject:
         # some of torch's constructors raise even when asked not to validate
         safe = [torch.where(good, t, t[good][0]) for t in theta]
         inside = cls(**dict(zip(family.parameters, safe, strict=True)), validate_args=False).support.check(x)
-        return good & inside & x.isfinite()
+        result: Tensor = good & inside & x.isfinite()
+        return result
 
     return Subject(
         name=f"log_prob {name}",

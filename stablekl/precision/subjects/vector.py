@@ -43,7 +43,7 @@ def _near(x: Tensor, plan: Plan, rng: np.random.Generator) -> Tensor:
 
 
 def _stored(cls: type[Any]) -> Callable[[Tensor], Distribution]:
-    """A categorical of exactly these weights: what torch's constructor stores is rounded, and judged as it is stored."""
+    """A categorical of exactly these weights: torch rounds what it stores, and is judged on what is stored."""
 
     def build(weights: Tensor) -> Distribution:
         made = cls(probs=weights, validate_args=False)

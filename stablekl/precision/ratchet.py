@@ -1,18 +1,69 @@
-"""Keeping what was found: the ratchet and the named cases, in data files that tests read."""
+"""Keeping what was found: the largest errors on record, and named cases, in data files that tests read."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from .measure import DATA, Row, stored
+import torch
 
-__all__ = ["record"]
+from .batches import from_hexadecimal
+from .rows import DTYPES, Row
 
+__all__ = ["SLACK", "ratchet", "record", "regressions", "stored_cases"]
+
+DATA = Path(__file__).parent / "data"
+# A search that looks elsewhere than the one that set the ratchet may find somewhat worse inputs; a lost digit is
+# a factor of 10.
+SLACK = 2.0
 # Numbers in a case: those of a matrix of size 32 would fill the file.
 _LARGEST = 200
+
+
+def stored(name: str) -> Any:
+    """The contents of a data file; an empty list where there is none yet."""
+    path = DATA / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def stored_cases(rule: str, dtype: str) -> dict[str, list[torch.Tensor]]:
+    """The worst inputs of earlier searches for a rule, by name, as batches of one row each."""
+    return {
+        case["name"]: [from_hexadecimal(x, DTYPES[dtype]).unsqueeze(0) for x in case["input"].values()]
+        for case in stored("cases.json")
+        if case["rule"] == rule and case["dtype"] == dtype
+    }
+
+
+def ratchet() -> dict[tuple[str, str, str], float]:
+    """The largest errors known of stablekl's rules, by rule, dtype and mode."""
+    return {(r["rule"], r["dtype"], r["mode"]): float(r["worst_ulp"]) for r in stored("ratchet.json")}
+
+
+def regressions(rows: Iterable[Row]) -> list[str]:
+    """What is worse than the ratchet allows: a sentence for each, with the input."""
+    known, found = ratchet(), []
+    for row in rows:
+        allowed = known.get((row.rule, row.dtype, row.mode))
+        if row.impl == "torch" or allowed is None:
+            continue
+        where = f"{row.rule}, {row.dtype}, {row.device}, {row.mode}"
+        if row.failure:
+            found.append(f"{where}: {row.failure}")
+        if row.worst_ulp > SLACK * allowed:
+            found.append(
+                f"{where}: error {row.worst_ulp:.3g} {row.unit}, the ratchet allows {SLACK:g} x {allowed:.3g}, "
+                f"at {json.dumps(row.worst_input)}"
+            )
+        for kind in ("nan", "inf", "negative"):
+            if getattr(row, kind):
+                found.append(f"{where}: {getattr(row, kind)} {kind}, the first at {json.dumps(row.defects[kind])}")
+        if row.unstable:
+            found.append(f"{where}: the bits of {row.unstable} rows depend on the batch around them")
+    return found
 
 
 def _count(item: Any) -> int:

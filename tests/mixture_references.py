@@ -1,7 +1,7 @@
 """KL divergences of mixtures from the definition, and problems in many dimensions that reduce to one or two.
 
-A *row* is one component, (weight, mean, standard deviation) in one dimension. `line` integrates p log(p/q) in mpmath,
-`plane` on a grid in extended precision. Both know nothing of S - I, of u + expm1(-u) or of any other regrouping.
+A *row* is one component, (weight, mean, standard deviation) in one dimension. `line` and `radial` integrate p log(p/q)
+in mpmath, `plane` on a grid in extended precision. They know nothing of S - I, of u + expm1(-u) or of any regrouping.
 `embedded` turns a problem on a line into one in D dimensions of the same divergence: components that differ along
 one direction only, seen through a random affine map.
 """
@@ -12,60 +12,21 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-import mpmath as mp
 import numpy as np
 import torch
 from torch import Tensor
 
 import stablekl
+from stablekl.precision.references import mixture
+from stablekl.precision.references.context import Number, mp
 
 Row = tuple[float, float, float]
 F64 = torch.float64
 
 
-@functools.lru_cache
-def gauss_legendre(n: int, dps: int) -> list[tuple[mp.mpf, mp.mpf]]:
-    """Nodes and weights on [-1, 1], refined by Newton's method from numpy's."""
-    with mp.workdps(dps + 10):
-        rule = []
-        for start in np.polynomial.legendre.leggauss(n)[0]:
-            x = mp.mpf(float(start))
-            for _ in range(3):
-                p, before = mp.legendre(n, x), mp.legendre(n - 1, x)
-                slope = n * (x * p - before) / (x * x - 1)
-                x -= p / slope
-            slope = n * (x * mp.legendre(n, x) - mp.legendre(n - 1, x)) / (x * x - 1)
-            rule.append((x, 2 / ((1 - x * x) * slope * slope)))
-        return rule
-
-
-def exact(rows: Sequence[Sequence[object]]) -> list[tuple[mp.mpf, mp.mpf, mp.mpf]]:
-    """Rows in mpmath with weights that sum to one."""
-    table = [tuple(mp.mpf(x) for x in row) for row in rows]
-    total = sum(w for w, _, _ in table)
-    return [(w / total, m, s) for w, m, s in table]
-
-
-def log_density(x: mp.mpf, rows: Sequence[tuple[mp.mpf, mp.mpf, mp.mpf]]) -> mp.mpf:
-    return mp.log(sum(w / s * mp.exp(-(((x - m) / s) ** 2) / 2) for w, m, s in rows if w)) - mp.log(2 * mp.pi) / 2
-
-
-def line(p: Sequence[Sequence[object]], q: Sequence[Sequence[object]], dps: int = 34, n: int = 24) -> mp.mpf:
-    """KL(p || q) on the line: the integral of p log(p/q), panel by panel."""
-    with mp.workdps(dps):
-        p, q = exact(p), exact(q)
-        edges = {m + s * t for rows in (p, q) for w, m, s in rows if w for t in range(-12, 13, 3)}
-        low = min(m - 12 * s for w, m, s in p if w)
-        high = max(m + 12 * s for w, m, s in p if w)
-        ordered = sorted({low, high, *(x for x in edges if low < x < high)})
-        total = mp.mpf(0)
-        for a, b in itertools.pairwise(ordered):
-            half, middle = (b - a) / 2, (a + b) / 2
-            for node, weight in gauss_legendre(n, dps):
-                x = middle + half * node
-                log_p = log_density(x, p)
-                total += half * weight * mp.exp(log_p) * (log_p - log_density(x, q))
-        return total
+def line(p: Sequence[Sequence[object]], q: Sequence[Sequence[object]]) -> Number:
+    """The suite's integral over the line, for rows of any numbers."""
+    return mixture.line(*([tuple(map(mp.mpf, row)) for row in rows] for rows in (p, q)))
 
 
 def lines(p: np.ndarray, q: np.ndarray, n: int = 24) -> np.ndarray:
@@ -114,11 +75,11 @@ def plane(
     return float((np.exp(log_p) * (log_p - log_q)).sum() * np.longdouble(step) ** 2)
 
 
-def radial(p: Sequence[tuple[float, float]], q: Sequence[tuple[float, float]], dim: int) -> mp.mpf:
+def radial(p: Sequence[tuple[float, float]], q: Sequence[tuple[float, float]], dim: int) -> Number:
     """KL of mixtures of N(0, s^2 I) in ``dim`` dimensions, given as (weight, s): an integral over the radius."""
     with mp.workdps(30):
 
-        def log_radial(r: mp.mpf, rows: Sequence[tuple[float, float]]) -> mp.mpf:
+        def log_radial(r: Number, rows: Sequence[tuple[float, float]]) -> Number:
             total = sum(mp.mpf(w) for w, _ in rows)
             return mp.log(
                 sum(mp.mpf(w) / total * mp.mpf(s) ** -dim * mp.exp(-((r / mp.mpf(s)) ** 2) / 2) for w, s in rows)
@@ -131,7 +92,7 @@ def radial(p: Sequence[tuple[float, float]], q: Sequence[tuple[float, float]], d
         total = mp.mpf(0)
         for a, b in itertools.pairwise(edges):
             half, middle = (b - a) / 2, (a + b) / 2
-            for node, weight in gauss_legendre(24, 30):
+            for node, weight in mixture._gauss_legendre(24, 128):
                 r = middle + half * node
                 log_p = log_radial(r, p)
                 total += half * weight * norm * r ** (dim - 1) * mp.exp(log_p) * (log_p - log_radial(r, q))

@@ -11,7 +11,7 @@ import torch
 from mpmath import mpf
 
 from stablekl import parameterizations as P
-from tests.ulps import ulp_error, worst_ulp
+from stablekl.precision.metrics import ulp_error, worst_ulp
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 INF, NAN = math.inf, math.nan

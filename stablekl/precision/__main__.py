@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .exhaustive import NAMES
 from .ratchet import ratchet, record, regressions
-from .render import environment, page, table
+from .render import as_csv, environment, page, table
 from .rows import DTYPES, Row, Task, as_json
 from .run import run, select, swept
 from .search import Limits
@@ -40,6 +40,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="compare with the errors on record; exit with 1 if any has grown")
     add("--exhaustive", action="store_true", help="all 2^32 float32 arguments of the primitives of one argument")
     add("--json", type=Path, metavar="FILE", help="write the rows")
+    add("--csv", type=Path, metavar="FILE", help="write the table")
     add("--html", type=Path, metavar="FILE", help="write a page with the worst inputs and plots")
     add("--record", action="store_true", help="for maintainers: store the worst errors and inputs as the new ratchet")
     add("--list", action="store_true", help="print the names of the rules and stop")
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table(rows, wide)
     if options.json:
         options.json.write_text(as_json(rows), encoding="utf-8")
+    if options.csv:
+        options.csv.write_text(as_csv(rows), encoding="utf-8")
     if options.html:
         options.html.write_text(page(rows), encoding="utf-8")
     if options.record:

@@ -97,7 +97,7 @@ class Sweep:
         worst: the largest error of a finite result in ulps, confirmed by mpmath.
         worst_input: where.
         worst_value: what was computed there.
-        worst_truth: the true result there.
+        worst_truth: the true result there, to 20 digits (numbers of a private context cannot be sent to a process).
         counts: by bin of `EDGES`, of all arguments, NaN included.
         wrong: NaN or infinite results where the truth is a number of the dtype, or the reverse.
         seconds: that it took.
@@ -108,7 +108,7 @@ class Sweep:
     worst: float = 0.0
     worst_input: float = math.nan
     worst_value: float = math.nan
-    worst_truth: Number = field(default_factory=lambda: mp.mpf(0))
+    worst_truth: str = ""
     counts: list[int] = field(default_factory=lambda: [0] * len(EDGES))
     wrong: int = 0
     seconds: float = 0.0
@@ -170,4 +170,5 @@ def _confirm(record: Sweep, reference: Callable[[Number], Number], error: float,
     truth = agreed(lambda: reference(mp.mpf(x)))
     confirmed = group_error([computed], [truth], torch.float32)
     if confirmed >= record.worst:
-        record.worst, record.worst_input, record.worst_value, record.worst_truth = confirmed, x, computed, truth
+        record.worst, record.worst_input, record.worst_value = confirmed, x, computed
+        record.worst_truth = mp.nstr(truth, 20)

@@ -15,7 +15,6 @@ import torch
 
 from .exhaustive import EDGES, Sweep, sweep
 from .ratchet import stored_cases
-from .references.context import mp
 from .rows import DTYPES, Row, Task, rows_of
 from .search import Limits, Tally, explore
 from .subject import Subject
@@ -128,7 +127,7 @@ def _swept_row(records: list[Sweep], device: str) -> Row:
         worst_ulp=worst.worst,
         worst_input={"x": worst.worst_input.hex()},
         worst_value=[worst.worst_value.hex()],
-        worst_truth=[mp.nstr(worst.worst_truth, 20)],
+        worst_truth=[worst.worst_truth],
         evaluations=sum(counts),
         judged=len(records) * 16,
         nan=0,

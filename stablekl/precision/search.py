@@ -101,6 +101,10 @@ class _Search:
     def spent(self, part: float = 1.0) -> bool:
         return time.monotonic() - self.started > part * self.limits.seconds
 
+    def affordable(self, count: int) -> int:
+        """Fewer, but one at least, of references that take longer than a millisecond."""
+        return max(1, int(count / max(1.0, self.subject.cost**0.5)))
+
     # ---- one batch ------------------------------------------------------------------------------------------------
 
     def evaluate(self, batch: Batch) -> Results:
@@ -177,11 +181,12 @@ class _Search:
         for name in everyone:
             infinite = self.count(name, batch, results, screen)
             doubt = self.suspicion(name, results, screen)
-            suspects |= dict.fromkeys(torch.topk(doubt, min(SUSPECTS, len(doubt))).indices.tolist(), everyone)
+            worst = torch.topk(doubt, min(self.affordable(SUSPECTS), len(doubt))).indices
+            suspects |= dict.fromkeys(worst.tolist(), everyone)
             for i in infinite.nonzero().reshape(-1).tolist()[:INFINITIES]:
                 suspects.setdefault(i, [name])
-        sample = max(2, int(SAMPLE / max(1.0, self.subject.cost)))
-        suspects |= dict.fromkeys(self.rng.permutation(len(batch[0]))[:sample].tolist(), everyone)
+        sample = self.rng.permutation(len(batch[0]))[: self.affordable(SAMPLE)]
+        suspects |= dict.fromkeys(sample.tolist(), everyone)
         for done, (i, names) in enumerate(suspects.items()):
             if done > 2 and self.spent():
                 break
@@ -193,7 +198,7 @@ class _Search:
     def climb(self, name: str) -> None:
         """From the worst row of an implementation to worse ones, by changes of bits."""
         tally, idle = self.tallies[name], 0
-        judged = max(4, int(CLIMB / max(1.0, self.subject.cost)))
+        judged = max(4, self.affordable(CLIMB))
         tried = 4 * CLIMB if self.dtype != torch.float64 else judged  # float64 has nothing to choose them by
         while idle < PATIENCE and not self.spent() and tally.row is not None and math.isfinite(tally.worst):
             before, changed = tally.worst, self.mutated(tally.row, tried)

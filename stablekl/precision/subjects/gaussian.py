@@ -148,7 +148,7 @@ def expansion(kind_p: str, kind_q: str) -> Expand:
 
     def expand(plan: Plan, dtype: torch.dtype) -> Batch:
         rng, d = plan.generator(), plan.size
-        n = int(np.clip(8192 // d**2, 8, 512))
+        n = int(np.clip(32768 // d**2, 32, 2048))
         q = _value(kind_q, rng, plan, n, dtype)
         scale = _scale(kind_q, q)
         offset = scale * torch.from_numpy(np.exp2(rng.uniform(-2, 4, (n, 1))) * rng.standard_normal((n, d)))

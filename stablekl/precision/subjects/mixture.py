@@ -25,7 +25,7 @@ from . import gaussian
 
 __all__ = ["subjects"]
 
-COUNT = 64
+COUNT, ON_A_LINE = 1024, 256
 # 1e-13 (1 + S) and 1e-6 (1 + S); the unit here, eps (1 + KL), is the smaller one since KL <= S
 BARS = {torch.float64: 450.0, torch.float32: 8.4, torch.float16: 1.0, torch.bfloat16: 1.0}
 UNIT = "eps (1 + KL)"
@@ -82,7 +82,7 @@ def _line(p: str, q: str, counts: tuple[int, int]) -> Subject:
     def expand(plan: Plan, dtype: torch.dtype) -> Batch:
         rng = plan.generator()
         k = [plan.size if c > 1 else 1 for c in counts]
-        a, b = (_lines(plan, rng, COUNT, n, dtype) for n in k)
+        a, b = (_lines(plan, rng, ON_A_LINE, n, dtype) for n in k)
         if k[0] == k[1] and plan.relation == "equal":
             b = a
         elif k[0] == k[1] and plan.relation == "ratio":
@@ -100,7 +100,7 @@ def _line(p: str, q: str, counts: tuple[int, int]) -> Subject:
         parameters=tuple(f"{name}_{side}" for side in "pq" for name in ("weights", "loc", "scale")),
         rules={"stablekl": rule},
         reference=reference,
-        draw=plans(("near", "ratio", "apart", "equal"), (2, 2, 3, 5)),
+        draw=plans(("near", "ratio", "apart", "equal"), (2, 2, 2, 3, 5)),
         expand=expand,
         valid=_valid,
         scale=one_plus,
@@ -164,7 +164,7 @@ def _density(name: str, component: Callable[..., Distribution], ours: Callable[.
 
     def expand(plan: Plan, dtype: torch.dtype) -> Batch:
         rng = plan.generator()
-        w, loc, scale = _lines(plan, rng, 4 * COUNT, plan.size, dtype)
+        w, loc, scale = _lines(plan, rng, COUNT, plan.size, dtype)
         if vectors:
             loc = torch.stack([loc, loc.flip(-1)], -1).contiguous()
             scale = torch.stack([scale, scale.roll(1, -1)], -1).contiguous()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._autograd import blockwise, rowwise
 
-__all__ = ["broadcast_apply", "elementwise", "horner", "is_lifted"]
+__all__ = ["broadcast_apply", "elementwise", "horner", "is_lifted", "product_error", "sum_error"]
 
 
 def is_lifted(x: Tensor) -> bool:
@@ -69,3 +69,18 @@ def horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     for c in coefficients[2:]:
         p = p * x + c
     return p
+
+
+def product_error(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
+    """A b - p for p = a b, exactly: Dekker's product, which needs no fused multiply-add."""
+    factor = 2.0**27 + 1 if p.dtype == torch.float64 else 2.0**12 + 1
+    c, d = factor * a, factor * b
+    a_high, b_high = c - (c - a), d - (d - b)
+    a_low, b_low = a - a_high, b - b_high
+    return ((a_high * b_high - p) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def sum_error(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+    """A + b - s for s = a + b, exactly: Knuth's sum."""
+    c = s - a
+    return (a - (s - c)) + (b - c)

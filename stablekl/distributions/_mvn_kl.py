@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from .._autograd import is_dual, is_plain, rowwise
+from .._elementwise import product_error, sum_error
 from .._residual import residual
 from ..special import log1pmx_value, log_ratio_bregman_value
 from ._base import widened
@@ -258,6 +259,18 @@ def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) 
     return _unless_overflowed(value, mu_p, cov_p, mu_q, cov_q).to(dtype), factor_p, factor_q, m
 
 
+def _moment_difference(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) -> Tensor:
+    """Sp - Sq + (mu_p - mu_q)(mu_p - mu_q)', rounded about once: each term is taken to twice the digits."""
+    a, b = mu_p.unsqueeze(-1), -mu_q.unsqueeze(-1)
+    d, change = a + b, cov_p - cov_q
+    d_error = sum_error(a, b, d)
+    square = d * d.mT
+    total = change + square
+    cross = d * d_error.mT
+    rest = product_error(d, d.mT, square) + cross + cross.mT + sum_error(cov_p, -cov_q, change)
+    return total + (sum_error(change, square, total) + rest)
+
+
 def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     dtype = inputs[0].dtype
     mu_p, cov_p, mu_q, cov_q = map(widened, inputs)
@@ -269,10 +282,10 @@ def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     # (Sq^-1 - Sp^-1)/2 = Sp^-1 (Sp - Sq) Sq^-1 / 2, not Lq^-T (I + W)^-1 W Lq^-1 / 2: I + W loses Sp where Sp << Sq
     d_p = torch.cholesky_solve(torch.cholesky_solve(cov_p - cov_q, factor_p).mT, factor_q)
     d_p = 0.25 * (d_p + d_p.mT)
-    # -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2; X + X' + XX' for W, from two Cholesky factors, is off by 10 times as much
-    w = _sandwich(factor_q, cov_p - cov_q)
     d_mu = solve_triangular(factor_q.mT, m, upper=True).squeeze(-1)
-    d_q = -0.5 * _sandwich(factor_q, w + m @ m.mT, transposed=True)
+    # -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2; summed after whitening, there would be nothing left where the two cancel
+    w = _sandwich(factor_q, _moment_difference(mu_p, cov_p, mu_q, cov_q))
+    d_q = -0.5 * _sandwich(factor_q, w, transposed=True)
     return tuple(d.to(dtype) for d in (d_mu, d_p, -d_mu, d_q))
 
 

@@ -25,6 +25,7 @@ from torch.types import _size
 
 from .. import _fused
 from .._autograd import blockwise, rowwise
+from .._elementwise import product_error, sum_error
 from ..parameterizations import check_positive
 from ..registry import register_hardened
 from ..special import log_ratio_bregman_value
@@ -108,21 +109,6 @@ def _value(*inputs: Tensor) -> tuple[Tensor, ...]:
     return blockwise(_value_block, *inputs)
 
 
-def _product_error(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
-    """A b - p for p = a b, exactly: Dekker's product, which needs no fused multiply-add."""
-    factor = 2.0**27 + 1 if p.dtype == torch.float64 else 2.0**12 + 1
-    c, d = factor * a, factor * b
-    a_high, b_high = c - (c - a), d - (d - b)
-    a_low, b_low = a - a_high, b - b_high
-    return ((a_high * b_high - p) + a_high * b_low + a_low * b_high) + a_low * b_low
-
-
-def _sum_error(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    """A + b - s for s = a + b, exactly: Knuth's sum."""
-    c = s - a
-    return (a - (s - c)) + (b - c)
-
-
 def _slope(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """(t^2 + r (r + 2))/sigma_q, the derivative by -sigma_q.
 
@@ -139,10 +125,10 @@ def _slope(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor, t: Tens
     x, a, y, b = (torch.where(close, unit * v, one) for v in (mu_p, sigma_p, -mu_q, sigma_q))
     d, low, high = x + y, a - b, a + b
     p, q = d * d, low * high
-    p_error = _product_error(d, d, p) + 2 * d * _sum_error(x, y, d)
-    q_error = _product_error(low, high, q) + low * _sum_error(a, b, high) + high * _sum_error(a, -b, low)
+    p_error = product_error(d, d, p) + 2 * d * sum_error(x, y, d)
+    q_error = product_error(low, high, q) + low * sum_error(a, b, high) + high * sum_error(a, -b, low)
     u = p + q
-    careful = (u + (_sum_error(p, q, u) + (p_error + q_error))) / b / b / b * unit
+    careful = (u + (sum_error(p, q, u) + (p_error + q_error))) / b / b / b * unit
     return torch.where(close, careful, (rest + square) / sigma_q)
 
 

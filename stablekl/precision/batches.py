@@ -147,7 +147,7 @@ def related(
         elif plan.relation == "apart":
             p[name] = other[name]
         elif plan.relation == "near":
-            p[name] = neighbours(x, plan, rng)
+            p[name] = neighbours(x, plan, rng).clamp(max=1.0 if domain == PROBABILITY else torch.inf)
         elif domain == REAL:
             p[name] = (x.double() + unit.double() * torch.from_numpy(rng.normal(size=count))).to(dtype)
         elif domain == PROBABILITY:  # another point of the unit interval, from the odds

@@ -54,7 +54,7 @@ def _above_minus_one(x: Tensor) -> Tensor:
 
 
 def _moderate(x: Tensor) -> Tensor:
-    return x.abs() < 1e9
+    return x.abs() <= 2.0**30
 
 
 def _quotients(plan: Plan, dtype: torch.dtype) -> Batch:

@@ -15,6 +15,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .rows import Row
@@ -86,7 +87,7 @@ def table(rows: Sequence[Row], console: Console) -> None:
     for i, name in enumerate(_COLUMNS):
         grid.add_column(name, justify="left" if i in (0, 1, 2, 4) else "right", no_wrap=True)
     for row in order(rows):
-        cells, colour = list(_cells(row)), _verdict(row)
+        cells, colour = [escape(cell) for cell in _cells(row)], _verdict(row)
         if colour:
             cells[3] = f"[{colour}]{cells[3]}[/{colour}]"
         grid.add_row(*cells)

@@ -8,6 +8,7 @@ other. No error is ever reported that mpmath has not confirmed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -261,6 +262,10 @@ class _Search:
             self.tallies[name].device_gap = float(self.suspicion("here", {"here": results, "cpu": cpu}, cpu).max())
 
 
+class _EnoughError(Exception):
+    """Time is up: to return would leave hypothesis drawing all the batches that are left."""
+
+
 def _row(batch: Batch, i: int) -> Batch:
     return tuple(x[i : i + 1].cpu() for x in batch)
 
@@ -304,7 +309,7 @@ def explore(
     def look(drawn: Any) -> None:
         nonlocal seen
         if seen and search.spent(0.7):
-            return
+            raise _EnoughError
         batch = subject.expand(drawn, dtype) if isinstance(drawn, Plan) else tuple(drawn)
         for name, error in search.run(batch).items():
             if math.isfinite(error):
@@ -315,7 +320,8 @@ def explore(
                 search.check_bits(batch)
         seen += 1
 
-    look()
+    with contextlib.suppress(_EnoughError):
+        look()
     for name in search.tallies:
         search.climb(name)
     return search.tallies

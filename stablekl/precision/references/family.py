@@ -92,7 +92,8 @@ class Family:
         low, high, discrete = self.support(*theta)
         if not low <= x <= high or (discrete and not mp.isint(x)):
             return -mp.inf
-        return mp.fsum(c * statistic(x) for statistic, c in self.terms(*theta).items() if c)
+        values = ((c, statistic(x)) for statistic, c in self.terms(*theta).items())
+        return mp.fsum(c * value for c, value in values if c and value)  # 0 log 0 = 0
 
     def unknown(self, statistic: Statistic) -> NotImplementedError:
         """The error to raise for an expectation that has no closed form."""

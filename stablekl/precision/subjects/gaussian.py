@@ -81,7 +81,11 @@ def _lower(root: Array) -> Tensor:
 
 
 def _symmetric(root: Array) -> Tensor:
-    s = torch.from_numpy(root @ np.swapaxes(root, -1, -2))
+    return _mirrored(torch.from_numpy(root @ np.swapaxes(root, -1, -2)))
+
+
+def _mirrored(s: Tensor) -> Tensor:
+    """Symmetric to the last bit: no rule need say what it makes of any other matrix."""
     return torch.triu(s) + torch.triu(s, 1).mT
 
 
@@ -108,9 +112,7 @@ def _perturbed(kind: str, value: tuple[Tensor, ...], rng: np.random.Generator, p
     changed = []
     for x in value:
         y = neighbours(x, plan, rng, chance=min(0.6, 4 / x[0].numel()))
-        if kind in ("covariance_matrix", "precision_matrix"):
-            y = torch.triu(y) + torch.triu(y, 1).mT
-        changed.append(y)
+        changed.append(_mirrored(y) if kind in ("covariance_matrix", "precision_matrix") else y)
     return tuple(changed)
 
 
@@ -126,7 +128,7 @@ def _scaled(kind: str, value: tuple[Tensor, ...], rng: np.random.Generator, plan
     elif kind == "scale_tril":
         result = (wide[0] * c.unsqueeze(-1),)
     else:
-        result = (wide[0] * c.unsqueeze(-1) * c.unsqueeze(-2),)
+        result = (_mirrored(wide[0] * c.unsqueeze(-1) * c.unsqueeze(-2)),)
     return tuple(x.to(value[0].dtype) for x in result)
 
 

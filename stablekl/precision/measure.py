@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
+import hypothesis
+import mpmath
 import torch
 from hypothesis import strategies as st
 
-from .rows import Row, Task, rows_of
+from .references.context import mp
+from .rows import DTYPES, Row, Task, rows_of
 from .search import Limits, explore
 from .subject import Rule, Subject, settled
 
 __all__ = ["measure"]
+
+
+def _finite(*batch: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x.reshape(len(x), -1).isfinite().all(-1) for x in batch]).all(0)
+
+
+def _names(rule: Rule, count: int) -> tuple[str, ...]:
+    """The names of the rule's arguments, where it has as many as there are inputs."""
+    try:
+        names = tuple(inspect.signature(rule).parameters)
+    except (TypeError, ValueError):  # a built-in function
+        names = ()
+    return names if len(names) == count else tuple(f"input {i}" for i in range(count))
+
+
+def _exactly(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference, with mpmath's own context at the private one's precision, in case it is written with that."""
+
+    def evaluate(*row: Any) -> Any:
+        with mpmath.workprec(mp.prec):
+            result = reference(*row)
+        if isinstance(result, float):
+            raise ValueError(
+                "the reference returned a Python float, no truth for a rule in floating point; compute it from "
+                "the numbers it is given with functions of stablekl.precision.mp, such as mp.log, instead of math.log"
+            )
+        return result
+
+    return evaluate
 
 
 def measure(
@@ -23,7 +55,6 @@ def measure(
     strategy: st.SearchStrategy[tuple[torch.Tensor, ...]],
     *,
     name: str = "rule",
-    dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     examples: int = 100,
     seconds: float = 20.0,
@@ -37,24 +68,25 @@ def measure(
     Args:
         rule: a function of tensors of shape ``(n, ...)``, one parameter set a row, that returns a tensor ``(n,)``.
         reference: the true value for one parameter set, from exact numbers of ``stablekl.precision.mp`` (nested lists
-            of them for vectors and matrices), written plainly: it is evaluated at rising precision until two agree.
-        strategy: hypothesis strategy of batches; `pairs` makes one for scalar families.
+            of them for vectors and matrices), written plainly with functions of ``mp`` or of mpmath: it is evaluated
+            at rising precision until two agree.
+        strategy: hypothesis strategy of batches, tuples of tensors of one dtype; `pairs` makes one for scalar families.
         name: of the row.
-        dtype: of the tensors that the strategy draws.
         device: where the rule is evaluated.
         examples: batches, at most.
         seconds: to spend, roughly.
         seed: the same seed finds the same, as long as time does not run out.
         divergence: count negative results as defects.
         elementwise: check that a row's bits do not depend on the batch around it.
-        valid: from a batch to a mask of the sets that are in the rule's domain, for the climb; by default, finite and
-            of the same sign as the set it starts from.
+        valid: from a batch to a mask of the sets that are in the rule's domain, for the climb, which changes no sign;
+            by default all that are finite.
 
     Returns:
         The row: ``worst_ulp``, ``worst_input``, ``evaluations``, ``nan``, ``inf``, ``negative`` and more.
 
     Raises:
-        ValueError: the strategy draws something else than tensors of ``dtype``.
+        ValueError: the strategy draws something else than tuples of tensors of one dtype, or the reference returns
+            Python floats, which are not true to more digits than the rule.
 
     Example:
         >>> import torch
@@ -68,32 +100,29 @@ def measure(
         >>> row.worst_ulp > 1e6, row.negative > 0
         (True, True)
     """
-
-    def expand(drawn: Any, _: torch.dtype) -> Any:
-        if not (isinstance(drawn, tuple) and all(isinstance(x, torch.Tensor) and x.dtype == dtype for x in drawn)):
-            kinds = [getattr(x, "dtype", type(x).__name__) for x in drawn] if isinstance(drawn, tuple) else type(drawn)
-            raise ValueError(
-                f"the strategy must draw tuples of {dtype} tensors, one row a parameter set, but drew {kinds}; "
-                "pass dtype= to measure, or to the strategy"
-            )
-        return drawn
-
+    first = hypothesis.find(strategy, lambda _: True, settings=hypothesis.settings(database=None))
+    if not (isinstance(first, (tuple, list)) and first and all(isinstance(x, torch.Tensor) for x in first)):
+        raise ValueError(
+            f"the strategy must draw tuples of tensors, one parameter set a row, but drew {first!r:.60}; "
+            "stablekl.precision.pairs makes such a strategy for a scalar family"
+        )
+    if len({(x.dtype, len(x)) for x in first}) > 1 or first[0].dtype not in DTYPES.values():
+        raise ValueError(
+            "the tensors of a batch must share a floating-point dtype and their length, but the strategy drew "
+            f"{[(x.dtype, tuple(x.shape)) for x in first]}"
+        )
+    dtype = first[0].dtype
     subject = Subject(
         name=name,
-        parameters=(),
+        parameters=_names(rule, len(first)),
         rules={"yours": rule},
-        reference=settled(reference),
-        draw=strategy.map(lambda batch: expand(batch, dtype)),
-        valid=valid or (lambda *batch: torch.stack([x.reshape(len(x), -1).isfinite().all(-1) for x in batch]).all(0)),
+        reference=settled(_exactly(reference)),
+        draw=strategy,
+        valid=valid or _finite,
         divergence=divergence,
         elementwise=elementwise,
     )
     start = time.monotonic()
     tallies = explore(subject, dtype, torch.device(device), Limits(examples, seconds, seed))
-    tally = tallies["yours"]
-    count = len(tally.row) if tally.row else 0
-    names = list(rule.__code__.co_varnames[: rule.__code__.co_argcount]) if hasattr(rule, "__code__") else []
-    parameters = tuple(names) if len(names) == count else tuple(f"input {i}" for i in range(count))
-    subject = replace(subject, parameters=parameters)
     task = Task(name, str(dtype).removeprefix("torch."), str(device), Limits(examples, seconds, seed))
     return rows_of(subject, task, tallies, time.monotonic() - start)[0]

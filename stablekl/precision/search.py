@@ -224,7 +224,8 @@ class _Search:
             steps *= self.rng.choice((-1, 1), repeated.shape)
             steps *= self.rng.uniform(size=repeated.shape) < (0.5 if entries == 1 else 1.5 / entries)
             pattern = repeated.view(INTEGER[self.dtype]) + torch.from_numpy(steps).to(INTEGER[self.dtype])
-            value = torch.where(repeated == 0, repeated, pattern.view(self.dtype))
+            value = pattern.view(self.dtype)
+            value = torch.where((repeated == 0) | (value.sign() != repeated.sign()), repeated, value)
             if x.ndim == 3 and torch.equal(x, x.mT):
                 value = torch.triu(value) + torch.triu(value, 1).mT
             changed.append(value)

@@ -1,8 +1,8 @@
 """A KL divergence written down as the textbook has it, one that computes the log-ratio first, and the difference.
 
 ``stablekl.precision.measure`` searches for the input at which a rule is most wrong, with mpmath as the judge. The
-textbook's is right to a few units in the last place where p and q are far apart, and noise where they are close, some of it
-negative. The picture shows the errors of both over the distance between p and q.
+textbook's is right to a few units in the last place where p and q are far apart, and noise where they are close, some
+of it negative. The picture shows the errors of both over the distance between p and q.
 """
 
 from __future__ import annotations

@@ -21,24 +21,27 @@ from stablekl.precision.run import _swept_row
 from stablekl.precision.subjects import special
 
 BINADE = 2**23
-# Leading nine bits of the arguments: [1/2, 1) of both signs, or where a primitive is not defined for one of them.
-BINADES = {name: (126, 382) for name in NAMES} | {"softplus_scale": (126, 390)}
+BINADES = (126, 382)  # leading nine bits of the arguments: [1/2, 1) of both signs
 
 
-@pytest.fixture(scope="module")
-def swept():
-    return {name: [sweep(name, binades=range(b, b + 1)) for b in BINADES[name]] for name in NAMES}
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes of a sweep; two threads wait for each other on a machine that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_binades(name, swept):
-    for records in swept[name]:
+def test_two_binades(name):
+    for records in (sweep(name, binades=range(b, b + 1)) for b in BINADES):
         assert [r.impl for r in records] == list(PRIMITIVES[name].rules)
         for record in records:
             assert sum(record.counts) == BINADE
             assert record.wrong == 0
             assert record.seconds > 0
-            again = PRIMITIVES[name].rules[record.impl](torch.tensor([record.worst_input]))
+            again = PRIMITIVES[name].rules[record.impl](torch.full((64,), record.worst_input))[0]  # vectorised, too
             truth = agreed(lambda x=record.worst_input: PRIMITIVES[name].reference(mp.mpf(x)))
             assert again.item() == record.worst_value
             assert group_error([record.worst_value], [truth], torch.float32) == record.worst
@@ -52,8 +55,8 @@ def test_two_binades(name, swept):
         assert max(r.worst for r in records) > best.worst, "the others are not as good"
 
 
-def test_a_row_sums_its_parts(swept):
-    parts = [record for records in swept["expm1mx"] for record in records if record.impl == "torch"]
+def test_a_row_sums_its_parts():
+    parts = [sweep("softplus_scale", binades=range(b, b + 1))[0] for b in BINADES]
     row = _swept_row(parts, "cpu")
     assert sum(row.histogram.values()) == row.evaluations == 2 * BINADE
     assert row.worst_ulp == max(p.worst for p in parts)
@@ -124,7 +127,8 @@ from stablekl.precision.references.family import divergence
 from stablekl.precision.references.multivariate_normal import Gaussian, kl
 from stablekl.precision.references.special import log_ndtr_at
 number = lambda *x: tuple(map(mp.mpf, x))
-values = [divergence(FAMILIES[n], number(1.25, 0.5), FAMILIES[n], number(1.25, 0.7)) for n in ("Gamma", "Beta", "Normal")]
+families = [FAMILIES[n] for n in ("Gamma", "Beta", "Normal")]
+values = [divergence(f, number(1.25, 0.5), f, number(1.25, 0.7)) for f in families]
 values += [log_ndtr_at(mp.mpf(-3.5))]
 root = [list(number(1, 0)), list(number(0.3, 0.1))]
 values += [kl(Gaussian(list(number(0, 1)), "scale_tril", root), Gaussian(list(number(1, 0.1)), "covariance_matrix",
@@ -151,4 +155,4 @@ def test_gmpy2_changes_no_bit():
     with_it, without = digits(), digits(MPMATH_NOGMPY="1")
     assert (with_it[0], without[0]) == ("gmpy", "python")
     assert with_it[1] == without[1]
-    assert len(with_it[1]) > 500, "numbers of hundreds of bits"
+    assert len(with_it[1]) > 400, "numbers of hundreds of bits"

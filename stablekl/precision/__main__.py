@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs = options.jobs or (1 if options.device != "cpu" else os.cpu_count() or 1)
         rows = sweep_all(options, jobs, console) if options.exhaustive else search_all(options, jobs, console)
     except ValueError as error:
-        console.print(f"[red]{error}[/red]", highlight=False)
+        console.print(str(error), style="red", markup=False, highlight=False)
         return 2
     wide = Console(width=None if sys.stdout.isatty() else 170)
     wide.print(environment(options.device), highlight=False)
@@ -110,6 +110,8 @@ def sweep_all(options: argparse.Namespace, jobs: int, console: Console) -> list[
     """The rows of `exhaustive`, one primitive after another."""
     rows, start = [], time.monotonic()
     names = [n for n in NAMES if not options.pairs or options.pairs in n]
+    if not names:
+        raise ValueError(f"no primitive is called {options.pairs!r}; there are {', '.join(NAMES)}")
     with bar(console) as progress:
         shown = progress.add_task("", total=len(names) * 512)
         for name in names:

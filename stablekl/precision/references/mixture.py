@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -30,6 +30,7 @@ __all__ = [
     "kl_to_gaussian",
     "line",
     "line_at",
+    "line_gradients",
     "line_log_density",
     "line_log_density_at",
     "log_density",
@@ -151,19 +152,24 @@ def _integral(f: Callable[[Number], Number], panels: list[tuple[Number, Number]]
     return value
 
 
-def line_at(p_rows: Sequence[Row], q_rows: Sequence[Row]) -> Number:
-    """`line` at the current precision."""
-    p, q = _Line(p_rows), _Line(q_rows)
+def _panels(p: _Line, q: _Line) -> list[tuple[Number, Number]]:
+    """Intervals that hold all of p's mass, with ends wherever anything happens."""
     edges = p.edges(_STEPS_P) | p.crossings() | q.edges(_STEPS_Q) | q.crossings()
     panels: list[tuple[Number, Number]] = []
     for low, high in _spans(p):
         panels += pairwise(sorted({low, high, *(x for x in edges if low < x < high)}))
+    return panels
+
+
+def line_at(p_rows: Sequence[Row], q_rows: Sequence[Row]) -> Number:
+    """`line` at the current precision."""
+    p, q = _Line(p_rows), _Line(q_rows)
 
     def integrand(x: Number) -> Number:
         log_p = p.log_density(x)
         return mp.exp(log_p) * (log_p - q.log_density(x))
 
-    return _integral(integrand, panels)
+    return _integral(integrand, _panels(p, q))
 
 
 def _bits(*mixtures: Sequence[Row]) -> int:
@@ -190,6 +196,51 @@ def line(p_rows: Sequence[Row], q_rows: Sequence[Row]) -> Number:
         return mp.mpf(0)
     with mp.workprec(_bits(p_rows, q_rows)):
         return line_at(p_rows, q_rows)
+
+
+def line_gradients(p_rows: Sequence[Row], q_rows: Sequence[Row]) -> list[list[Number]]:
+    """Partial derivatives of `line`, for weights that are all positive and need not sum to one.
+
+    With h = log(p/q) they are integrals of dp h, the integral of dp being zero, and of -p dlog q. Those of a mixture m
+    are dm/dw = (m_k - m)/sum(w), dm/dloc = w_k m_k (x - loc)/scale^2 and dm/dscale = w_k m_k ((x - loc)^2/scale^2 -
+    1)/scale.
+
+    Args:
+        p_rows: components (weight, mean, standard deviation).
+        q_rows: the same, of any number.
+
+    Returns:
+        Derivatives by the weights, means and scales of p, then of q, each with an error below 1e-24 of one plus itself.
+
+    Raises:
+        PrecisionError: an integral did not settle.
+    """
+    with mp.workprec(_bits(p_rows, q_rows)):
+        p, q = _Line(p_rows), _Line(q_rows)
+        panels = _panels(p, q)
+
+        def by_log_density(side: _Line, k: int, kind: int, x: Number) -> Number:
+            """The derivative of log m, times m."""
+            w, m, s = side.rows[k]
+            top, _, inverse = side.terms[k]
+            z = (x - m) * inverse
+            weighted = mp.exp(top - z * z / 2)
+            if kind == 0:
+                return (weighted / w - mp.exp(side.log_density(x))) / side.total
+            return weighted * (z if kind == 1 else z * z - 1) / s
+
+        def of_p(x: Number, k: int, kind: int) -> Number:
+            return by_log_density(p, k, kind, x) * (p.log_density(x) - q.log_density(x))
+
+        def of_q(x: Number, k: int, kind: int) -> Number:
+            log_q = q.log_density(x)
+            return -mp.exp(p.log_density(x) - log_q) * by_log_density(q, k, kind, x)
+
+        return [
+            [_integral(partial(f, k=k, kind=kind), panels) for k in range(len(side.rows))]
+            for f, side in ((of_p, p), (of_q, q))
+            for kind in range(3)
+        ]
 
 
 def line_log_density_at(x: Number, rows: Sequence[Row]) -> Number:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from ..batches import Batch, Plan, neighbours, plans
 from ..references import mixture as truths
 from ..references.context import Number, mp
 from ..references.multivariate_normal import Gaussian
-from ..subject import Subject, one_plus
+from ..subject import Subject, differentiated, one_plus
 from . import gaussian
 
 __all__ = ["subjects"]
@@ -108,6 +110,40 @@ def _line(p: str, q: str, counts: tuple[int, int]) -> Subject:
         elementwise=False,
         cost=500.0,
         bars=BARS,
+    )
+
+
+def _line_gradient(value: Subject) -> Subject:
+    """The gradient of a KL on the line, for mixtures of two components."""
+
+    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
+        return tuple(x[: ON_A_LINE // 4] for x in value.expand(plan, dtype))
+
+    def reference(*row: Any) -> list[list[Number]]:
+        p, q = _rows(*row[:3]), _rows(*row[3:])
+        if p == q:
+            return [[mp.mpf(0)] * len(x) for x in row]
+        found = truths.line_gradients(p, q)
+        # the weight of a plain Normal is no parameter of it
+        return [[mp.mpf(0)] if i % 3 == 0 and len(g) == 1 else g for i, g in enumerate(found)]
+
+    def scale(top: Number, row: Sequence[Tensor]) -> Number:
+        # a derivative by a weight is a difference of divergences
+        kl = float(value.rules["stablekl"](*(x.double().unsqueeze(0) for x in row)))
+        return 1 + top + (mp.mpf(kl) if math.isfinite(kl) else 0)
+
+    return replace(
+        value,
+        name=f"gradient {value.name}",
+        rules={name: differentiated(rule) for name, rule in value.rules.items()},
+        reference=reference,
+        expand=expand,
+        draw=plans(("near", "ratio", "apart"), (2,)),
+        scale=scale,
+        unit="eps (1 + KL + |gradient|)",
+        divergence=False,
+        cost=2000.0,
+        bars={dtype: 2 * bar for dtype, bar in BARS.items()},
     )
 
 
@@ -212,9 +248,10 @@ def _density(name: str, component: Callable[..., Distribution], ours: Callable[.
 
 def subjects() -> Iterator[Subject]:
     """All of them."""
-    yield _line("MixtureSameFamily", "Normal", (2, 1))
-    yield _line("Normal", "MixtureSameFamily", (1, 2))
-    yield _line("MixtureSameFamily", "MixtureSameFamily", (2, 2))
+    for p, q in (("MixtureSameFamily", "Normal"), ("Normal", "MixtureSameFamily"), ("MixtureSameFamily",) * 2):
+        value = _line(p, q, (1 if p == "Normal" else 2, 1 if q == "Normal" else 2))
+        yield value
+        yield _line_gradient(value)
     for kind in ("scale_diag", "scale_tril", "covariance_matrix"):
         yield _pair(kind)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,3 +59,10 @@ def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
 def validation():
     """Constructors check their arguments in every test: a process's first torch.compile turns that off for good."""
     torch.distributions.Distribution.set_default_validate_args(True)
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the precision suite keeps its records during a test: nothing is there yet."""
+    monkeypatch.setattr("stablekl.precision.ratchet.DATA", tmp_path / "data")
+    return tmp_path / "data"

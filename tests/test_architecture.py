@@ -44,6 +44,11 @@ FLOORS = {
     "": 7,  # stablekl/__init__.py
     "__main__": 8,
 }
+# In the precision suite a module imports from its own place and those to the left; "" is the package itself.
+PRECISION = (
+    *("references", "metrics", "batches", "subject", "subjects", "search", "exhaustive", "rows"),
+    *("ratchet", "run", "measure", "render", "", "__main__"),
+)
 # Packages beyond the standard library that a module may import, by its name's first part.
 RUNTIME = {"torch", "numpy"}
 OPTIONAL = {"precision": {"mpmath", "hypothesis", "rich", "matplotlib"}, "_plot": {"matplotlib"}}
@@ -115,6 +120,21 @@ def test_every_module_has_a_floor():
 def test_imports_point_down():
     up = [f"{a} -> {b}" for a, targets in GRAPH.items() for b in targets if floor(b) > floor(a)]
     assert not up
+
+
+def test_imports_of_the_precision_suite_point_left():
+    place = {name: i for i, name in enumerate(PRECISION)}
+    parts = {name: [*name.split("."), ""] for name in GRAPH if name.partition(".")[0] == "precision"}
+    edges = [(parts[a][1], parts[b][1]) for a in parts for b in GRAPH[a] & parts.keys()]
+    assert {name for edge in edges for name in edge} == set(PRECISION), "say in PRECISION where it belongs"
+    assert [f"{a} -> {b}" for a, b in edges if place[b] > place[a]] == []
+
+
+def test_nothing_imports_the_precision_suite():
+    """Its packages are an extra."""
+    others = [name for name in GRAPH if name.partition(".")[0] != "precision"]
+    assert not [f"{a} -> {b}" for a in others for b in GRAPH[a] if b.partition(".")[0] == "precision"]
+    assert run("import sys, stablekl; print('stablekl.precision' in sys.modules)") == "False\n"
 
 
 def test_no_cycles():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 
+import mpmath
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from stablekl.precision import search
 from stablekl.precision.batches import pairs, plans, related, scalars
@@ -248,6 +250,7 @@ def test_mutations_stay_where_they_belong():
     assert bool((matrices[:, 0, 0] > 1).all())
     assert bool((matrices[:, 0, 2] == 0).all())
     assert bool((vectors[:, 1] == 0).all())
+    assert bool((vectors[:, 0] > 0).all())
     factors = (matrices / matrix).nan_to_num(1.0)
     assert 1 < factors.max() <= 4
     assert len(matrices.unique(dim=0)) > 100
@@ -324,10 +327,39 @@ def test_measure_names_the_input():
     assert naive(*given).item().hex() == row.worst_value[0]
 
 
-def test_measure_wants_the_dtype_it_was_told():
-    with pytest.raises(ValueError, match=r"torch.float32 tensors.*drew \[torch.float64"):
-        measure(naive, true_normal, pairs(loc="real", scale="positive"), dtype=F32)
-    assert measure(quotient, quotient, pairs(F32, 50, rate="positive"), dtype=F32, examples=3).worst_ulp <= 0.5
+def test_measure_takes_the_dtype_of_the_batches_and_a_reference_in_mpmath():
+    def mpmaths(a, b):
+        return mpmath.mpf(a) / mpmath.mpf(b)
+
+    for reference in (quotient, mpmaths):
+        found = measure(quotient, reference, pairs(F32, 50, rate="positive"), examples=3)
+        assert found.dtype == "float32"
+        assert found.worst_ulp <= 0.5
+    assert list(measure(torch.div, quotient, pairs(F32, 50, rate="positive"), examples=1).worst_input) == [
+        "input 0",
+        "input 1",
+    ]
+
+
+STRATEGIES = {
+    "two dtypes": (st.just((torch.ones(3), torch.ones(3, dtype=F64))), "share a floating-point dtype"),
+    "integers": (st.just((torch.ones(3, dtype=torch.int64),) * 2), "share a floating-point dtype"),
+    "two lengths": (st.just((torch.ones(3), torch.ones(2))), "their length"),
+    "numbers": (st.just((1.0, 2.0)), "tuples of tensors"),
+    "a tensor": (st.just(torch.ones(3)), "tuples of tensors"),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_measure_of_what_is_no_batch(name):
+    strategy, says = STRATEGIES[name]
+    with pytest.raises(ValueError, match=says):
+        measure(quotient, quotient, strategy)
+
+
+def test_measure_by_a_reference_in_floats():
+    with pytest.raises(ValueError, match=r"Python float.*mp\.log"):
+        measure(quotient, lambda a, b: float(a) / float(b), pairs(rate="positive"), examples=1)
 
 
 # ---- a GPU --------------------------------------------------------------------------------------------------------

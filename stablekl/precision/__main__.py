@@ -56,6 +56,8 @@ def tasks(options: argparse.Namespace, jobs: int) -> list[Task]:
     wanted = [(s.name, dtype) for s in select(options.pairs) for dtype in names]
     if options.check:
         wanted = [(rule, dtype) for rule, dtype in wanted if (rule, dtype, mode) in known]
+        if not wanted:
+            raise ValueError(f"--check: no error of these rules is on record for {options.dtype}, {mode}")
     limits = Limits(options.examples, options.time_limit * jobs / max(1, len(wanted)), options.seed)
     return [Task(rule, dtype, options.device, limits, options.compiled) for rule, dtype in wanted]
 
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.list:
             print(*(s.name for s in select(options.pairs)), sep="\n")
             return 0
+        if options.examples < 1 or not options.time_limit > 0:
+            raise ValueError("--examples and --time-limit must be positive")
         if options.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here")
         # several processes would share one GPU, and wait for it in turn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -124,4 +125,8 @@ def as_json(rows: Iterable[Row]) -> str:
     """The rows as a JSON array; an infinite error is written 1e999, which every parser reads as infinity."""
     table = [{k: v for k, v in asdict(row).items() if k != "samples"} for row in rows]
     text = json.dumps(table, indent=1)
-    return text.replace(": Infinity", ": 1e999").replace(": NaN", ": null")
+    # of the numbers alone, each of which stands on a line of its own
+    for name, legal in (("Infinity", "1e999"), ("NaN", "null")):
+        line = rf'^( +"(?:worst_ulp|device_gap)": ){name}(,?)$'
+        text = re.sub(line, rf"\g<1>{legal}\g<2>", text, flags=re.MULTILINE)
+    return text

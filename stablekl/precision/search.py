@@ -312,6 +312,8 @@ def explore(
         if seen and search.spent(0.7):
             raise _EnoughError
         batch = subject.expand(drawn, dtype) if isinstance(drawn, Plan) else tuple(drawn)
+        if not len(batch[0]):
+            return
         for name, error in search.run(batch).items():
             if math.isfinite(error):
                 hypothesis.target(math.log2(max(error, 2.0**-40)), label=name)

@@ -203,16 +203,6 @@ def log_density(name: str) -> Subject:
         found: Tensor = cls(**parameters, validate_args=False).log_prob(batch[0])
         return found
 
-    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
-        rng = plan.generator()
-        theta = _single(name, "", plan, dtype, rng)
-        torch.manual_seed(plan.seed)
-        drawn = cls(**theta, validate_args=False).sample().to(dtype)
-        stretch = torch.from_numpy(np.exp2(rng.normal(size=COUNT) * plan.step))
-        far = (drawn.double() * stretch).to(dtype)
-        x = torch.where(cls(**theta, validate_args=False).support.check(far), far, drawn)
-        return (x, *theta.values())
-
     def valid(x: Tensor, *theta: Tensor) -> Tensor:
         good = validity(family)(*theta)
         if not good.any():
@@ -222,6 +212,22 @@ def log_density(name: str) -> Subject:
         inside = cls(**dict(zip(family.parameters, safe, strict=True)), validate_args=False).support.check(x)
         result: Tensor = good & inside & x.isfinite()
         return result
+
+    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
+        rng = plan.generator()
+        theta = _single(name, "", plan, dtype, rng)
+        torch.manual_seed(plan.seed)
+        # torch has no sampler of half precision for some
+        wide = {name: x.double() for name, x in theta.items()}
+        drawn = cls(**wide, validate_args=False).sample().to(dtype)
+        stretch = torch.from_numpy(np.exp2(rng.normal(size=COUNT) * plan.step))
+        far = (drawn.double() * stretch).to(dtype)
+        x = torch.where(cls(**wide, validate_args=False).support.check(far.double()), far, drawn)
+        # samples of an extreme distribution round to the ends of its support, or overflow
+        inner = (1.5 * theta["scale"]).to(dtype) if "scale" in theta else torch.ones_like(x)
+        x = torch.where(valid(x, *theta.values()), x, inner)
+        good = valid(x, *theta.values())
+        return tuple(v[good] for v in (x, *theta.values()))
 
     return Subject(
         name=f"log_prob {name}",

@@ -141,6 +141,16 @@ def test_regressions(data):
             assert part in line
 
 
+def test_a_rule_without_a_bound_is_shown_but_no_regression(data):
+    ratchet.record([row(worst_ulp=0.5)])
+    loose = row(worst_ulp=1e9, limit="it cancels")
+    assert ratchet.regressions([loose]) == []
+    assert ratchet.regressions([replace(loose, limit="")]), "must fail"
+    assert ratchet.regressions([replace(loose, nan=1, defects={"nan": {}})]), "a NaN is one all the same"
+    assert "1e+09*" in render.as_csv([loose])
+    assert "* Normal-Normal: it cancels" in render.page([loose])
+
+
 @pytest.mark.parametrize("kind", ["nan", "inf", "negative"])
 def test_defects_are_regressions(kind, data):
     ratchet.record([row()])

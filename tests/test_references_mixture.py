@@ -137,6 +137,32 @@ def test_an_integral_that_does_not_settle_is_an_error(monkeypatch):
         mixture.line(numbers([(1, 0, 1)]), numbers([(1, 0, 1e-3), (1e-30, 0, 1)]))
 
 
+@pytest.mark.parametrize("name", ["ordinary", "near"])
+def test_gradients_on_the_line_are_the_values_difference_quotients(name):
+    p, q = ([list(map(mp.mpf, row)) for row in rows] for rows in PAIRS[name])
+    found = mixture.line_gradients(p, q)
+    h = mp.mpf(2) ** -20  # the values are good to 1e-24, and a fourth-order quotient with this step to 1e-17
+    direction = [
+        [[mp.mpf((5 * k + 3 * kind + side) % 7 - 3) for kind in range(3)] for k in range(2)] for side in (0, 1)
+    ]
+
+    def value(steps):
+        rows = (
+            [[x + steps * h * d for x, d in zip(*pair, strict=True)] for pair in zip(*sides, strict=True)]
+            for sides in zip((p, q), direction, strict=True)
+        )
+        return mixture.line(*rows)
+
+    with mp.workprec(200):
+        quotient = (8 * (value(1) - value(-1)) - (value(2) - value(-2))) / (12 * h)
+        along = [direction[i // 3][k][i % 3] * g for i, group in enumerate(found) for k, g in enumerate(group)]
+        assert abs(mp.fsum(along) - quotient) < mp.mpf(10) ** -14
+        without = [a for i, a in enumerate(along) if i != 5]
+        assert abs(mp.fsum(without) - quotient) > mp.mpf(10) ** -12, "must fail: a component left out"
+        # the divergence does not depend on the sum of the weights
+        assert abs(mp.fsum(w * g for (w, _, _), g in zip(p, found[0], strict=True))) < mp.mpf(10) ** -20
+
+
 # --- many dimensions ------------------------------------------------------------------------------------------
 
 

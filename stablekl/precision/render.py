@@ -65,7 +65,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         rule,
         row.impl,
         row.dtype,
-        number(row.worst_ulp),
+        number(row.worst_ulp) + ("*" if row.limit else ""),
         row.unit,
         f"{row.evaluations:,}",
         f"{row.judged:,}",
@@ -92,6 +92,8 @@ def table(rows: Sequence[Row], console: Console) -> None:
             cells[3] = f"[{colour}]{cells[3]}[/{colour}]"
         grid.add_row(*cells)
     console.print(grid)
+    for line in _footnotes(rows):
+        console.print(line, markup=False, highlight=False)
     histograms = [row for row in rows if row.histogram]
     if histograms:
         grid = Table(box=None, header_style="bold", pad_edge=False, title="arguments by error in ulps")
@@ -100,6 +102,15 @@ def table(rows: Sequence[Row], console: Console) -> None:
         for row in histograms:
             grid.add_row(row.rule, row.impl, *(f"{n:,}" for n in row.histogram.values()))
         console.print(grid)
+
+
+def _footnotes(rows: Sequence[Row]) -> list[str]:
+    """Why the errors with a star have no bound."""
+    reasons: dict[str, list[str]] = {}
+    for row in order(rows):
+        if row.limit and short(row.rule) not in reasons.setdefault(row.limit, []):
+            reasons[row.limit].append(short(row.rule))
+    return [f"* {', '.join(rules)}: {reason}" for reason, rules in reasons.items()]
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -175,6 +186,7 @@ def page(rows: Sequence[Row], title: str = "How wrong is kl_divergence here?") -
         cells = "".join(f"<td>{html.escape(c)}</td>" for c in _cells(row))
         body.append(f'<tr class="{_verdict(row)}">{cells}</tr>')
     body.append("</table>")
+    body += [f"<p>{html.escape(line)}</p>" for line in _footnotes(rows)]
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.rule, row.dtype].append(row)

@@ -48,6 +48,7 @@ class Row:
         seconds: that the search took.
         samples: distance of p from q, scale of the input, and error of the judged.
         histogram: of an exhaustive sweep, arguments by the upper end of their error's bin, in ulps.
+        limit: why stablekl's rule has no bound on its error, where it has none.
     """
 
     rule: str
@@ -73,6 +74,7 @@ class Row:
     seconds: float
     samples: list[tuple[float, float, float]] = field(repr=False, default_factory=list)
     histogram: dict[str, int] = field(default_factory=dict)
+    limit: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def rows_of(subject: Subject, task: Task, tallies: dict[str, Tally], seconds: fl
             unstable=t.unstable,
             device_gap=t.device_gap,
             bar=subject.bars.get(DTYPES[task.dtype]),
+            limit=subject.limit if impl == "stablekl" else "",
             failure=t.failure,
             seconds=round(seconds, 3),
             samples=t.samples,

@@ -43,6 +43,7 @@ class Subject:
         elementwise: whether a result may depend on nothing but its own row, to the last bit.
         cost: rough milliseconds of one reference.
         bars: the largest error that the project aims at, by dtype.
+        limit: why stablekl's rule has no bound on its error; such an error is shown, and no regression.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Subject:
     elementwise: bool = True
     cost: float = 0.5
     bars: Mapping[torch.dtype, float] = field(default_factory=dict)
+    limit: str = ""
 
     def truth(self, row: Sequence[Tensor]) -> list[list[Number]]:
         """The true results for one parameter set, each a flat list of numbers."""

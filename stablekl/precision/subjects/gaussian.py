@@ -28,6 +28,16 @@ SIZES = (1, 2, 2, 3, 4, 4, 6, 8, 12, 16, 32)
 # Largest log2 of cond(L): float32 covariances beyond cond(S) = 2^16 are not positive definite after rounding.
 CONDITION = {torch.float64: 10.0, torch.float32: 8.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 KINDS = ("scale_tril", "covariance_matrix", "precision_matrix", "low_rank", "scale_diag")
+# Where what two parameters say nearly cancels, nothing but their own rounding is left; the difference of two of one
+# kind is exact.
+_SIGNS = "the terms of the derivative in q's matrix cancel where it changes sign; what is left is eps times either"
+_COMPENSATED = "a change of the factor and one of the diagonal that nearly compensate leave eps times either"
+LIMITS = {
+    "gradient scale_tril": _SIGNS,
+    "gradient precision_matrix": _SIGNS,
+    "low_rank": _COMPENSATED,
+    "gradient low_rank": _COMPENSATED,
+}
 BARS = {torch.float64: 16.0, torch.float32: 16.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 # A side of a subject: how many tensors it takes, and the distributions to build from them, torch's and ours.
@@ -267,6 +277,7 @@ def divergence(kind_p: str, kind_q: str) -> Subject:
         elementwise=False,
         cost=3.0,
         bars=BARS,
+        limit=LIMITS.get(kind_q, "") if same else "",
     )
 
 
@@ -291,6 +302,7 @@ def gradient(value: Subject, kind: str) -> Subject:
         unit=value.unit.replace("Lq", "Lp or Lq").replace("Sq", "Sp or Sq"),
         divergence=False,
         cost=6.0,
+        limit=LIMITS.get(f"gradient {kind}", ""),
         bars={dtype: 2 * bar for dtype, bar in BARS.items()},
     )
 

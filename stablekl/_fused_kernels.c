@@ -118,17 +118,21 @@ INLINE double sum_error(double a, double b, double s)
 }
 
 /* (t^2 + r (r + 2))/sigma_q, t and r as below: the derivative by sigma_q, up to its sign. Where r < 0 the two terms may
- * cancel and leave nothing of t and r as rounded; then it is (d^2 + (sigma_p - sigma_q)(sigma_p + sigma_q))/sigma_q^3
- * with d = mu_p - mu_q, each to twice the digits. */
+ * cancel and leave nothing of t and r as rounded; then it is (d^2 + sigma_p^2 - sigma_q^2)/sigma_q^3 with d = mu_p - mu_q,
+ * as x^2 + (y - sigma_q)(y + sigma_q) to twice the digits, y the larger of sigma_p and |d|. */
 INLINE double slope(double mu_p, double sigma_p, double mu_q, double sigma_q, double t, double r)
 {
     double square = t * t, rest = r * (r + 2.0), plain = (rest + square) / sigma_q;
     /* exact: products of what is scaled neither overflow nor underflow where the terms cancel */
     double unit = sigma_q < 0x1p-300 ? 0x1p600 : sigma_q > 0x1p300 ? 0x1p-600 : 1.0;
     double a = unit * sigma_p, b = unit * sigma_q, x = unit * mu_p, y = -(unit * mu_q);
-    double d = x + y, low = a - b, high = a + b, p = d * d, q = low * high, u = p + q;
-    double p_error = product_error(d, d, p) + 2.0 * d * sum_error(x, y, d);
-    double q_error = product_error(low, high, q) + low * sum_error(a, b, high) + high * sum_error(a, -b, low);
+    double d = x + y, rest_of_d = sum_error(x, y, d);
+    int swap = a < 0.5 * b;
+    double v = swap ? a : d, v_rest = swap ? 0.0 : rest_of_d, w = swap ? d : a, w_rest = swap ? rest_of_d : 0.0;
+    double low = w - b, high = w + b, p = v * v, q = low * high, u = p + q;
+    double low_rest = sum_error(w, -b, low) + w_rest, high_rest = sum_error(w, b, high) + w_rest;
+    double p_error = product_error(v, v, p) + 2.0 * v * v_rest;
+    double q_error = product_error(low, high, q) + low * high_rest + high * low_rest + low_rest * high_rest;
     double careful = (u + (sum_error(p, q, u) + (p_error + q_error))) / b / b / b * unit;
     return r < 0.0 && square > -0.25 * rest && square < -4.0 * rest ? careful : plain;
 }

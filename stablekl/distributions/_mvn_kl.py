@@ -259,16 +259,22 @@ def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) 
     return _unless_overflowed(value, mu_p, cov_p, mu_q, cov_q).to(dtype), factor_p, factor_q, m
 
 
-def _moment_difference(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) -> Tensor:
-    """Sp - Sq + (mu_p - mu_q)(mu_p - mu_q)', rounded about once: each term is taken to twice the digits."""
-    a, b = mu_p.unsqueeze(-1), -mu_q.unsqueeze(-1)
+def _moment_difference(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Sp - Sq + (mu_p - mu_q)(mu_p - mu_q)', rounded about once: each term is taken to twice the digits.
+
+    Divided by the second result, about the size of Sq, lest the square of the means overflow.
+    """
+    size = _diagonal(cov_q).amax(-1)[..., None, None].sqrt()
+    unit = torch.where(size > 0, size / torch.frexp(size).mantissa, 1.0)  # a power of two, so nothing is rounded
+    a, b = mu_p.unsqueeze(-1) / unit, -mu_q.unsqueeze(-1) / unit
+    cov_p, cov_q = cov_p / unit / unit, cov_q / unit / unit
     d, change = a + b, cov_p - cov_q
     d_error = sum_error(a, b, d)
     square = d * d.mT
     total = change + square
     cross = d * d_error.mT
     rest = product_error(d, d.mT, square) + cross + cross.mT + sum_error(cov_p, -cov_q, change)
-    return total + (sum_error(change, square, total) + rest)
+    return total + (sum_error(change, square, total) + rest), unit
 
 
 def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
@@ -284,8 +290,8 @@ def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     d_p = 0.25 * (d_p + d_p.mT)
     d_mu = solve_triangular(factor_q.mT, m, upper=True).squeeze(-1)
     # -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2; summed after whitening, there would be nothing left where the two cancel
-    w = _sandwich(factor_q, _moment_difference(mu_p, cov_p, mu_q, cov_q))
-    d_q = -0.5 * _sandwich(factor_q, w, transposed=True)
+    moments, unit = _moment_difference(mu_p, cov_p, mu_q, cov_q)
+    d_q = -0.5 * _sandwich(factor_q / unit, _sandwich(factor_q / unit, moments), transposed=True) / unit / unit
     return tuple(d.to(dtype) for d in (d_mu, d_p, -d_mu, d_q))
 
 

@@ -112,8 +112,9 @@ def _value(*inputs: Tensor) -> tuple[Tensor, ...]:
 def _slope(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """(t^2 + r (r + 2))/sigma_q, the derivative by -sigma_q.
 
-    Where r < 0 the two terms may cancel and leave nothing of t and r as rounded. There it is (d^2 + (sigma_p - sigma_q)
-    (sigma_p + sigma_q))/sigma_q^3 with d = mu_p - mu_q, each to twice the digits.
+    Where r < 0 the two terms may cancel and leave nothing of t and r as rounded. There it is (d^2 + sigma_p^2 -
+    sigma_q^2)/sigma_q^3 with d = mu_p - mu_q, as v^2 + (w - sigma_q)(w + sigma_q) to twice the digits, w the larger of
+    sigma_p and |d|.
     """
     square, rest = t * t, r * (r + 2)
     close = (r < 0) & (square > -0.25 * rest) & (square < -4 * rest)
@@ -123,10 +124,15 @@ def _slope(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor, t: Tens
     unit = torch.where(sigma_q < 1 / far, by * one, torch.where(sigma_q > far, one / by, one))
     # elsewhere any numbers will do, as long as they are finite
     x, a, y, b = (torch.where(close, unit * v, one) for v in (mu_p, sigma_p, -mu_q, sigma_q))
-    d, low, high = x + y, a - b, a + b
-    p, q = d * d, low * high
-    p_error = product_error(d, d, p) + 2 * d * sum_error(x, y, d)
-    q_error = product_error(low, high, q) + low * sum_error(a, b, high) + high * sum_error(a, -b, low)
+    d = x + y
+    rest_of_d, zero, swap = sum_error(x, y, d), torch.zeros_like(d), a < 0.5 * b
+    v, v_rest = torch.where(swap, a, d), torch.where(swap, zero, rest_of_d)
+    w, w_rest = torch.where(swap, d, a), torch.where(swap, rest_of_d, zero)
+    low, high = w - b, w + b
+    low_rest, high_rest = sum_error(w, -b, low) + w_rest, sum_error(w, b, high) + w_rest
+    p, q = v * v, low * high
+    p_error = product_error(v, v, p) + 2 * v * v_rest
+    q_error = product_error(low, high, q) + low * high_rest + high * low_rest + low_rest * high_rest
     u = p + q
     careful = (u + (sum_error(p, q, u) + (p_error + q_error))) / b / b / b * unit
     return torch.where(close, careful, (rest + square) / sigma_q)

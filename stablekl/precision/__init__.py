@@ -3,17 +3,17 @@
 Needs the packages of the extra: ``pip install "stablekl[precision]"``. `measure` does the same for a rule of your own.
 """
 
-try:
-    from .batches import pairs
-    from .measure import measure
-    from .references.context import PrecisionError, agreed, mp
-    from .rows import Row
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] == "stablekl":
-        raise
+from importlib.util import find_spec
+
+if _missing := [name for name in ("mpmath", "hypothesis", "rich", "matplotlib") if find_spec(name) is None]:
     raise ModuleNotFoundError(
-        f'stablekl.precision needs the package {error.name}, which is not installed: pip install "stablekl[precision]"',
-        name=error.name,
-    ) from error
+        f'stablekl.precision needs {", ".join(_missing)}, not installed here: pip install "stablekl[precision]"',
+        name=_missing[0],
+    )
+
+from .batches import pairs
+from .measure import measure
+from .references.context import PrecisionError, agreed, mp
+from .rows import Row
 
 __all__ = ["PrecisionError", "Row", "agreed", "measure", "mp", "pairs"]

@@ -155,6 +155,12 @@ def related(
             p[name] = torch.where((x > 0) & (x < 1), odds / (1 + odds), x.double()).to(dtype)
         else:
             p[name] = (x.double() * torch.from_numpy(np.exp2(1.5 * rng.normal(size=count)))).to(dtype)
+    if plan.relation in ("ratio", "apart") and {"loc", "scale"} <= domains.keys():
+        # where the second moments agree, about which derivatives by the scale change sign
+        scale_p, scale_q = p["scale"].double(), q["scale"].double()
+        offset = scale_q * (1 - (scale_p / scale_q).square()).clamp(min=0).sqrt()
+        some = torch.from_numpy(rng.uniform(size=count) < 0.1) & (offset > 0)
+        p["loc"] = torch.where(some, (q["loc"].double() + offset).to(dtype), p["loc"])
     return p
 
 

@@ -99,7 +99,10 @@ class Sweep:
         worst_value: what was computed there.
         worst_truth: the true result there, to 20 digits (numbers of a private context cannot be sent to a process).
         counts: by bin of `EDGES`, of all arguments, NaN included.
-        wrong: NaN or infinite results where the truth is a number of the dtype, or the reverse.
+        nan: results that are NaN where the truth is none.
+        inf: results that are infinite where the truth is a number of the dtype, or the reverse.
+        defect: the first argument of either.
+        judged: arguments that mpmath judged, the worst of each binade.
         seconds: that it took.
     """
 
@@ -110,7 +113,10 @@ class Sweep:
     worst_value: float = math.nan
     worst_truth: str = ""
     counts: list[int] = field(default_factory=lambda: [0] * len(EDGES))
-    wrong: int = 0
+    nan: int = 0
+    inf: int = 0
+    defect: float | None = None
+    judged: int = 0
     seconds: float = 0.0
 
 
@@ -153,7 +159,10 @@ def sweep(name: str, device: str = "cpu", binades: range = range(512)) -> list[S
                 error = _ulps(computed, wide)
                 record.counts = [a + b for a, b in zip(record.counts, _counts(error, edges), strict=True)]
                 wrong = error.isinf()
-                record.wrong += int(wrong.sum())
+                if bool(wrong.any()):
+                    record.nan += int((wrong & computed.isnan()).sum())
+                    record.inf += int((wrong & ~computed.isnan()).sum())
+                    record.defect = float(x[wrong][0]) if record.defect is None else record.defect
                 i = int(torch.where(wrong, -1.0, error).argmax())
                 if float(error[i]) > worst[impl][0] and not wrong[i] and bool(x[i].isfinite()):
                     worst[impl] = float(error[i]), float(x[i]), float(computed[i])
@@ -167,6 +176,7 @@ def _confirm(record: Sweep, reference: Callable[[Number], Number], error: float,
     """Have mpmath judge the worst of a binade."""
     if error < 0:
         return
+    record.judged += 1
     truth = agreed(lambda: reference(mp.mpf(x)))
     confirmed = group_error([computed], [truth], torch.float32)
     if confirmed >= record.worst:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -12,7 +12,7 @@ import mpmath
 import torch
 from hypothesis import strategies as st
 
-from .references.context import mp
+from .references.context import PrecisionError, mp
 from .rows import DTYPES, Row, Task, rows_of
 from .search import Limits, explore
 from .subject import Rule, Subject, settled
@@ -33,20 +33,41 @@ def _names(rule: Rule, count: int) -> tuple[str, ...]:
     return names if len(names) == count else tuple(f"input {i}" for i in range(count))
 
 
-def _exactly(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference, with mpmath's own context at the private one's precision, in case it is written with that."""
+class _Reference:
+    """The caller's reference, with mpmath's own context at the private one's precision, in case it uses that.
 
-    def evaluate(*row: Any) -> Any:
-        with mpmath.workprec(mp.prec):
-            result = reference(*row)
-        if isinstance(result, float):
-            raise ValueError(
-                "the reference returned a Python float, no truth for a rule in floating point; compute it from "
-                "the numbers it is given with functions of stablekl.precision.mp, such as mp.log, instead of math.log"
-            )
-        return result
+    What it raises is kept: hypothesis would wrap it, and call again with other rows to see whether it is raised again.
+    """
 
-    return evaluate
+    def __init__(self, reference: Callable[..., Any]):
+        self.reference = reference
+        self.error: Exception | None = None
+
+    def __call__(self, *row: Any) -> Any:
+        try:
+            with mpmath.workprec(mp.prec):
+                result = self.reference(*row)
+            for item in _leaves(result):
+                if not hasattr(item, "_mpf_") and not isinstance(item, int):
+                    raise ValueError(
+                        f"the reference returned a Python {type(item).__name__}, which is no truth for a rule in "
+                        "floating point: compute it from the numbers it is given, with functions of "
+                        "stablekl.precision.mp, such as mp.log instead of math.log"
+                    )
+            return result
+        except PrecisionError:
+            raise
+        except Exception as error:
+            self.error = error
+            raise PrecisionError("the reference failed") from error
+
+
+def _leaves(item: Any) -> Iterator[Any]:
+    if isinstance(item, (list, tuple)):
+        for i in item:
+            yield from _leaves(i)
+    else:
+        yield item
 
 
 def measure(
@@ -86,7 +107,7 @@ def measure(
 
     Raises:
         ValueError: the strategy draws something else than tuples of tensors of one dtype, or the reference returns
-            Python floats, which are not true to more digits than the rule.
+            Python floats, which are not true to more digits than the rule. What the reference raises is raised.
 
     Example:
         >>> import torch
@@ -106,17 +127,22 @@ def measure(
             f"the strategy must draw tuples of tensors, one parameter set a row, but drew {first!r:.60}; "
             "stablekl.precision.pairs makes such a strategy for a scalar family"
         )
-    if len({(x.dtype, len(x)) for x in first}) > 1 or first[0].dtype not in DTYPES.values():
+    if (
+        any(x.ndim == 0 for x in first)
+        or len({(x.dtype, len(x)) for x in first}) > 1
+        or first[0].dtype not in DTYPES.values()
+    ):
         raise ValueError(
             "the tensors of a batch must share a floating-point dtype and their length, but the strategy drew "
             f"{[(x.dtype, tuple(x.shape)) for x in first]}"
         )
     dtype = first[0].dtype
+    judge = _Reference(reference)
     subject = Subject(
         name=name,
         parameters=_names(rule, len(first)),
         rules={"yours": rule},
-        reference=settled(_exactly(reference)),
+        reference=settled(judge),
         draw=strategy,
         valid=valid or _finite,
         divergence=divergence,
@@ -124,5 +150,7 @@ def measure(
     )
     start = time.monotonic()
     tallies = explore(subject, dtype, torch.device(device), Limits(examples, seconds, seed))
+    if judge.error is not None:
+        raise judge.error
     task = Task(name, str(dtype).removeprefix("torch."), str(device), Limits(examples, seconds, seed))
     return rows_of(subject, task, tallies, time.monotonic() - start)[0]

@@ -85,7 +85,10 @@ def table(rows: Sequence[Row], console: Console) -> None:
     """Print the rows, implementations of one rule beside each other."""
     grid = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for i, name in enumerate(_COLUMNS):
-        grid.add_column(name, justify="left" if i in (0, 1, 2, 4) else "right", no_wrap=True)
+        # in a narrow terminal the names fold, never the numbers
+        grid.add_column(
+            name, justify="left" if i in (0, 1, 2, 4) else "right", no_wrap=i not in (0, 4), overflow="fold"
+        )
     for row in order(rows):
         cells, colour = [escape(cell) for cell in _cells(row)], _verdict(row)
         if colour:

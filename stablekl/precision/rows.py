@@ -37,6 +37,7 @@ class Row:
         worst_truth: the true result there, to 20 digits.
         evaluations: parameter sets evaluated, each looked at for the following three.
         judged: those of them that mpmath judged.
+        unsettled: those that it could not, because no two precisions agreed.
         nan: results that are NaN.
         inf: results that are infinite where the truth is a number of the dtype.
         negative: divergences below zero.
@@ -49,6 +50,7 @@ class Row:
         samples: distance of p from q, scale of the input, and error of the judged.
         histogram: of an exhaustive sweep, arguments by the upper end of their error's bin, in ulps.
         limit: why stablekl's rule has no bound on its error, where it has none.
+        on_record: the largest error at the inputs of earlier searches that are stored; None without any.
     """
 
     rule: str
@@ -75,6 +77,8 @@ class Row:
     samples: list[tuple[float, float, float]] = field(repr=False, default_factory=list)
     histogram: dict[str, int] = field(default_factory=dict)
     limit: str = ""
+    unsettled: int = 0
+    on_record: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class Task:
     device: str
     limits: Limits
     compiled: bool = False
+
+    @property
+    def mode(self) -> str:
+        """As rows and the ratchet name it."""
+        return "compiled" if self.compiled else "eager"
 
 
 def _named(subject: Subject, batch: Sequence[torch.Tensor] | None) -> dict[str, Any]:
@@ -100,7 +109,7 @@ def rows_of(subject: Subject, task: Task, tallies: dict[str, Tally], seconds: fl
             impl=impl,
             dtype=task.dtype,
             device=task.device,
-            mode="compiled" if task.compiled else "eager",
+            mode=task.mode,
             unit=subject.unit,
             worst_ulp=t.worst,
             worst_input=_named(subject, t.row),
@@ -116,6 +125,8 @@ def rows_of(subject: Subject, task: Task, tallies: dict[str, Tally], seconds: fl
             device_gap=t.device_gap,
             bar=subject.bars.get(DTYPES[task.dtype]),
             limit=subject.limit if impl == "stablekl" else "",
+            unsettled=t.unsettled,
+            on_record=t.on_record,
             failure=t.failure,
             seconds=round(seconds, 3),
             samples=t.samples,
@@ -130,6 +141,6 @@ def as_json(rows: Iterable[Row]) -> str:
     text = json.dumps(table, indent=1)
     # of the numbers alone, each of which stands on a line of its own
     for name, legal in (("Infinity", "1e999"), ("NaN", "null")):
-        line = rf'^( +"(?:worst_ulp|device_gap)": ){name}(,?)$'
+        line = rf'^( +"(?:worst_ulp|device_gap|on_record)": ){name}(,?)$'
         text = re.sub(line, rf"\g<1>{legal}\g<2>", text, flags=re.MULTILINE)
     return text

@@ -6,10 +6,12 @@ import fnmatch
 import math
 import multiprocessing
 import os
+import signal
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 
 import torch
 
@@ -20,7 +22,7 @@ from .search import Limits, Tally, explore
 from .subject import Subject
 from .subjects import catalogue
 
-__all__ = ["order", "perform", "run", "select", "swept"]
+__all__ = ["matching", "order", "perform", "run", "select", "swept"]
 
 
 def select(patterns: str | None) -> list[Subject]:
@@ -31,18 +33,21 @@ def select(patterns: str | None) -> list[Subject]:
     Raises:
         ValueError: nothing matches.
     """
-    wanted = [w.strip().lower() for w in (patterns or "*").split(",") if w.strip()]
-    found = [
-        s
-        for s in catalogue().values()
-        if any(
-            fnmatch.fnmatchcase(s.name.lower(), w) or (not set(w) & set("*?[") and w in s.name.lower()) for w in wanted
-        )
-    ]
+    return [catalogue()[name] for name in matching(patterns, catalogue())]
+
+
+def matching(patterns: str | None, names: Iterable[str]) -> list[str]:
+    """Those of the names that `select` selects."""
+    wanted, names = [w.strip().lower() for w in (patterns or "*").split(",") if w.strip()], list(names)
+
+    def matches(name: str, w: str) -> bool:
+        return fnmatch.fnmatchcase(name, w) or (not set(w) & set("*?[") and w in name)
+
+    found = [name for name in names if any(matches(name.lower(), w) for w in wanted)]
     if not found:
         raise ValueError(
             f"no rule matches {patterns!r}; a pattern is for example 'Normal-Normal', 'Gamma-*' or 'gradient *'. "
-            f"The rules are: {', '.join(catalogue())}"
+            f"The rules are: {', '.join(names)}"
         )
     return found
 
@@ -68,6 +73,22 @@ def _searched(task: Task) -> list[Row]:
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool that an interrupt or an error ends at once, with all that is queued."""
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        yield pool
+    except BaseException:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        raise
+    pool.shutdown()
 
 
 def run(tasks: Sequence[Task], jobs: int | None = None) -> Iterator[tuple[Task, list[Row]]]:
@@ -82,7 +103,7 @@ def run(tasks: Sequence[Task], jobs: int | None = None) -> Iterator[tuple[Task, 
         for task in tasks:
             yield task, perform(task)
         return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker) as pool:
+    with _workers(jobs) as pool:
         running = {pool.submit(perform, task): task for task in tasks}
         for done in as_completed(running):
             yield running[done], done.result()
@@ -105,7 +126,7 @@ def swept(name: str, device: str, jobs: int, advance: Callable[[int], None]) -> 
     """The rows of a primitive over all float32, in a dozen parts shared out among processes."""
     parts = [range(i, min(i + 16, 512)) for i in range(0, 512, 16)]
     found: dict[str, list[Sweep]] = {}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker) as pool:
+    with _workers(jobs) as pool:
         for done in as_completed([pool.submit(_sweep_part, name, device, part) for part in parts]):
             advance(16)
             for record in done.result():
@@ -124,16 +145,16 @@ def _swept_row(records: list[Sweep], device: str) -> Row:
         device=device,
         mode="eager",
         unit="ulp",
-        worst_ulp=worst.worst,
+        worst_ulp=math.inf if any(r.nan or r.inf for r in records) else worst.worst,
         worst_input={"x": worst.worst_input.hex()},
         worst_value=[worst.worst_value.hex()],
         worst_truth=[worst.worst_truth],
         evaluations=sum(counts),
-        judged=len(records) * 16,
-        nan=0,
-        inf=sum(r.wrong for r in records),
+        judged=sum(r.judged for r in records),
+        nan=sum(r.nan for r in records),
+        inf=sum(r.inf for r in records),
         negative=0,
-        defects={},
+        defects={("nan" if r.nan else "inf"): {"x": r.defect.hex()} for r in records if r.defect is not None},
         unstable=0,
         device_gap=None,
         bar=None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ SUSPECTS, SAMPLE = 6, 24  # judged in a batch: for each implementation by suspic
 INFINITIES = 200  # infinite float64 results that mpmath looks at in a batch
 CLIMB, PATIENCE = 48, 6  # neighbours judged in a step of the climb; steps without progress before it ends
 SAMPLES_KEPT = 4000  # points of the report's plots
+SIZES, LARGE = (1, 2, 7, 17), 40_000  # of batches that must give a row the bits that any other gives it
 
 Results = dict[str, tuple[Tensor, ...]]  # of each implementation: tensors (n, components), float64, on the CPU
 
@@ -53,14 +54,16 @@ class Limits:
 
 @dataclass
 class Tally:
-    """What was found of one implementation of a rule; the attributes mean what they do in `measure.Row`."""
+    """What was found of one implementation of a rule; the attributes mean what they do in `rows.Row`."""
 
     worst: float = math.nan
     row: Batch | None = None
     value: list[float] = field(default_factory=list)
     truth: list[Number] = field(default_factory=list)
+    on_record: float | None = None
     evaluations: int = 0
     judged: int = 0
+    unsettled: int = 0
     nan: int = 0
     inf: int = 0
     negative: int = 0
@@ -69,6 +72,7 @@ class Tally:
     device_gap: float | None = None
     failure: str = ""
     samples: list[tuple[float, float, float]] = field(default_factory=list)
+    summit: tuple[float, Batch] | None = None  # the largest finite error, which the climb starts from
 
     def note(self, kind: str, batch: Batch, hits: Tensor) -> None:
         """Count rows with a defect of one kind, and keep the first."""
@@ -82,6 +86,8 @@ class Tally:
         if not self.worst >= error:  # NaN before the first
             self.worst, self.row = error, row
             self.value, self.truth = [c for group in computed for c in group], [t for group in truth for t in group]
+        if math.isfinite(error) and (self.summit is None or error > self.summit[0]):
+            self.summit = error, row
         if len(self.samples) < SAMPLES_KEPT and len(truth) == 1 and mp.isfinite(truth[0][0]):
             distance = float(mp.sqrt(2 * abs(truth[0][0])))
             self.samples.append((distance, max(float(x.double().abs().max()) for x in row), error))
@@ -108,15 +114,25 @@ class _Search:
 
     # ---- one batch ------------------------------------------------------------------------------------------------
 
+    def results(self, rule: Rule, batch: Batch) -> tuple[Tensor, ...]:
+        """What a rule makes of a copy of a batch, on the CPU in float64; an error if it changes the copy."""
+        placed = tuple(x.to(self.device, copy=True) for x in batch)
+        found = outputs(rule, placed)
+        if not all(
+            torch.equal(torch.nan_to_num(x), torch.nan_to_num(y.cpu())) for x, y in zip(batch, placed, strict=True)
+        ):
+            raise ValueError("the rule changes its inputs in place")
+        return tuple(r.cpu().double() for r in found)
+
     def evaluate(self, batch: Batch) -> Results:
         """The results of each implementation that works."""
-        placed, results = tuple(x.to(self.device) for x in batch), {}
+        found = {}
         for name, rule in self.rules.items():
             try:
-                results[name] = tuple(r.cpu().double() for r in outputs(rule, placed))
+                found[name] = self.results(rule, batch)
             except Exception as error:  # a rule may raise anything: that is a finding, not our failure
                 self.tallies[name].failure = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return results
+        return found
 
     def screen(self, batch: Batch) -> tuple[Tensor, ...] | None:
         """Float64 results for narrower inputs, by stablekl's rule where there is one."""
@@ -128,71 +144,82 @@ class _Search:
         except Exception:  # the rule does not work: `evaluate` has said so
             return None
 
-    def suspicion(self, name: str, results: Results, screen: tuple[Tensor, ...] | None) -> Tensor:
-        """For each row how wrong it may be: by float64, or by another implementation."""
+    def suspicion(self, name: str, batch: Batch, results: Results, screen: tuple[Tensor, ...] | None) -> Tensor:
+        """For each row how wrong it may be, about in the subject's unit: by float64, or by another implementation."""
         others = [screen] if screen is not None else [r for other, r in results.items() if other != name]
         doubt = torch.zeros(len(results[name][0]), dtype=torch.float64)
         for other in others:
             for a, b in zip(results[name], other, strict=True):
-                # components are judged by the largest of their group
-                top = torch.nan_to_num(b).abs().amax(-1, keepdim=True).expand_as(b)
+                # components are judged by the largest of their group, results of absolute error by 1 at least
+                top = torch.nan_to_num(b).abs().amax(-1, keepdim=True).clamp(min=self.subject.floor).expand_as(b)
                 shifted = torch.where((a - b).isfinite(), top + (a - b), a)
                 gap = rough_ulps(shifted, torch.where(b.isfinite(), top, b), self.dtype)
                 doubt = torch.maximum(doubt, gap.amax(-1))
-        return doubt
+        return doubt / self.subject.kappa(*batch) if self.subject.kappa else doubt
 
-    def count(self, name: str, batch: Batch, results: Results, screen: tuple[Tensor, ...] | None) -> Tensor:
-        """Count what needs no mpmath; the rows of infinite results that do."""
+    def count(self, name: str, batch: Batch, results: Results, screen: tuple[Tensor, ...] | None) -> list[int]:
+        """Count what needs no mpmath; the rows that it must judge first: one of each defect, and infinities."""
         tally, joined = self.tallies[name], torch.cat(results[name], -1)
         tally.evaluations += len(joined)
-        tally.note("nan", batch, joined.isnan().any(-1))
+        found = {"nan": joined.isnan().any(-1)}
         if self.subject.divergence:
-            tally.note("negative", batch, (joined < 0).any(-1))
+            found["negative"] = (joined < 0).any(-1)
         infinite = joined.isinf().any(-1)
-        if screen is None:
-            return infinite
-        wide = torch.cat(screen, -1)
-        tally.note("inf", batch, infinite & (wide.abs() < torch.finfo(self.dtype).max).all(-1))
-        return infinite & False
+        if screen is not None:
+            wide = torch.cat(screen, -1)
+            differs = (wide.abs() < torch.finfo(self.dtype).max) | (wide.sign() != joined.sign())
+            found["inf"] = (joined.isinf() & ~wide.isnan() & differs).any(-1)
+        for kind, hits in found.items():
+            tally.note(kind, batch, hits)
+        first = [int(hits.nonzero()[0]) for hits in found.values() if hits.any()]
+        if self.subject.divergence and first:
+            first.append(int(torch.nan_to_num(joined[:, 0], nan=0.0).argmin()))
+        return first + (infinite.nonzero().reshape(-1).tolist()[:INFINITIES] if screen is None else [])
 
-    def judge(self, batch: Batch, i: int, results: Results, names: Sequence[str], screened: bool) -> None:
-        """Compare row i of the implementations with mpmath."""
-        row = _row(batch, i)
+    def judge(self, batch: Batch, i: int, results: Results, names: Iterable[str], screened: bool) -> dict[str, float]:
+        """Compare row i of the implementations with mpmath; their errors."""
+        row, errors = _row(batch, i), {}
         values = [x[0] for x in row]
         try:
             truth = self.subject.truth(values)
         except PrecisionError:
-            return
+            for name in names:
+                self.tallies[name].unsettled += 1
+            return {}
         tops = [max((abs(t) for t in group if mp.isfinite(t)), default=mp.mpf(0)) for group in truth]
         scales = [self.subject.scale(top, values) if self.subject.scale else None for top in tops]
         for name in names:
             computed = [r[i].tolist() for r in results[name]]
             groups = zip(computed, truth, scales, strict=True)
-            error = max(group_error(c, t, self.dtype, scale) for c, t, scale in groups)
-            self.tallies[name].record(row, computed, truth, error)
+            errors[name] = max(group_error(c, t, self.dtype, scale) for c, t, scale in groups)
+            self.tallies[name].record(row, computed, truth, errors[name])
             pairs = [(c, t) for cs, ts in zip(computed, truth, strict=True) for c, t in zip(cs, ts, strict=True)]
             if not screened and any(math.isinf(c) and group_error([c], [t], self.dtype) for c, t in pairs):
                 self.tallies[name].note("inf", row, torch.tensor([True]))
+        return errors
 
     def run(self, batch: Batch) -> dict[str, float]:
-        """Evaluate a batch and judge a part of it; the largest error so far of each implementation."""
+        """Evaluate a batch and judge a part of it; the largest finite error in it of each implementation."""
         results, screen = self.evaluate(batch), self.screen(batch)
-        everyone = list(results)
-        suspects: dict[int, list[str]] = {}
-        for name in everyone:
-            infinite = self.count(name, batch, results, screen)
-            doubt = self.suspicion(name, results, screen)
-            worst = torch.topk(doubt, min(self.affordable(SUSPECTS), len(doubt))).indices
-            suspects |= dict.fromkeys(worst.tolist(), everyone)
-            for i in infinite.nonzero().reshape(-1).tolist()[:INFINITIES]:
-                suspects.setdefault(i, [name])
-        sample = self.rng.permutation(len(batch[0]))[: self.affordable(SAMPLE)]
-        suspects |= dict.fromkeys(sample.tolist(), everyone)
+        suspects: dict[int, set[str]] = {}
+        for name in results:
+            for i in self.count(name, batch, results, screen):
+                suspects.setdefault(i, set()).add(name)
+        everyone = set(results)
+        for name in results:
+            doubt = self.suspicion(name, batch, results, screen)
+            for i in torch.topk(doubt, min(self.affordable(SUSPECTS), len(doubt))).indices.tolist():
+                suspects.setdefault(i, set()).update(everyone)
+        for i in self.rng.permutation(len(batch[0]))[: self.affordable(SAMPLE)].tolist():
+            suspects.setdefault(i, set()).update(everyone)
+        largest: dict[str, float] = {}
         for done, (i, names) in enumerate(suspects.items()):
             if done > 2 and self.spent():
                 break
-            self.judge(batch, i, results, names, screen is not None)
-        return {name: self.tallies[name].worst for name in everyone}
+            for name, error in self.judge(batch, i, results, sorted(names), screen is not None).items():
+                if math.isfinite(error):
+                    largest[name] = max(error, largest.get(name, 0.0))
+        return largest
 
     # ---- the climb ------------------------------------------------------------------------------------------------
 
@@ -201,18 +228,20 @@ class _Search:
         tally, idle = self.tallies[name], 0
         judged = max(4, self.affordable(CLIMB))
         tried = 4 * CLIMB if self.dtype != torch.float64 else judged  # float64 has nothing to choose them by
-        while idle < PATIENCE and not self.spent() and tally.row is not None and math.isfinite(tally.worst):
-            before, changed = tally.worst, self.mutated(tally.row, tried)
+        while idle < PATIENCE and not self.spent() and tally.summit is not None:
+            before, changed = tally.summit[0], self.mutated(tally.summit[1], tried)
             results = self.evaluate(changed) if len(changed[0]) else {}
             if name not in results:
                 return
             screen = self.screen(changed)
-            self.count(name, changed, results, screen)
-            for i in torch.argsort(self.suspicion(name, results, screen), descending=True).tolist()[:judged]:
+            chosen = dict.fromkeys(self.count(name, changed, results, screen)[:judged])
+            order = torch.argsort(self.suspicion(name, changed, results, screen), descending=True)
+            chosen |= dict.fromkeys(order.tolist()[:judged])
+            for i in chosen:
                 if self.spent():
                     break
                 self.judge(changed, i, results, [name], screen is not None)
-            idle = 0 if tally.worst > before else idle + 1
+            idle = 0 if tally.summit[0] > before else idle + 1
 
     def mutated(self, row: Batch, count: int) -> Batch:
         """Sets that differ from ``row`` by up to a factor of two in some entries, those that are valid."""
@@ -236,22 +265,21 @@ class _Search:
 
     def check_bits(self, batch: Batch) -> None:
         """Count the rows whose bits change with the batch's size, order or layout, or from one run to the next."""
-        placed = tuple(x.to(self.device) for x in batch)
-        order = torch.from_numpy(self.rng.permutation(len(batch[0]))).to(self.device)
-        offset = int(self.rng.integers(1, max(2, len(order) // 3)))
-        variants = (
-            (placed, slice(None)),
-            (tuple(x[order] for x in placed), order),
-            (tuple(x[offset:] for x in placed), slice(offset, None)),
-            (tuple(x.repeat_interleave(2, 0)[::2] for x in placed), slice(None)),
-        )
+        n = len(batch[0])
+        order = torch.from_numpy(self.rng.permutation(n))
+        whole = torch.arange(n)
+        many = whole.repeat(-(-LARGE // n))  # more than torch gives to one thread
+        places = [whole, order, whole[n // 3 :], many, *(whole[:size] for size in SIZES if size < n)]
+        variants = [(place, tuple(x[place] for x in batch)) for place in places]
+        variants.append((whole, tuple(x.repeat_interleave(2, 0)[::2] for x in batch)))
         for name, rule in self.rules.items():
             if self.tallies[name].failure:
                 continue
-            plain = torch.cat(outputs(rule, placed), -1)
-            for inputs, place in variants:
-                a, b = plain[place], torch.cat(outputs(rule, inputs), -1)
-                self.tallies[name].unstable += int(((a != b) & ~(a.isnan() & b.isnan())).any(-1).sum())
+            plain, moved = torch.cat(self.results(rule, batch), -1), torch.zeros(n, dtype=torch.bool)
+            for place, inputs in variants:
+                a, b = plain[place], torch.cat(self.results(rule, inputs), -1)
+                moved[place[((a != b) & ~(a.isnan() & b.isnan())).any(-1)]] = True
+            self.tallies[name].unstable += int(moved.sum())
 
     def check_device(self, batch: Batch) -> None:
         """The largest difference from the CPU's results, in ulps of the largest of a group."""
@@ -260,7 +288,8 @@ class _Search:
         here = self.evaluate(batch)
         for name, results in here.items():
             cpu = tuple(r.double() for r in outputs(self.subject.rules[name], batch))
-            self.tallies[name].device_gap = float(self.suspicion("here", {"here": results, "cpu": cpu}, cpu).max())
+            gaps = self.suspicion("here", batch, {"here": results, "cpu": cpu}, cpu)
+            self.tallies[name].device_gap = float(gaps.max())
 
 
 class _EnoughError(Exception):
@@ -295,6 +324,8 @@ def explore(
     search = _Search(subject, dtype, device, limits, compiled)
     for case in cases:
         search.run(case)
+    for tally in search.tallies.values():
+        tally.on_record = tally.worst if cases else None
     seen = 0
 
     @hypothesis.seed(limits.seed)

@@ -44,6 +44,8 @@ class Subject:
         cost: rough milliseconds of one reference.
         bars: the largest error that the project aims at, by dtype.
         limit: why stablekl's rule has no bound on its error; such an error is shown, and no regression.
+        floor: what ``scale`` is at least, to choose suspects by: 1 where the error is absolute.
+        kappa: of each set of a batch the condition number that ``scale`` allows for, to choose suspects by.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Subject:
     cost: float = 0.5
     bars: Mapping[torch.dtype, float] = field(default_factory=dict)
     limit: str = ""
+    floor: float = 0.0
+    kappa: Callable[..., Tensor] | None = None
 
     def truth(self, row: Sequence[Tensor]) -> list[list[Number]]:
         """The true results for one parameter set, each a flat list of numbers."""
@@ -73,9 +77,13 @@ def _flat(item: Any) -> list[Number]:
 
 def outputs(rule: Rule, batch: Batch) -> tuple[Tensor, ...]:
     """The results of a rule, as a tuple of detached tensors ``(n, components)``."""
-    result = rule(*batch)
-    results = result if isinstance(result, tuple) else (result,)
-    return tuple(r.detach().reshape(len(batch[0]), -1) for r in results)
+    result, n = rule(*batch), len(batch[0])
+    results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+    for r in results:
+        if not (isinstance(r, Tensor) and r.dtype == batch[0].dtype and r.ndim and len(r) == n):
+            what = f"{r.dtype} {tuple(r.shape)}" if isinstance(r, Tensor) else type(r).__name__
+            raise ValueError(f"the rule must return {batch[0].dtype} of {n} rows, as many as it was given, not {what}")
+    return tuple(r.detach().reshape(n, -1) for r in results)
 
 
 def differentiated(rule: Rule) -> Rule:

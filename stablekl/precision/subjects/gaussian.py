@@ -78,7 +78,7 @@ def _roots(rng: np.random.Generator, plan: Plan, n: int, d: int, dtype: torch.dt
     """Square roots of covariances, with singular values spread over the condition number that the plan allows."""
     u = np.linalg.qr(rng.standard_normal((n, d, d)))[0]
     spread = rng.uniform(-0.5, 0.5, (n, d)) * CONDITION[dtype] * plan.spread
-    size = np.exp2(plan.centre * min(REACH[dtype] / 4, 30))
+    size = np.exp2(plan.centre * min(REACH[dtype] / 2, 100))
     result: Array = size * u * np.exp2(spread)[:, None, :]
     return result
 
@@ -103,7 +103,7 @@ def _value(kind: str, rng: np.random.Generator, plan: Plan, n: int, dtype: torch
     d = plan.size
     if kind == "low_rank":
         r = 1 + int(rng.integers(0, min(d, 4)))
-        size = np.exp2(plan.centre * min(REACH[dtype] / 4, 30))
+        size = np.exp2(plan.centre * min(REACH[dtype] / 2, 100))
         w = (
             size
             * rng.standard_normal((n, d, r))
@@ -222,23 +222,27 @@ def validity(kind_p: str, kind_q: str, dtype: torch.dtype | None = None) -> Call
 # ---- subjects -----------------------------------------------------------------------------------------------------
 
 
-def kappa(kind: str, value: Sequence[Tensor]) -> float:
-    """cond(Lq) for scale_tril, cond(Sq) for the others; 1 where there is no matrix."""
-    if kind == "scale_diag":
-        return 1.0
+def kappa(kind: str, value: Sequence[Tensor]) -> Tensor:
+    """cond(L) for scale_tril, cond(S) for the others, 1 where there is no matrix; of one parameter or a batch."""
     wide = [x.double() for x in value]
+    if kind == "scale_diag":
+        return torch.ones_like(wide[0][..., 0])
     matrix = wide[0] @ wide[0].mT + torch.diag_embed(wide[1]) if kind == "low_rank" else wide[0]
-    return max(1.0, float(torch.linalg.cond(matrix)))
+    found: Tensor = torch.linalg.cond(matrix).clamp(min=1.0)
+    return found
 
 
-def unit(*kinds: tuple[str, slice]) -> Callable[[Number, Sequence[Tensor]], Number]:
-    """max(1, kappa) times the truth, with the largest of the condition numbers of the values at these places."""
+def unit(*kinds: tuple[str, slice]) -> dict[str, Any]:
+    """The unit max(1, kappa) times the truth, with the largest condition number of the values at these places."""
+
+    def largest(*batch: Tensor) -> Tensor:
+        return torch.stack([kappa(kind, batch[place]) for kind, place in kinds]).amax(0)
 
     def scale(top: Number, row: Sequence[Tensor]) -> Number:
         tiny = torch.finfo(row[0].dtype).tiny
-        return mp.mpf(max(kappa(kind, row[place]) for kind, place in kinds)) * max(top, mp.mpf(tiny))
+        return mp.mpf(float(largest(*row))) * max(top, mp.mpf(tiny))
 
-    return scale
+    return {"scale": scale, "kappa": largest}
 
 
 def _parameters(kind: str, side: str) -> tuple[str, ...]:
@@ -272,7 +276,7 @@ def divergence(kind_p: str, kind_q: str) -> Subject:
         draw=plans(("near", "ratio", "apart", "equal") if same else ("apart",), SIZES),
         expand=expansion(kind_p, kind_q),
         valid=validity(kind_p, kind_q),
-        scale=unit((kind_q, slice(split + 1, None))),
+        **unit((kind_q, slice(split + 1, None))),
         unit="eps max(1, cond(Lq))" if kind_q == "scale_tril" else "eps max(1, cond(Sq))",
         elementwise=False,
         cost=3.0,
@@ -298,7 +302,7 @@ def gradient(value: Subject, kind: str) -> Subject:
         reference=reference,
         draw=plans(("near", "ratio", "apart"), (1, 2, 2, 3, 4, 6, 8)),
         # the derivative in the covariance of p holds its inverse
-        scale=unit((kind, slice(1, split)), (kind, slice(split + 1, None))),
+        **unit((kind, slice(1, split)), (kind, slice(split + 1, None))),
         unit=value.unit.replace("Lq", "Lp or Lq").replace("Sq", "Sp or Sq"),
         divergence=False,
         cost=6.0,

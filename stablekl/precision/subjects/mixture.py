@@ -106,6 +106,7 @@ def _line(p: str, q: str, counts: tuple[int, int]) -> Subject:
         expand=expand,
         valid=_valid,
         scale=one_plus,
+        floor=1.0,
         unit=UNIT,
         elementwise=False,
         cost=500.0,
@@ -176,7 +177,7 @@ def _pair(kind: str) -> Subject:
         return weights & check(loc[:, 0], value[:, 0], loc_q, value_q) & check(loc[:, 1], value[:, 1], loc_q, value_q)
 
     def scale(top: Number, row: Sequence[Tensor]) -> Number:
-        return mp.mpf(gaussian.kappa(kind, row[4:])) * (1 + top)
+        return mp.mpf(float(gaussian.kappa(kind, row[4:]))) * (1 + top)
 
     return Subject(
         name=f"MixtureSameFamily-MultivariateNormal({kind})",
@@ -188,6 +189,8 @@ def _pair(kind: str) -> Subject:
         valid=valid,
         scale=scale,
         unit=UNIT if kind == "scale_diag" else f"{UNIT} max(1, cond)",
+        floor=1.0,
+        kappa=lambda *batch: gaussian.kappa(kind, batch[4:]),
         elementwise=False,
         cost=60.0,
         bars=BARS,
@@ -238,6 +241,7 @@ def _density(name: str, component: Callable[..., Distribution], ours: Callable[.
         expand=expand,
         valid=valid,
         scale=one_plus,
+        floor=1.0,
         unit="eps (1 + |log p|)",
         divergence=False,
         elementwise=False,

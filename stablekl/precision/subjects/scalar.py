@@ -180,13 +180,26 @@ def divergence(p: str, q: str) -> Subject:
 
 
 def gradient(value: Subject, p: str, q: str) -> Subject:
-    """The gradient of `divergence` in every parameter."""
+    """The gradient of `divergence` in every parameter, inside their ranges: at an end there is no two-sided one."""
+    domains = [d for family in (FAMILIES[p], FAMILIES[q]) for d in family.parameters.values()]
+
+    def valid(*batch: Tensor) -> Tensor:
+        inside = [x < 1 if d == "probability" else x == x for d, x in zip(domains, batch, strict=True)]
+        inside += [x > 0 for d, x in zip(domains, batch, strict=True) if d in ("probability", "nonnegative")]
+        return value.valid(*batch) & torch.stack(inside).all(0)
+
+    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
+        batch = value.expand(plan, dtype)
+        good = valid(*batch)
+        return tuple(x[good] for x in batch)
+
     return replace(
         value,
         name=f"gradient {value.name}",
         rules={name: differentiated(rule) for name, rule in value.rules.items()},
         reference=gradient_of(_reference(FAMILIES[p], FAMILIES[q])),
-        # at the ends of a probability's range, and at equal counts, there is no two-sided derivative
+        expand=expand,
+        valid=valid,
         draw=plans(("near", "ratio", "apart")),
         divergence=False,
         cost=10,
@@ -238,6 +251,7 @@ def log_density(name: str) -> Subject:
         expand=expand,
         valid=valid,
         scale=lambda top, row: max(mp.mpf(1), top),
+        floor=1.0,
         unit="eps max(1, |log p|)",
         divergence=False,
         bars=BARS,

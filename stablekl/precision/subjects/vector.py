@@ -14,7 +14,6 @@ from torch.distributions import kl as torch_kl
 from ... import registry
 from ..batches import REACH, Batch, Plan, neighbours, plans
 from ..references import categorical, dirichlet, wishart
-from ..references.context import mp
 from ..subject import Rule, Subject, differentiated, divergence_of, gradient_of
 from . import gaussian
 
@@ -169,7 +168,7 @@ def _wishart() -> Subject:
         draw=plans(sizes=(1, 2, 3, 5)),
         expand=_wisharts,
         valid=valid,
-        scale=lambda top, row: mp.mpf(gaussian.kappa("scale_tril", row[3:])) * max(top, torch.finfo(row[0].dtype).tiny),
+        **gaussian.unit(("scale_tril", slice(3, None))),
         unit="eps max(1, cond(Lq))",
         elementwise=False,
         cost=4.0,

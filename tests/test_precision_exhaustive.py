@@ -39,7 +39,8 @@ def test_two_binades(name):
         assert [r.impl for r in records] == list(PRIMITIVES[name].rules)
         for record in records:
             assert sum(record.counts) == BINADE
-            assert record.wrong == 0
+            assert record.nan == record.inf == 0
+            assert record.judged <= 2
             assert record.seconds > 0
             again = PRIMITIVES[name].rules[record.impl](torch.full((64,), record.worst_input))[0]  # vectorised, too
             truth = agreed(lambda x=record.worst_input: PRIMITIVES[name].reference(mp.mpf(x)))
@@ -70,11 +71,15 @@ def test_the_primitives_are_those_of_the_search():
 
 
 @pytest.mark.parametrize(
-    ("what", "worst", "wrong"),
-    [(lambda x: x * (1 + 2.0**-20), 16, 0), (lambda x: x.new_tensor(math.nan), 0.5, 1), (lambda x: x / 0, 0.5, 1)],
+    ("what", "worst", "nan", "inf"),
+    [
+        (lambda x: x * (1 + 2.0**-20), 16, 0, 0),
+        (lambda x: x.new_tensor(math.nan), 0.5, 1, 0),
+        (lambda x: x / 0, 0.5, 0, 1),
+    ],
     ids=["an error", "NaN", "infinity"],
 )
-def test_one_wrong_argument_in_a_binade_is_caught(what, worst, wrong, monkeypatch):
+def test_one_wrong_argument_in_a_binade_is_caught(what, worst, nan, inf, monkeypatch):
     place = torch.tensor(0.7)
 
     def planted(x):
@@ -85,11 +90,16 @@ def test_one_wrong_argument_in_a_binade_is_caught(what, worst, wrong, monkeypatc
     primitive = Primitive({"planted": planted}, lambda x: x.clamp(min=0), lambda x: max(x, mp.mpf(0)))
     monkeypatch.setitem(exhaustive.PRIMITIVES, "log1pmx", primitive)
     (record,) = sweep("log1pmx", binades=range(126, 127))
-    assert record.wrong == wrong
+    wrong = nan + inf
+    assert (record.nan, record.inf) == (nan, inf)
+    assert record.defect == (place.item() if wrong else None)
     assert sum(record.counts) == BINADE
     assert record.counts[-1] == 1
     assert (record.worst_input == place.item()) is (not wrong)
     assert record.worst <= 0 if wrong else 8 <= record.worst <= worst
+    line = _swept_row([record], "cpu")
+    assert (line.nan, line.inf, line.worst_ulp) == (nan, inf, math.inf if wrong else record.worst)
+    assert set(line.defects) == ({"nan"} if nan else {"inf"} if inf else set())
 
 
 def test_the_truths_in_float64_are_good_to_a_part_of_an_ulp():

@@ -190,6 +190,10 @@ class _Search:
         scales = [self.subject.scale(top, values) if self.subject.scale else None for top in tops]
         for name in names:
             computed = [r[i].tolist() for r in results[name]]
+            if [len(c) for c in computed] != [len(t) for t in truth]:
+                shapes = [len(c) for c in computed], [len(t) for t in truth]
+                self.tallies[name].failure = "results of {} numbers a row, where the truth has {}".format(*shapes)
+                continue
             groups = zip(computed, truth, scales, strict=True)
             errors[name] = max(group_error(c, t, self.dtype, scale) for c, t, scale in groups)
             self.tallies[name].record(row, computed, truth, errors[name])

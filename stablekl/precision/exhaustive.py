@@ -38,7 +38,7 @@ def _series(x: Tensor, coefficients: list[float]) -> Tensor:
 def _log1pmx(x: Tensor) -> Tensor:
     small = _series(x, [(-1) ** (k + 1) / k for k in range(2, 10)])
     # log1p(x) - x at x = inf would be inf - inf
-    far = torch.where(x.isinf(), -x, torch.log1p(x) - x)
+    far = torch.where(x == torch.inf, -x, torch.log1p(x) - x)
     return torch.where(x.abs() < 2.0**-7, small, far)
 
 

@@ -259,7 +259,7 @@ class _Search:
             pattern = repeated.view(INTEGER[self.dtype]) + torch.from_numpy(steps).to(INTEGER[self.dtype])
             value = pattern.view(self.dtype)
             value = torch.where((repeated == 0) | (value.sign() != repeated.sign()), repeated, value)
-            if x.ndim == 3 and torch.equal(x, x.mT):
+            if x.ndim > 2 and x.shape[-1] == x.shape[-2] and torch.equal(x, x.mT):
                 value = torch.triu(value) + torch.triu(value, 1).mT
             changed.append(value)
         good = self.subject.valid(*changed)

@@ -32,6 +32,9 @@ KINDS = ("scale_tril", "covariance_matrix", "precision_matrix", "low_rank", "sca
 # kind is exact.
 _SIGNS = "the terms of the derivative in q's matrix cancel where it changes sign; what is left is eps times either"
 _COMPENSATED = "a change of the factor and one of the diagonal that nearly compensate leave eps times either"
+_CONVERTED = (
+    "one of the two is converted to the other's kind, and nearly equal ones keep the rounding of that, eps cond"
+)
 LIMITS = {
     "gradient scale_tril": _SIGNS,
     "gradient precision_matrix": _SIGNS,
@@ -281,7 +284,7 @@ def divergence(kind_p: str, kind_q: str) -> Subject:
         elementwise=False,
         cost=3.0,
         bars=BARS,
-        limit=LIMITS.get(kind_q, "") if same else "",
+        limit=LIMITS.get(kind_q, "") if same else _CONVERTED if "low_rank" in (kind_p, kind_q) else "",
     )
 
 

@@ -254,7 +254,7 @@ def log_density(name: str) -> Subject:
         valid=valid,
         scale=lambda top, row: max(mp.mpf(1), top),
         floor=1.0,
-        unit="eps max(1, |log p|)",
+        unit="eps max(1, abs(log p))",
         divergence=False,
         bars=BARS,
     )

@@ -120,7 +120,7 @@ def subjects() -> Iterator[Subject]:
         # the terms may sum to nearly 1 though none is near 1: the result is then small, and its error eps
         scale=lambda top, row: max(top, 1),
         floor=1.0,
-        unit="eps max(1, |result|)",
+        unit="eps max(1, abs(result))",
         divergence=False,
         bars=BARS,
     )

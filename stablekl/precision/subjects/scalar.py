@@ -150,6 +150,10 @@ def validity(*families: Family) -> Callable[..., Tensor]:
     def valid(*batch: Tensor) -> Tensor:
         columns = [checks[d](x) for d, x in zip(domains, batch, strict=True)]
         columns += [x == _within(n, {"probs": x}, x.dtype)["probs"] for n, x in zip(names, batch, strict=True)]
+        # the two parameters of a Uniform follow each other
+        columns += [batch[i] < batch[i + 1] for i in range(len(names) - 1) if names[i] == names[i + 1] == "Uniform"][
+            ::2
+        ]
         return torch.stack(columns).all(0)
 
     return valid

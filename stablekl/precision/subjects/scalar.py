@@ -151,9 +151,8 @@ def validity(*families: Family) -> Callable[..., Tensor]:
         columns = [checks[d](x) for d, x in zip(domains, batch, strict=True)]
         columns += [x == _within(n, {"probs": x}, x.dtype)["probs"] for n, x in zip(names, batch, strict=True)]
         # the two parameters of a Uniform follow each other
-        columns += [batch[i] < batch[i + 1] for i in range(len(names) - 1) if names[i] == names[i + 1] == "Uniform"][
-            ::2
-        ]
+        bounds = [i for i, name in enumerate(names) if name == "Uniform"]
+        columns += [batch[low] < batch[high] for low, high in zip(bounds[::2], bounds[1::2], strict=True)]
         return torch.stack(columns).all(0)
 
     return valid

@@ -72,7 +72,7 @@ def horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def product_error(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
-    """A b - p for p = a b, exactly: Dekker's product, which needs no fused multiply-add."""
+    """What rounding took from the product p of a and b, exactly: Dekker's, which needs no fused multiply-add."""
     factor = 2.0**27 + 1 if p.dtype == torch.float64 else 2.0**12 + 1
     c, d = factor * a, factor * b
     a_high, b_high = c - (c - a), d - (d - b)
@@ -81,6 +81,6 @@ def product_error(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
 
 
 def sum_error(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-    """A + b - s for s = a + b, exactly: Knuth's sum."""
+    """What rounding took from the sum s of a and b, exactly: Knuth's."""
     c = s - a
     return (a - (s - c)) + (b - c)

@@ -264,7 +264,7 @@ def _moment_difference(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor)
 
     Divided by the second result, about the size of Sq, lest the square of the means overflow.
     """
-    size = _diagonal(cov_q).amax(-1)[..., None, None].sqrt()
+    size = _diagonal(cov_q).detach().amax(-1)[..., None, None].sqrt()  # the result does not depend on it
     unit = torch.where(size > 0, size / torch.frexp(size).mantissa, 1.0)  # a power of two, so nothing is rounded
     a, b = mu_p.unsqueeze(-1) / unit, -mu_q.unsqueeze(-1) / unit
     cov_p, cov_q = cov_p / unit / unit, cov_q / unit / unit

@@ -124,7 +124,7 @@ def rows_of(subject: Subject, task: Task, tallies: dict[str, Tally], seconds: fl
             unstable=t.unstable,
             device_gap=t.device_gap,
             bar=subject.bars.get(DTYPES[task.dtype]),
-            limit=subject.limit if impl == "stablekl" else "",
+            limit=subject.limit.get(DTYPES[task.dtype], "") if impl == "stablekl" else "",
             unsettled=t.unsettled,
             on_record=t.on_record,
             failure=t.failure,

@@ -123,7 +123,7 @@ def _sweep_part(name: str, device: str, binades: range) -> list[Sweep]:
 
 
 def swept(name: str, device: str, jobs: int, advance: Callable[[int], None]) -> list[Row]:
-    """The rows of a primitive over all float32, in a dozen parts shared out among processes."""
+    """The rows of a primitive over all float32, in parts shared out among processes."""
     parts = [range(i, min(i + 16, 512)) for i in range(0, 512, 16)]
     found: dict[str, list[Sweep]] = {}
     with _workers(jobs) as pool:

@@ -31,8 +31,8 @@ class Subject:
         parameters: the names of the inputs, for the report.
         rules: by implementation, ``"torch"`` and ``"stablekl"``: from a batch to a tensor ``(n,)``, or a tuple of
             tensors ``(n, ...)`` whose components are judged together, as those of a gradient are.
-        reference: the true result for one parameter set, exact numbers in, at the current precision; as many nested
-            lists as the rules return tensors.
+        reference: the true result for one parameter set, exact numbers in, as far as two precisions agree; as many
+            nested lists as the rules return tensors.
         draw: the strategy of plans.
         expand: from a plan and a dtype to a batch.
         valid: which sets of a batch are in the rule's domain; keeps the climb inside.
@@ -43,7 +43,7 @@ class Subject:
         elementwise: whether a result may depend on nothing but its own row, to the last bit.
         cost: rough milliseconds of one reference.
         bars: the largest error that the project aims at, by dtype.
-        limit: why stablekl's rule has no bound on its error; such an error is shown, and no regression.
+        limit: by dtype, why stablekl's rule has no bound on its error; such an error is shown, and no regression.
         floor: what ``scale`` is at least, to choose suspects by: 1 where the error is absolute.
         kappa: of each set of a batch the condition number that ``scale`` allows for, to choose suspects by.
     """
@@ -61,7 +61,7 @@ class Subject:
     elementwise: bool = True
     cost: float = 0.5
     bars: Mapping[torch.dtype, float] = field(default_factory=dict)
-    limit: str = ""
+    limit: Mapping[torch.dtype, str] = field(default_factory=dict)
     floor: float = 0.0
     kappa: Callable[..., Tensor] | None = None
 

@@ -1,7 +1,7 @@
 """The numbers that references are made of: a private mpmath context, and two precisions that must agree.
 
 Nothing that a user sets in ``mpmath.mp`` reaches this context, and nothing here reaches theirs. mpmath takes gmpy2 for
-its integers where it is installed; that is faster and gives the same bits.
+its integers where it is installed, and gives the same bits.
 """
 
 from __future__ import annotations

@@ -35,11 +35,13 @@ _COMPENSATED = "a change of the factor and one of the diagonal that nearly compe
 _CONVERTED = (
     "one of the two is converted to the other's kind, and nearly equal ones keep the rounding of that, eps cond"
 )
+# Of float64: float32 values are computed in it, but for factors.
 LIMITS = {
-    "gradient scale_tril": _SIGNS,
-    "gradient precision_matrix": _SIGNS,
-    "low_rank": _COMPENSATED,
-    "gradient low_rank": _COMPENSATED,
+    "gradient scale_tril": {torch.float32: _SIGNS, torch.float64: _SIGNS},
+    "gradient precision_matrix": {torch.float64: _SIGNS},
+    "low_rank": {torch.float64: _COMPENSATED},
+    "gradient low_rank": {torch.float64: _COMPENSATED},
+    "converted": {torch.float64: _CONVERTED},
 }
 BARS = {torch.float64: 16.0, torch.float32: 16.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
@@ -284,7 +286,7 @@ def divergence(kind_p: str, kind_q: str) -> Subject:
         elementwise=False,
         cost=3.0,
         bars=BARS,
-        limit=LIMITS.get(kind_q, "") if same else _CONVERTED if "low_rank" in (kind_p, kind_q) else "",
+        limit=LIMITS.get(kind_q if same else "converted" if "low_rank" in (kind_p, kind_q) else "", {}),
     )
 
 
@@ -309,7 +311,7 @@ def gradient(value: Subject, kind: str) -> Subject:
         unit=value.unit.replace("Lq", "Lp or Lq").replace("Sq", "Sp or Sq"),
         divergence=False,
         cost=6.0,
-        limit=LIMITS.get(f"gradient {kind}", ""),
+        limit=LIMITS.get(f"gradient {kind}", {}),
         bars={dtype: 2 * bar for dtype, bar in BARS.items()},
     )
 

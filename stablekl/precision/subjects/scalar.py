@@ -34,7 +34,11 @@ INHERITED = (
 ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential", "Gamma", "Pareto")
 # Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.
 EXCLUDED = {"ContinuousBernoulli": True, "Geometric": False}  # whether both ends, or 0 alone
-LIMITS = {"Normal": "twice the digits are not enough for the scale of q's where all but 2^-56 of its two terms cancels"}
+LIMITS = {
+    "Normal": {
+        torch.float64: "twice the digits are not enough for q's scale where all but 2^-56 of its two terms cancels"
+    }
+}
 BARS = {torch.float64: 4.0, torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
@@ -201,7 +205,7 @@ def gradient(value: Subject, p: str, q: str) -> Subject:
         value,
         name=f"gradient {value.name}",
         rules={name: differentiated(rule) for name, rule in value.rules.items()},
-        limit=LIMITS.get(p, ""),
+        limit=LIMITS.get(p, {}),
         reference=gradient_of(_reference(FAMILIES[p], FAMILIES[q])),
         expand=expand,
         valid=valid,

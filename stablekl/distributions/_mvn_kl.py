@@ -225,6 +225,10 @@ def _factorisation_error(a: Tensor, factor: Tensor) -> Tensor:
     return _sandwich(factor, residual(a, factor, factor))
 
 
+def _norm(a: Tensor) -> Tensor:
+    return a.square().sum((-2, -1)).sqrt()
+
+
 def _trace(a: Tensor) -> Tensor:
     return _diagonal(a).sum(-1)
 
@@ -289,9 +293,15 @@ def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     d_p = torch.cholesky_solve(torch.cholesky_solve(cov_p - cov_q, factor_p).mT, factor_q)
     d_p = 0.25 * (d_p + d_p.mT)
     d_mu = solve_triangular(factor_q.mT, m, upper=True).squeeze(-1)
-    # -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2; summed after whitening, there would be nothing left where the two cancel
-    moments, unit = _moment_difference(mu_p, cov_p, mu_q, cov_q)
-    d_q = -0.5 * _sandwich(factor_q / unit, _sandwich(factor_q / unit, moments), transposed=True) / unit / unit
+    # -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2. Whitened one by one, since the square of a whitened vector keeps more digits
+    # than a whitened square; together where the two cancel, which would leave none.
+    w, square = _sandwich(factor_q, cov_p - cov_q), m @ m.mT
+    moments = w + square
+    cancels = (_norm(moments) < 0.125 * torch.maximum(_norm(w), _norm(square)))[..., None, None]
+    if _may_hold(cancels):
+        together, unit = _moment_difference(mu_p, cov_p, mu_q, cov_q)
+        moments = torch.where(cancels, _sandwich(factor_q / unit, together), moments)
+    d_q = -0.5 * _sandwich(factor_q, moments, transposed=True)
     return tuple(d.to(dtype) for d in (d_mu, d_p, -d_mu, d_q))
 
 

@@ -293,8 +293,8 @@ def _covariance_gradient(inputs: Tensors, saved: Tensors | None) -> Tensors:
     d_p = torch.cholesky_solve(torch.cholesky_solve(cov_p - cov_q, factor_p).mT, factor_q)
     d_p = 0.25 * (d_p + d_p.mT)
     d_mu = solve_triangular(factor_q.mT, m, upper=True).squeeze(-1)
-    # -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2. Whitened one by one, since the square of a whitened vector keeps more digits
-    # than a whitened square; together where the two cancel, which would leave none.
+    # -Sq^-1 (Sp - Sq + dmu dmu') Sq^-1 / 2. Whitened one by one, since the square of a whitened vector keeps more
+    # digits than a whitened square; together where the two cancel, which would leave none.
     w, square = _sandwich(factor_q, cov_p - cov_q), m @ m.mT
     moments = w + square
     cancels = (_norm(moments) < 0.125 * torch.maximum(_norm(w), _norm(square)))[..., None, None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..distributions._gaussian import Gaussian, lower_factor
 
-__all__ = ["Components", "broadcast_shape", "gaussian_components"]
+__all__ = ["Components", "broadcast_shape", "chosen_components", "gaussian_components"]
 
 
 class Components(NamedTuple):
@@ -58,4 +58,26 @@ def gaussian_components(log_weights: Tensor, gaussian: Gaussian) -> Components:
         log_weights.expand(batch),
         gaussian.loc.expand(batch + gaussian.loc.shape[-1:]),
         scale.expand(batch + scale.shape[-events:]),
+    )
+
+
+def chosen_components(p: Components, index: Tensor) -> Components:
+    """Sub-mixtures, of the components that ``index`` names, with their weights as they are.
+
+    Args:
+        p: K components.
+        index: ``batch_shape + (..., n)``, batch shape as that of p.
+
+    Returns:
+        n components of batch shape ``batch_shape + (...)``.
+    """
+    batch = p.log_weights.ndim - 1
+    flat = index.flatten(batch)
+    events = p.scale.shape[batch + 1 :]
+    loc_index = flat.unsqueeze(-1).expand(*flat.shape, p.loc.shape[-1])
+    scale_index = flat.reshape(*flat.shape, *(1,) * len(events)).expand(*flat.shape, *events)
+    return Components(
+        p.log_weights.gather(-1, flat).reshape(index.shape),
+        p.loc.gather(batch, loc_index).reshape(*index.shape, -1),
+        p.scale.gather(batch, scale_index).reshape(*index.shape, *events),
     )

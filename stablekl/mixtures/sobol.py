@@ -26,6 +26,7 @@ from .._autograd import is_plain, rowwise
 from ..quadrature import sobol_normals, student_t_half_width
 from ..special import expm1mx, expm1mx_value, logsumexp
 from .components import Components
+from .controls import Controls, coefficients
 from .density import component_log_probs, mixture_log_prob
 from .line import expm1
 
@@ -39,6 +40,8 @@ BLOCK = 2**20
 WIDENING = 1.5
 # The share of p in the sampling density. It sets the rates at which q/p is bounded, and is not tuned.
 SHARE = 0.875
+# Points of each replicate and stratum that the control variates' coefficients are fitted to.
+PILOT = 256
 
 
 def _excess_value(u: Tensor) -> tuple[Tensor]:
@@ -133,7 +136,9 @@ def sobol_information(p: Components, *, num_points: int = 2048, num_replicates: 
     averaged over the labels. Points come from ``s = sum_k v_k p_k``, v_k = (w_k + 1/K)/2, and count p/s <= 2
     (the balance heuristic of Veach and Guibas, 1995): with v = w, a rare component's neighbourhood is left to
     the few points that a frequent one sends there, no replicate sees it, and the error estimate misses it too (95 %
-    intervals covered 87 % at weights around 1e-3, ten standard deviations apart; errors were twice as large).
+    intervals covered 87 % at weights around 1e-3, ten standard deviations apart; errors were twice as large). Three
+    components and more are integrated less their control variates (`controls`), which takes the error down 5 to 1000
+    times.
 
     Args:
         p: the mixture, float64.
@@ -147,22 +152,48 @@ def sobol_information(p: Components, *, num_points: int = 2048, num_replicates: 
         ValueError: for fewer than two replicates or more than 21201 dimensions.
     """
     z = sobol_normals(p.loc.shape[-1], num_points, num_replicates, p.loc.device)
-    total = torch.zeros((num_replicates, *p.loc.shape[:-2]), dtype=p.loc.dtype, device=p.loc.device)
     weights = torch.exp(p.log_weights)
     live = weights > 0
     shares = torch.where(live, 0.5 * weights + 0.5 / live.sum(-1, keepdim=True), 0.0)
     log_shares = torch.where(live, torch.log(torch.where(live, shares, 1.0)), -torch.inf)
-    for k in range(p.loc.shape[-2]):
-        for block in _blocks(p, z):
-            x = _points(p, k, block)
-            t = component_log_probs(x, p) - mixture_log_prob(x, p).unsqueeze(-1)
-            # w phi(t) as w e^t E(-t) near 0; elsewhere r t - r + w, r = w e^t the posterior weight
-            small = t.abs() < 1.0
-            near = torch.where(small, t, 0.0)
-            posterior = torch.exp(p.log_weights + t)
-            seen = posterior > 0
-            far = torch.where(seen, posterior * torch.where(seen, t, 0.0), 0.0) - posterior + weights
-            terms = torch.where(small, posterior * expm1mx(-near), far)
-            ratio = torch.exp(-logsumexp(t + log_shares, -1))
-            total = total + shares[..., k] / num_points * (ratio * terms.sum(-1)).sum(1)
+    k = p.loc.shape[-2]
+    controls = Controls(p) if k > 2 else None  # of two components, the pair's entropy is all there is
+
+    def evaluate(component: int, block: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = _points(p, component, block)
+        t = component_log_probs(x, p)
+        t = t - logsumexp(t + p.log_weights, -1).unsqueeze(-1)
+        ratio = torch.exp(-logsumexp(t + log_shares, -1))
+        g = ratio * _label_divergence(t, p.log_weights, weights)
+        return g, None if controls is None else ratio.unsqueeze(-1) * controls.at(p.log_weights + t)
+
+    pilot = z[:, :PILOT]
+    first = [evaluate(j, pilot) for j in range(k)]
+    total = torch.zeros((num_replicates, *p.loc.shape[:-2]), dtype=p.loc.dtype, device=p.loc.device)
+    beta = None
+    if controls is not None:
+        beta = coefficients([(g, c) for g, c in first if c is not None], shares)
+        total = total + (beta * controls.means).sum(-1)
+
+    def share(component: int, g: Tensor, c: Tensor | None) -> Tensor:
+        residual = g if c is None else g - (c * beta).sum(-1)
+        return shares[..., component] / num_points * residual.sum(1)
+
+    for j in range(k):
+        total = total + share(j, *first[j])
+        for block in _blocks(p, z[:, PILOT:]):
+            total = total + share(j, *evaluate(j, block))
     return _summary(total)
+
+
+def _label_divergence(t: Tensor, log_weights: Tensor, weights: Tensor) -> Tensor:
+    """KL of the label's posterior to its weights, sum_k w_k phi(t_k) with t_k = log(p_k/p): positive term by term.
+
+    w phi(t) as w e^t E(-t) near 0; elsewhere r t - r + w, r = w e^t the posterior weight.
+    """
+    small = t.abs() < 1.0
+    near = torch.where(small, t, 0.0)
+    posterior = torch.exp(log_weights + t)
+    seen = posterior > 0
+    far = torch.where(seen, posterior * torch.where(seen, t, 0.0), 0.0) - posterior + weights
+    return torch.where(small, posterior * expm1mx(-near), far).sum(-1)

@@ -1,0 +1,138 @@
+r"""Closed forms between pairs of Gaussians: overlap integrals, and the Chernoff coefficient at one half.
+
+With :math:`R^\top R = S_a + S_b` and :math:`\delta = |R^{-\top}(\mu_a - \mu_b)|^2`,
+
+.. math::
+    \log \int p_a p_b = -\tfrac12 \delta - \sum \log R_{ii} - \tfrac D2 \log 2\pi, \qquad
+    \log \int \sqrt{p_a p_b} = -\tfrac14 \delta - \sum \bigl[\log R_{ii} - \tfrac12 \log 2
+        - \tfrac12 \log L_{a,ii} - \tfrac12 \log L_{b,ii}\bigr].
+
+R comes from a QR factorisation of the stacked factors: S_a + S_b, formed and factorised, would square the condition
+number. For n Gaussians at once, with :math:`A = \frac1n \sum P_i` and :math:`\mu^* = A^{-1} \frac1n \sum P_i \mu_i`,
+
+.. math::
+    \log \int \prod p_i^{1/n} = \tfrac1{2n} \sum \log\det P_i - \tfrac12 \log\det A
+        - \tfrac1{2n} \sum |L_i^{-1}(\mu_i - \mu^*)|^2,
+
+in coordinates that whiten the mean covariance of all components, so that only the components' shapes relative
+to each other condition it. The quadratic form is a sum of squares at its minimum, where an error of :math:`\mu^*` counts
+twice over; the textbook difference of sum m'Pm and b'A^-1 b loses all digits for means far apart.
+
+Accuracy: a few eps of the terms above times the condition number of the factors relative to each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .components import Components
+
+__all__ = ["Overlaps", "component_pairs", "geometric_overlaps", "log_determinants", "overlaps", "whitened"]
+
+
+class Overlaps(NamedTuple):
+    """Between each Gaussian of one set and each of another, ``batch_shape + (K_a, K_b)``.
+
+    Attributes:
+        log_product: log of the integral of p_a p_b.
+        log_chernoff: log of the integral of sqrt(p_a p_b): minus the Bhattacharyya distance, at most 0.
+    """
+
+    log_product: Tensor
+    log_chernoff: Tensor
+
+
+def log_determinants(c: Components) -> Tensor:
+    """log det of each component's Cholesky factor, ``batch_shape + (K,)``."""
+    return (c.scale if c.is_diagonal else c.scale.diagonal(dim1=-2, dim2=-1)).log().sum(-1)
+
+
+def _full(c: Components) -> Components:
+    return c._replace(scale=torch.diag_embed(c.scale)) if c.is_diagonal else c
+
+
+def overlaps(a: Components, b: Components) -> Overlaps:
+    """The closed forms of the module's head, for each pair of components; differentiable."""
+    if a.is_diagonal != b.is_diagonal:
+        a, b = _full(a), _full(b)
+    shift = a.loc.unsqueeze(-2) - b.loc.unsqueeze(-3)
+    if a.is_diagonal:
+        s_a, s_b = a.scale.unsqueeze(-2), b.scale.unsqueeze(-3)
+        top = torch.maximum(s_a, s_b).detach()
+        root = top * torch.sqrt((s_a / top).square() + (s_b / top).square())
+        square = (shift / root).square().sum(-1)
+        log_root = root.log().sum(-1)
+    else:
+        s_a, s_b = torch.broadcast_tensors(a.scale.unsqueeze(-3), b.scale.unsqueeze(-4))
+        root = torch.linalg.qr(torch.cat([s_a, s_b], -1).mT).R
+        square = torch.linalg.solve_triangular(root.mT, shift.unsqueeze(-1), upper=False).square().sum((-2, -1))
+        log_root = root.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    half_dim = 0.5 * a.loc.shape[-1]
+    own = 0.5 * (log_determinants(a).unsqueeze(-1) + log_determinants(b).unsqueeze(-2))
+    log_chernoff = -0.25 * square - (log_root - half_dim * math.log(2) - own)
+    return Overlaps(
+        -0.5 * square - log_root - half_dim * math.log(2 * math.pi),
+        log_chernoff.clamp(max=0.0),  # it is; rounding may say otherwise for equal Gaussians
+    )
+
+
+def component_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First and second index of each of the k (k - 1)/2 pairs."""
+    first, second = torch.triu_indices(k, k, 1, device=device)
+    return first, second
+
+
+def whitened(c: Components) -> Components:
+    """The mixture in coordinates where the mean covariance of its components is the identity.
+
+    The coordinates are taken as constants: what is computed from the result must not depend on them.
+    """
+    with torch.no_grad():
+        centre = c.loc.mean(-2, keepdim=True)
+        if c.is_diagonal:
+            unit = c.scale.square().mean(-2, keepdim=True).sqrt()
+        else:
+            stacked = c.scale.mT.flatten(-3, -2) / math.sqrt(c.scale.shape[-3])
+            root = torch.linalg.qr(stacked).R
+            root = (root * root.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)).unsqueeze(-3)
+    if c.is_diagonal:
+        return c._replace(loc=(c.loc - centre) / unit, scale=c.scale / unit)
+    loc = torch.linalg.solve_triangular(root.mT, (c.loc - centre).unsqueeze(-1), upper=False).squeeze(-1)
+    # lower triangular: R^-T and the factor are
+    return c._replace(loc=loc, scale=torch.linalg.solve_triangular(root.mT, c.scale, upper=False))
+
+
+def geometric_overlaps(c: Components, n: int) -> Tensor:
+    """Sum over all sets of n components of the integral of prod (w_i p_i)^(1/n), of the batch shape.
+
+    The set of all components (n = K), of the pairs (n = 2) or of the triples: any n, at a cost of K over n
+    factorisations.
+    """
+    k = c.loc.shape[-2]
+    index = torch.tensor(list(itertools.combinations(range(k), n)), device=c.loc.device)
+    c = whitened(c)
+    log_w = c.log_weights[..., index].sum(-1) / n
+    log_det = log_determinants(c)[..., index].sum(-1) / n
+    if c.is_diagonal:
+        precision = c.scale.square().reciprocal()[..., index, :]
+        loc = c.loc[..., index, :]
+        total = precision.mean(-2)
+        centre = ((precision * loc).mean(-2) / total).unsqueeze(-2)
+        square = (precision * (loc - centre).square()).sum((-2, -1)) / n
+        log_total = 0.5 * total.log().sum(-1)
+    else:
+        identity = torch.eye(c.loc.shape[-1], dtype=c.loc.dtype, device=c.loc.device)
+        inverse = torch.linalg.solve_triangular(c.scale, identity.expand_as(c.scale), upper=False)
+        inverse, loc = inverse[..., index, :, :], c.loc[..., index, :]
+        # A = (1/n) sum P_i as R'R, from the stacked inverse factors
+        root = torch.linalg.qr(inverse.flatten(-3, -2) / math.sqrt(n)).R
+        pulled = (inverse.mT @ (inverse @ loc.unsqueeze(-1))).mean(-3)
+        centre = torch.cholesky_solve(pulled, root, upper=True).squeeze(-1).unsqueeze(-2)
+        square = (inverse @ (loc - centre).unsqueeze(-1)).square().sum((-3, -2, -1)) / n
+        log_total = root.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    return torch.exp(log_w - log_det - log_total - 0.5 * square).sum(-1)

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .triple_terms import Geometry, Rule, Spectrum
+from .triple_terms import Geometry, Rule, Spectrum, integrand
 
-__all__ = ["Moments", "diagonal_gradient", "full_gradient", "moments"]
+__all__ = ["Moments", "diagonal_gradient", "full_gradient", "inverse_sums", "moments"]
 
 
 class Moments(NamedTuple):
@@ -34,8 +34,9 @@ class Moments(NamedTuple):
     second: Tensor
 
 
-def moments(along: Spectrum, direction: Tensor, radius: Tensor, kr: Tensor, ki: Tensor) -> Moments:
-    """The sums over the nodes r u of the directions [n, 3], given kappa [B, n, m]."""
+def moments(along: Spectrum, rule: Rule, kr: Tensor, ki: Tensor) -> Moments:
+    """The sums over the nodes of a rule, given kappa [B, n, m]."""
+    direction, radius = rule.direction, rule.radius
     y = radius.unsqueeze(-1) * along.eigenvalue.unsqueeze(-2)
     a = 1 / (1 + y * y)
     b = a * y
@@ -70,12 +71,12 @@ def moments(along: Spectrum, direction: Tensor, radius: Tensor, kr: Tensor, ki: 
         for gram, bend in zip((left.mT @ right).chunk(2, -1), (bend0, bend1), strict=True)
     ]
     firsts = [(vectors @ x.unsqueeze(-1)).squeeze(-1) for x in (first0, first1)]
-    return Moments(weight, _combined(*firsts, direction), _combined(*seconds, direction))
+    return Moments(weight, _combined(firsts[0], firsts[1], direction), _combined(seconds[0], seconds[1], direction))
 
 
 def _combined(zero: Tensor, one: Tensor, direction: Tensor) -> Tensor:
     """Sum over directions of zero/3 - u_i one: [B, n, ...] to [B, 3, ...]."""
-    mixed = (direction.mT @ one.flatten(2)).unflatten(-1, one.shape[2:])
+    mixed: Tensor = (direction.mT @ one.flatten(2)).unflatten(-1, one.shape[2:])
     return zero.sum(1).unsqueeze(1) / 3 - mixed
 
 
@@ -97,3 +98,49 @@ def full_gradient(frame: Geometry, sums: Moments) -> tuple[Tensor, Tensor]:
     square = (weight * x - first) @ x.mT - x @ first.mT + sums.second
     spread = root.mT @ (weight * frame.excess + f.mT @ (f @ square)) @ f.mT
     return push.squeeze(-1), spread.tril()
+
+
+def inverse_sums(
+    log_weights: Tensor, loc: Tensor, factor: Tensor, rule: Rule, real: Tensor, imag: Tensor, information: bool
+) -> tuple[Tensor, ...]:
+    """F, its slope by the log-weights and its gradients by loc and factors, by one complex inverse per node.
+
+    Differentiable where eigenvalues coincide, which an eigendecomposition is not. The gradients are good to eps times
+    the square of the condition number only, so `triple` takes from here their derivatives and nothing else. The
+    logarithm of M itself, ``real`` and ``imag``, is given: the one formed here does not know its branch.
+    """
+    dim = loc.shape[-1]
+    identity = torch.eye(dim, dtype=loc.dtype, device=loc.device)
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    precision = inverse.mT @ inverse
+    w = rule.radius.unsqueeze(-1) * rule.direction.unsqueeze(-2)
+    s = torch.complex(torch.full_like(w, 1 / 3), w).flatten(0, 1)  # [N, 3]
+    # [B, N, D, D]; means about the first one, which M does not depend on
+    middle = torch.linalg.inv((s @ precision.flatten(-2).to(s.dtype)).unflatten(-1, (dim, dim)))
+    sign, log_abs = torch.linalg.slogdet(middle)
+    x = loc - loc[..., :1, :]
+    px = (precision @ x.unsqueeze(-1)).squeeze(-1)
+    b = s @ px.to(s.dtype)
+    mu = (middle @ b.unsqueeze(-1)).squeeze(-1)
+    squares = (x * px).sum(-1)
+    log_det = -2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    log_m = 0.5 * (
+        (s @ (log_det - squares).unsqueeze(-1).to(s.dtype)).squeeze(-1)
+        + torch.complex(log_abs, torch.angle(sign))
+        + (b * mu).sum(-1)
+    )
+    log_m = log_m.unflatten(-1, rule.real.shape)
+    log_m = torch.complex(real, imag) + (log_m - log_m.detach())
+    tr, ti, kr, ki = integrand(log_weights, rule, log_m.real, log_m.imag, information)
+    slope = -(ti @ rule.radius) @ rule.direction
+    weighted = torch.complex(kr, ki).flatten(-2).unsqueeze(-1) * s  # kappa s_i, [B, N, 3]
+    total = weighted.sum(-2).real
+    first = (weighted.mT @ mu).real  # [B, 3, D]
+    second = (mu.unsqueeze(-1) * mu.unsqueeze(-2) + middle).flatten(-2)
+    second = (weighted.mT @ second).real.unflatten(-1, (dim, dim))
+    push = -(precision @ (total.unsqueeze(-1) * x - first).unsqueeze(-1)).squeeze(-1)
+    cross = x.unsqueeze(-1) * first.unsqueeze(-2)
+    total = total[..., None, None]
+    spread = total * (x.unsqueeze(-1) * x.unsqueeze(-2)) - cross - cross.mT + second
+    pulled = inverse.mT @ (total * identity - inverse @ spread @ inverse.mT)
+    return tr.sum((-2, -1)), slope, push, -pulled.tril()

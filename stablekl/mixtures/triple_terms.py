@@ -23,11 +23,11 @@ __all__ = ["Geometry", "Rule", "Spectrum", "blocks", "geometry", "integrand", "l
 # Optimised: among rules of the same error, the fewest nodes. The error of a rule that holds for every mixture is
 # the largest of |sum_n k_n prod_i a_i^s_ni - t(a)| / sum_i a_i over a > 0 (see `triple`), here 7.2e-14 at a grid of
 # 20,000 a. 75 directions and 50 radii leave 1e-11; 126 and 82, 2.8e-14.
-DIRECTIONS = 105  # in half a turn; a multiple of 3 with 210 = 6 * 35 keeps the symmetry in the components
-RADII = 70
-STEP = 0.09
-STRETCH = 0.02  # r = t (1 + STRETCH t^2): the kernel decays, so that far nodes may lie further apart
-RULE_ERROR = 1e-13
+DIRECTIONS = 132  # in half a turn; 264 is a multiple of 12, which keeps the symmetry in the components
+RADII = 85
+STEP = 0.075
+STRETCH = 0.025  # r = t (1 + STRETCH t^2): the kernel decays, so that far nodes may lie further apart
+RULE_ERROR = 1.2e-14
 
 # Elements (rows x nodes x dimensions) handled at once, so that float64 temporaries stay in a core's cache
 # and memory does not grow with the batch.
@@ -104,7 +104,9 @@ def _gamma(z: np.ndarray) -> np.ndarray:
     series = [1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156]
     correction = sum(c * y ** -(2 * n + 1) for n, c in enumerate(series))
     shifted: np.ndarray = np.exp((y - 0.5) * np.log(y) - y + 0.5 * math.log(2 * math.pi) + correction)
-    return shifted / np.prod([z + k for k in range(12)], 0)
+    for k in range(12):
+        shifted = shifted / (z + k)
+    return shifted
 
 
 @_constant_when_traced
@@ -138,13 +140,13 @@ def plane_rule(device: torch.device) -> Rule:
     return _rule(device) if torch.compiler.is_compiling() else _kept_rule(device)
 
 
-def blocks(rows: int, dim: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of rows and directions; a single one while tracing, where a fused kernel needs no temporaries."""
+def blocks(rows: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of rows and directions, for ``size`` numbers per node; a single one while tracing."""
     if torch.compiler.is_compiling() or rows == 0:
         yield slice(None), slice(None)
         return
-    directions = max(1, min(DIRECTIONS, BLOCK // (RADII * dim)))
-    step = max(1, BLOCK // (directions * RADII * dim))
+    directions = max(1, min(DIRECTIONS, BLOCK // (RADII * size)))
+    step = max(1, BLOCK // (directions * RADII * size))
     for row in range(0, rows, step):
         for direction in range(0, DIRECTIONS, directions):
             yield slice(row, row + step), slice(direction, direction + directions)
@@ -241,8 +243,9 @@ def _odd_excess(z: Tensor) -> Tensor:
     return p + ODD_EXCESS[-1]
 
 
-def log_moment(frame: Geometry, along: Spectrum, direction: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of log M at the nodes r u, [B, n, m]."""
+def log_moment(frame: Geometry, along: Spectrum, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of log M at the nodes of a rule, [B, n, m]."""
+    direction, radius = rule.direction, rule.radius
     y = radius.unsqueeze(-1) * along.eigenvalue.unsqueeze(-2)
     z = y * y
     a = 1 / (1 + z)

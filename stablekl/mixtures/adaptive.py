@@ -30,13 +30,12 @@ CHUNK, RECORDED_CHUNK, DEVICE_FACTOR = 2**20, 2**21, 16
 Engine = Callable[..., tuple[Tensor, Tensor]]
 
 
-def adaptive_information(p: Components, mean_kl: Tensor, rtol: float, max_points: int) -> tuple[Tensor, Tensor]:
-    """Information I between point and label of ``p``, to an error of ``rtol (1 + mean_kl - I)``.
+def adaptive_information(p: Components, atol: Tensor, max_points: int) -> tuple[Tensor, Tensor]:
+    """Information I between point and label of ``p``, to an error of ``atol``.
 
     Args:
         p: the mixture.
-        mean_kl: S, whose batch shape broadcasts with that of p and may be larger.
-        rtol: tolerance.
+        atol: tolerance, of p's batch shape.
         max_points: most points per component.
 
     Returns:
@@ -46,15 +45,10 @@ def adaptive_information(p: Components, mean_kl: Tensor, rtol: float, max_points
     def engine(tensors: Sequence[Tensor], n: int) -> tuple[Tensor, Tensor]:
         return sobol_information(Components(*tensors), num_points=n, num_replicates=REPLICATES)
 
-    if not is_eager(*p, mean_kl):
+    if not is_eager(*p, atol):
         return _fixed(engine, tuple(p), max_points)
-    batch = p.log_weights.shape[:-1]
-    # One row of p may serve several of q: the smallest divergence sets the tolerance.
-    extra = mean_kl.ndim - len(batch)
-    s = mean_kl.detach()
-    shared = [*range(extra), *(i + extra for i, n in enumerate(batch) if n == 1)]
-    s = s.amin(shared, keepdim=True).reshape(batch) if shared and s.numel() else s.reshape(batch)
-    return _adaptive(engine, tuple(p), batch, lambda i: s.reshape(-1) - i, rtol, max_points)
+    goal = atol.detach().reshape(-1)
+    return _adaptive(engine, tuple(p), p.log_weights.shape[:-1], lambda value: goal, max_points)
 
 
 def adaptive_kl(p: Components, q: Components, rtol: float, max_points: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +60,7 @@ def adaptive_kl(p: Components, q: Components, rtol: float, max_points: int) -> t
 
     if not is_eager(*p, *q):
         return _fixed(engine, (*p, *q), max_points)
-    return _adaptive(engine, (*p, *q), p.log_weights.shape[:-1], lambda value: value, rtol, max_points)
+    return _adaptive(engine, (*p, *q), p.log_weights.shape[:-1], lambda value: rtol * (1 + value), max_points)
 
 
 def _fixed(engine: Engine, tensors: Sequence[Tensor], max_points: int) -> tuple[Tensor, Tensor]:
@@ -81,8 +75,7 @@ def _adaptive(
     engine: Engine,
     tensors: Sequence[Tensor],
     batch: torch.Size,
-    divergence: Callable[[Tensor], Tensor],
-    rtol: float,
+    goal: Callable[[Tensor], Tensor],
     max_points: int,
 ) -> tuple[Tensor, Tensor]:
     rows = math.prod(batch)
@@ -95,7 +88,7 @@ def _adaptive(
     with torch.no_grad():
         value, error = _chunked(engine, frozen, active, n)
         while True:
-            accurate = ~(error.index_select(0, active) > rtol * (1 + divergence(value).index_select(0, active)))
+            accurate = ~(error.index_select(0, active) > goal(value).index_select(0, active))
             done = torch.ones_like(accurate) if n >= most else accurate
             passes.append((n, active[done]))
             active = active[~done]

@@ -1,0 +1,214 @@
+r"""Information between a mixture's point and label: the problem taken apart, each part given to the engine it suits.
+
+Components that do not overlap split the problem. With groups g of components, W_g their weights and I_g the
+information within the mixture of a group,
+
+.. math:: I(X; Z) = H(W) + \sum_g W_g I_g - \Delta, \qquad 0 \le \Delta \le \sum_{i, j} T_{ij},
+
+the last sum over pairs of components from different groups, T_ij the pair's label entropy given the sample (`spectral`),
+at most 2 log 2 sqrt(w_i w_j) times the Chernoff coefficient at 1/2. Groups are what pairs with a bound above 1e-17
+connect: a mixture of many separated pairs is as exact as each of the pairs.
+
+=======================================  ==============================================================
+a group of                               goes to
+=======================================  ==============================================================
+one                                      nothing: I_g = 0
+two                                      `spectral`
+any that differ along one direction      `line`, after `projection`
+three                                    `triple`
+any that differ along two or three       `cubature`, after `projection`
+any other                                `sobol`: the error is estimated, and made as small as asked for
+=======================================  ==============================================================
+
+The data decide, for each row of a batch on its own, in eager mode only. Under vmap, torch.compile and CUDA graph
+capture two components go to `spectral` and more to `sobol` with a fixed number of points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adaptive import adaptive_information
+from .components import Components, chosen_components
+from .cubature import cubature_information
+from .line import line_kl
+from .overlaps import component_pairs, overlaps
+from .projection import projected, subspace
+from .reading import is_eager
+from .spectral import label_information
+from .triple import triple_information
+
+__all__ = ["Information", "line_information", "mixture_information"]
+
+# On the pair's entropy: its sum over all pairs stays below the rounding errors of the rest.
+SEPARATE = 1e-17
+# Absolute error of the spectral integral, twice what was observed.
+SPECTRAL_ERROR = 2e-15
+# What `cubature` is asked for at most: it costs little more than 1e-6 does, and is then as good as exact.
+CUBATURE = 1e-9
+# Engines, the least exact last.
+ENGINES = ("closed form", "line", "spectral", "triple", "cubature", "sobol")
+
+
+class Information(NamedTuple):
+    """Mutual information of point and label.
+
+    Attributes:
+        value: in nats, of the batch shape; differentiable.
+        error: bound on its error, or half-width of a 95 % interval where some of it was sampled.
+        method: the least exact of the engines that took part.
+    """
+
+    value: Tensor
+    error: Tensor
+    method: str
+
+
+def line_information(p: Components) -> tuple[Tensor, Tensor]:
+    """``I = sum_k w_k KL(p_k || p)`` in one dimension, and a bound on its error: a sum of non-negative terms."""
+    one = Components(torch.zeros_like(p.log_weights).unsqueeze(-1), p.loc.unsqueeze(-2), p.scale.unsqueeze(-2))
+    whole = Components(*(x.unsqueeze(p.log_weights.ndim - 1) for x in p))
+    k = p.log_weights.shape[-1]
+    value, error = line_kl(one, whole.expand(torch.Size((*p.log_weights.shape[:-1], k))))
+    weights = torch.exp(p.log_weights)
+    alive = weights > 0
+    return (weights * torch.where(alive, value, 0.0)).sum(-1), (weights * torch.where(alive, error, 0.0)).sum(-1)
+
+
+def mixture_information(p: Components, atol: Tensor, max_points: int, slack: float = 1e-14) -> Information:
+    """I(X; Z) of Gaussian mixtures, by whichever engines they suit.
+
+    Args:
+        p: the mixtures, float64.
+        atol: the error asked of what must be sampled, of the batch shape.
+        max_points: most points per component.
+        slack: information that a `projection` may lose.
+    """
+    k = p.log_weights.shape[-1]
+    if k == 1:
+        zero = 0 * p.log_weights.squeeze(-1)
+        return Information(zero, zero.detach(), "closed form")
+    if k == 2:
+        return Information(label_information(p), torch.full_like(atol, SPECTRAL_ERROR), "spectral")
+    if not is_eager(*p):
+        return Information(*adaptive_information(p, atol, max_points), "sobol")
+    batch = atol.shape
+    rows = math.prod(batch)
+    flat = Components(*(x.reshape(rows, *x.shape[len(batch) :]) for x in p))
+    value, error, method = _by_groups(flat, atol.reshape(rows), max_points, slack)
+    return Information(value.reshape(batch), error.reshape(batch), method)
+
+
+class _Groups(NamedTuple):
+    """Groups of one size: the row that each belongs to ``(tasks,)`` and its components ``(tasks, n)``."""
+
+    row: Tensor
+    index: Tensor
+
+
+def _connected(p: Components) -> tuple[list[_Groups], Tensor]:
+    """The groups of components that overlap, by their size; and a bound on what separating them costs."""
+    rows, k = p.log_weights.shape
+    with torch.no_grad():
+        lw = p.log_weights
+        log_bound = overlaps(p, p).log_chernoff + 0.5 * (lw.unsqueeze(-1) + lw.unsqueeze(-2))
+        bound = 2 * math.log(2) * log_bound.exp()
+        linked = (bound > SEPARATE) | torch.eye(k, dtype=torch.bool, device=lw.device)
+        reach = linked
+        for _ in range(max(1, (k - 1).bit_length())):
+            reach = (reach.double() @ reach.double()) > 0
+        first, second = component_pairs(k, lw.device)
+        lost = torch.where(reach, 0.0, bound)[:, first, second].sum(-1)
+    leaders = reach.double().argmax(-1).tolist()  # the first component of each one's group
+    by_size: dict[int, tuple[list[int], list[list[int]]]] = {}
+    for row, leader in enumerate(leaders):
+        for a in sorted(set(leader)):
+            group = [i for i, b in enumerate(leader) if a == b]
+            tasks = by_size.setdefault(len(group), ([], []))
+            tasks[0].append(row)
+            tasks[1].append(group)
+    device = lw.device
+    groups = [_Groups(torch.tensor(r, device=device), torch.tensor(g, device=device)) for r, g in by_size.values()]
+    return groups, lost
+
+
+def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> tuple[Tensor, Tensor, str]:
+    rows, k = p.log_weights.shape
+    groups, error = _connected(p)
+    value = torch.zeros_like(p.log_weights[:, 0])
+    methods = {"closed form"}
+    for row, index in groups:
+        whole = index.shape[-1] == k
+        part = p if whole else chosen_components(_rows(p, row), index)
+        log_weight = torch.logsumexp(part.log_weights, -1)
+        alive = log_weight > -torch.inf
+        if not whole:  # how much is said by the group itself; the weights within it then sum to one
+            safe = torch.where(alive, log_weight, 0.0)
+            value = value.index_add(0, row, torch.where(alive, -safe * safe.exp(), 0.0))
+            part = part._replace(log_weights=torch.where(alive.unsqueeze(-1), part.log_weights, 0.0) - safe.unsqueeze(-1))
+        if index.shape[-1] == 1:
+            continue
+        goal = atol.index_select(0, row)
+        inside, inside_error, used = _group_information(part, goal, max_points, slack)
+        weight = 1.0 if whole else log_weight.exp()
+        value = value.index_add(0, row, weight * inside)
+        error = error.index_add(0, row, (weight * inside_error).detach())
+        methods |= used
+    return value, error, max(methods, key=ENGINES.index)
+
+
+def _rows(p: Components, row: Tensor) -> Components:
+    return Components(*(x.index_select(0, row) for x in p))
+
+
+def _group_information(
+    p: Components, atol: Tensor, max_points: int, slack: float
+) -> tuple[Tensor, Tensor, set[str]]:
+    """Value, error and engines for tasks, ``(tasks, n)`` components, all of which overlap."""
+    tasks, n, dim = p.loc.shape
+    if n == 2:
+        return label_information(p), torch.full_like(atol, SPECTRAL_ERROR), {"spectral"}
+    if dim == 1:
+        scale = p.scale if p.is_diagonal else p.scale.squeeze(-1)
+        return *line_information(p._replace(scale=scale)), {"line"}
+    found = subspace(p, slack)
+    rank = found.rank.tolist()
+    results: list[tuple[Tensor, Tensor, Tensor]] = []
+    used = set()
+    for r in sorted(set(rank)):
+        index = torch.tensor([i for i, x in enumerate(rank) if x == r], device=p.loc.device)
+        part, goal, loss = _rows(p, index), atol[index], torch.where(found.rank[index] == r, found.loss[index], 0.0)
+        engine: Engine
+        if r == 0:
+            name, engine = "closed form", lambda part: (0 * part.log_weights.sum(-1).nan_to_num(), 0 * goal)
+        elif r == 1:
+            name, engine = "line", line_information
+        elif n == 3:
+            name, engine = "triple", triple_information
+        elif r <= 3:
+            name = "cubature"
+
+            def engine(part: Components, goal: Tensor = goal) -> tuple[Tensor, Tensor]:
+                return cubature_information(part, atol=goal.clamp(max=CUBATURE), max_points=max_points)
+        else:
+            name = "sobol"
+
+            def engine(part: Components, goal: Tensor = goal) -> tuple[Tensor, Tensor]:
+                return adaptive_information(part, goal, max_points)
+
+        if 0 < r < min(dim, 4):
+            part = projected(part, found.basis[index, :r])
+        value, error = engine(part)
+        results.append((index, value, error + torch.where(loss.isfinite(), loss, 0.0)))
+        used.add(name)
+    order = torch.cat([index for index, _, _ in results]).argsort()
+    value, error = (torch.cat([x[i] for x in results]).index_select(0, order) for i in (1, 2))
+    return value, error, used
+
+
+Engine = Callable[[Components], tuple[Tensor, Tensor]]

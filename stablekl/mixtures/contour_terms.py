@@ -41,7 +41,8 @@ HEIGHT = 14.0
 # Directions that the contour may bend to, as angles from the vertical.
 BENDS = (0.0, -0.35, 0.35, -0.7, 0.7)
 TRIALS = 40
-RISES = 20
+LADDER = tuple(j / TRIALS for j in range(TRIALS + 1))
+RISE = tuple(j / 20 for j in range(21))
 # Trial crossings of the real axis, as shares of the strip: halvings of it from the left and from the right.
 SHARES = tuple(4.0**-j for j in range(60, 0, -1)) + (0.5,) + tuple(1 - 2.0**-j for j in range(2, 12))
 REFINED = 48
@@ -192,23 +193,32 @@ def by_blocks(
     return tuple(torch.cat(parts) for parts in zip(*([joined(p) for p in zip(*row)] for row in rows), strict=True))
 
 
-def _log_moment(quadratic: Quadratic, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-    level, curvature, slope, origin = quadratic
-    k = curvature.unsqueeze(-2)
-    u, v = 1 + real.unsqueeze(-1) * k, imag.unsqueeze(-1) * k
+def _reciprocal(quadratic: Quadratic, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """1 + s k = u + i v, its squared modulus, and its reciprocal, real and imaginary part; each [B, n, D]."""
+    k = quadratic.curvature.unsqueeze(-2)
+    u, v = 1 + x.unsqueeze(-1) * k, y.unsqueeze(-1) * k
     norm = u * u + v * v
-    quad = 0.5 * slope * slope
-    line = -origin * (slope + 0.5 * curvature * origin)
-    sides = torch.stack([quad, line], -1)
-    # sums over the directions of quad/(1 + s k) and line/(1 + s k)
-    qr, lr = ((u / norm) @ sides).unbind(-1)
-    qi, li = (-(v / norm) @ sides).unbind(-1)
-    # s (s quad + line + level)
-    tr = level.unsqueeze(-1) + lr + real * qr - imag * qi
-    ti = li + real * qi + imag * qr
-    log_modulus = real * tr - imag * ti - 0.25 * torch.log(norm).sum(-1)
-    phase = real * ti + imag * tr - 0.5 * torch.atan2(v, u).sum(-1)
-    return log_modulus, phase
+    return u, v, norm, u / norm, -v / norm
+
+
+def _quad_and_line(quadratic: Quadratic) -> tuple[Tensor, Tensor]:
+    """The coefficients of s^2/(1 + s k) and of s/(1 + s k) in the exponent of E exp(s y), [B, D]."""
+    _, curvature, slope, origin = quadratic
+    return 0.5 * slope * slope, -origin * (slope + 0.5 * curvature * origin)
+
+
+def _slant(quadratic: Quadratic, x: Tensor, y: Tensor, hr: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """level + sum line h + s sum quad h: the exponent over s, [B, n]."""
+    sides = torch.stack(_quad_and_line(quadratic), -1)
+    (qr, lr), (qi, li) = ((h @ sides).unbind(-1) for h in (hr, hi))
+    return quadratic.level.unsqueeze(-1) + lr + x * qr - y * qi, li + x * qi + y * qr
+
+
+def _log_moment(quadratic: Quadratic, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    u, v, norm, hr, hi = _reciprocal(quadratic, x, y)
+    real, imag = _slant(quadratic, x, y, hr, hi)
+    log_modulus = x * real - y * imag - 0.25 * torch.log(norm).sum(-1)
+    return log_modulus, x * imag + y * real - 0.5 * torch.atan2(v, u).sum(-1)
 
 
 def log_moment(quadratic: Quadratic, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,12 +226,15 @@ def log_moment(quadratic: Quadratic, real: Tensor, imag: Tensor) -> tuple[Tensor
     return by_blocks(_log_moment, quadratic, real, imag)  # type: ignore[return-value]
 
 
-def log_kernel(real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of log(pi/(s sin pi s)), up to multiples of 2 pi i; imag >= 0."""
-    sine, cosine = torch.sin(math.pi * real), torch.cos(math.pi * real)
-    sinh = torch.sinh(math.pi * imag)
-    log_modulus = math.log(math.pi) - 0.5 * torch.log((real * real + imag * imag) * (sine * sine + sinh * sinh))
-    return log_modulus, -torch.atan2(imag, real) - torch.atan2(cosine * torch.tanh(math.pi * imag), sine)
+def _log_kernel_modulus(x: Tensor, y: Tensor) -> Tensor:
+    sine, sinh = torch.sin(math.pi * x), torch.sinh(math.pi * y)
+    return math.log(math.pi) - 0.5 * torch.log((x * x + y * y) * (sine * sine + sinh * sinh))
+
+
+def _kernel_phase(x: Tensor, y: Tensor) -> Tensor:
+    """The imaginary part of log(pi/(s sin pi s)), up to multiples of 2 pi."""
+    tangent = torch.atan2(torch.cos(math.pi * x) * torch.tanh(math.pi * y), torch.sin(math.pi * x))
+    return -torch.atan2(y, x) - tangent
 
 
 # ------------------------------------------------------------------------------------------ the contour
@@ -273,81 +286,82 @@ def _path(a: Tensor, b: Tensor, bend: Tensor, t: Tensor) -> tuple[Tensor, Tensor
     return a + less * sine, sinh * cosine, sinh * sine, cosh * cosine
 
 
-def _speed(quadratic: Quadratic, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """d log(E exp(s y) pi/(s sin pi s))/ds at s = x + i y, [B, n]."""
-    level, curvature, slope, origin = quadratic
-    k = curvature.unsqueeze(-2)
-    u, v = 1 + x.unsqueeze(-1) * k, y.unsqueeze(-1) * k
-    norm = u * u + v * v
-    hr, hi = u / norm, -v / norm
-    quad = 0.5 * slope * slope
-    line = -origin * (slope + 0.5 * curvature * origin)
-    once = torch.stack([curvature, quad], -1)
+def _log_integrand(quadratic: Quadratic, x: Tensor, y: Tensor) -> tuple[Tensor]:
+    """log |E exp(s y) pi/(s sin pi s)| at s = x + i y, [B, n]."""
+    _, _, norm, hr, hi = _reciprocal(quadratic, x, y)
+    real, imag = _slant(quadratic, x, y, hr, hi)
+    return (x * real - y * imag - 0.25 * torch.log(norm).sum(-1) + _log_kernel_modulus(x, y),)
+
+
+def _log_integrand_and_speed(quadratic: Quadratic, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and d log(E exp(s y) pi/(s sin pi s))/ds."""
+    _, _, norm, hr, hi = _reciprocal(quadratic, x, y)
+    real, imag = _slant(quadratic, x, y, hr, hi)
+    size = x * real - y * imag - 0.25 * torch.log(norm).sum(-1) + _log_kernel_modulus(x, y)
+    # d/ds of s (level + line h + s quad h) - log(1 + s k)/2 is that bracket - k h/2 + s (quad h^2 - line k h^2)
+    # with s k h^2 = h - h^2 for the latter
+    quad, line = _quad_and_line(quadratic)
+    once = (-0.5 * quadratic.curvature - line).unsqueeze(-1)
     twice = torch.stack([line, quad], -1)
-    (kr, pr), (ki, pi) = ((h @ once).unbind(-1) for h in (hr, hi))
+    cr, ci = ((h @ once).squeeze(-1) for h in (hr, hi))
     (lr, qr), (li, qi) = ((h @ twice).unbind(-1) for h in ((hr - hi) * (hr + hi), 2 * hr * hi))
-    pr, pi = pr + qr, pi + qi
-    real = level.unsqueeze(-1) - 0.5 * kr + lr + x * pr - y * pi
-    imag = -0.5 * ki + li + x * pi + y * pr
     sinh, sine = torch.sinh(math.pi * y), torch.sin(math.pi * x)
     below = (sinh * sinh + sine * sine) / math.pi
     square = x * x + y * y
-    real = real - x / square - sine * torch.cos(math.pi * x) / below
-    imag = imag + y / square + sinh * torch.cosh(math.pi * y) / below
-    return real, imag
+    real = real + cr + lr + x * qr - y * qi - x / square - sine * torch.cos(math.pi * x) / below
+    imag = imag + ci + li + x * qi + y * qr + y / square + sinh * torch.cosh(math.pi * y) / below
+    return size, real, imag
 
 
 def contour(quadratic: Quadratic) -> Rule:
-    """Nodes and weights for a row: crossing, direction and length follow the integrand."""
+    """Nodes and weights for a row: crossing, direction and length follow the integrand.
+
+    The direction is the one whose busiest place asks for the fewest nodes: those that the phase turns through where
+    the integrand is alive, and those that make a trapezoid rule err by what the integrand has left.
+    """
     quadratic = Quadratic(*(x.detach() for x in quadratic))
     device = quadratic.slope.device
-    a, b = (x.unsqueeze(-1) for x in _crossing(quadratic))
+    a, b = _crossing(quadratic)
+    a, b = a[:, None, None], b[:, None, None]
+    bends = table(BENDS, device).unsqueeze(-1)
     longest = torch.asinh(HEIGHT / b)
-    ladder = table(tuple(j / TRIALS for j in range(TRIALS + 1)), device)
-    rise = table(tuple(j / RISES for j in range(RISES + 1)), device)
-    ends, costs = [], []
-    for angle in BENDS:
-        t = longest * ladder
-        x, y, dx, dy = _path(a, b, torch.full_like(b, angle), t)
-        size = log_moment(quadratic, x, y)[0] + log_kernel(x, y)[0] + 0.5 * torch.log(dx * dx + dy * dy)
-        peak = torch.cummax(size, -1).values
-        margin = LOST + size - peak
-        alive = torch.cumprod((margin > 0).to(size.dtype), -1)
-        count = alive.sum(-1, keepdim=True)
-        end = count.clamp(max=TRIALS) / TRIALS
-        ends.append(end)
-        real, imag = by_blocks(_speed, quadratic, x, y)
-        margin = margin * alive
-        turn = (real * dy + imag * dx).abs() * (margin / 8).clamp(0.0, 1.0) + margin / (1.2 - abs(angle))
-        cost = turn.amax(-1, keepdim=True) * end
-        if angle != 0:
-            # From its end the contour may rise vertically, if nothing comes to life again there.
-            x, y, dx, dy = _path(a, b, torch.full_like(b, angle), longest * end)
-            top = torch.clamp(HEIGHT / y, min=1.0)
-            y = y * top**rise
-            x = x.expand_as(y)
-            size = log_moment(quadratic, x, y)[0] + log_kernel(x, y)[0] + torch.log(y)
-            revived = (size > peak[..., -1:] - LOST + 3).any(-1, keepdim=True) & (count < TRIALS)
-            cost = torch.where(revived, torch.inf, cost)
-        costs.append(cost.squeeze(-1))
-    chosen = torch.stack(costs, -1).argmin(-1)
-    reach = torch.gather(torch.cat(ends, -1), -1, chosen.unsqueeze(-1))
-    angle = table(BENDS, device)[chosen].unsqueeze(-1)
-    step = longest * reach / NODES
+    # [B, directions, trials]
+    x, y, dx, dy = _path(a, b, bends, longest * table(LADDER, device))
+    size, speed_real, speed_imag = (
+        z.unflatten(-1, y.shape[1:]) for z in by_blocks(_log_integrand_and_speed, quadratic, x.flatten(1), y.flatten(1))
+    )
+    size = size + 0.5 * torch.log(dx * dx + dy * dy)
+    peak = torch.cummax(size, -1).values
+    margin = LOST + size - peak
+    alive = torch.cumprod((margin > 0).to(size.dtype), -1)
+    margin = margin * alive
+    count = alive.sum(-1, keepdim=True)
+    reach = longest * (count.clamp(max=TRIALS) / TRIALS)
+    turn = (speed_real * dy + speed_imag * dx).abs() * (margin / 8).clamp(0.0, 1.0)
+    cost = (turn + margin / (1.2 - bends.abs())).amax(-1, keepdim=True) * reach
+    # From its end the contour may rise vertically, where nothing comes to life again: nothing does for no bend.
+    x, y, _, _ = _path(a, b, bends, reach)
+    y = y * torch.clamp(HEIGHT / y, min=1.0) ** table(RISE, device)
+    x = x.expand_as(y)
+    rising = by_blocks(_log_integrand, quadratic, x.flatten(1), y.flatten(1))[0].unflatten(-1, y.shape[1:])
+    revived = (rising + torch.log(y) > peak[..., -1:] - LOST + 3).any(-1, keepdim=True)
+    cost = torch.where(revived & (count < TRIALS) & (bends != 0), torch.inf, cost)
+    chosen = cost.argmin(-2, keepdim=True)
+    step = torch.gather(reach, -2, chosen) / NODES
     j = torch.arange(NODES, dtype=a.dtype, device=device)
-    x, y, dx, dy = _path(a, b, angle, step * j)
-    weight = torch.where(j == 0, 0.5, 1.0) * step / math.pi
+    x, y, dx, dy = (z.squeeze(-2) for z in _path(a, b, bends.squeeze(-1)[chosen], step * j))
+    weight = torch.where(j == 0, 0.5, 1.0) * step.squeeze(-2) / math.pi
     return Rule(x, y, dx * weight, dy * weight)
 
 
 def integrand(rule: Rule, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
     """Kappa at each node, real and imaginary part, such that E softplus(y) = sum Re kappa, dE = sum Re(kappa d log M).
 
-    ``real`` and ``imag`` are those of the log-moment.
+    ``real`` and ``imag`` are those of log M, the log-moment.
     """
-    log_modulus, phase = log_kernel(rule.real, rule.imag)
-    size = torch.exp(real + log_modulus)
-    c, s = size * torch.cos(imag + phase), size * torch.sin(imag + phase)
+    size = torch.exp(real + _log_kernel_modulus(rule.real, rule.imag))
+    phase = imag + _kernel_phase(rule.real, rule.imag)
+    c, s = size * torch.cos(phase), size * torch.sin(phase)
     return c * rule.weight_imag + s * rule.weight_real, s * rule.weight_imag - c * rule.weight_real
 
 

@@ -7,7 +7,15 @@ every pair of Gaussian families. torch's own rules stay until `harden` replaces 
 from . import linalg, special
 from .distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
 from .linalg import NotPositiveDefiniteError, safe_cholesky
-from .mixtures import AccuracyWarning, GaussianMixture, KLEstimate, MixtureSameFamily, accuracy, kl_estimate
+from .mixtures import (
+    AccuracyWarning,
+    GaussianMixture,
+    KLEstimate,
+    MixtureSameFamily,
+    accuracy,
+    kl_bounds,
+    kl_estimate,
+)
 from .parameterizations import (
     bounded_log_scale,
     inverse_bounded_log_scale,
@@ -32,6 +40,7 @@ __all__ = [
     "harden",
     "inverse_bounded_log_scale",
     "inverse_softplus_scale",
+    "kl_bounds",
     "kl_divergence",
     "kl_estimate",
     "linalg",

@@ -18,8 +18,8 @@ and Kelly, 2012). The variational *upper* bound of Hershey and Olsen (2007) boun
 coupling of the components, so that the iteration that improves it may stop anywhere. Their variational approximation,
 and Taylor series of the entropy, are not bounds and are not here.
 
-One-dimensional integrals tighten the information (`pair_bounds`). With T_ij the label entropy given the sample of the pair
-w_i p_i + w_j p_j,
+One-dimensional integrals tighten the information (`pair_bounds`). With T_ij the label entropy given the sample of the
+pair w_i p_i + w_j p_j,
 
 .. math:: \max_{\text{trees}} \sum_{(i,j) \in \text{tree}} T_{ij} \;\le\; H(w) - I \;\le\; \sum_{i<j} T_{ij} :
 
@@ -39,19 +39,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..distributions._gaussian import gaussian_kl
 from .components import Components, chosen_components
+from .estimate import Bounds
 from .overlaps import component_pairs, log_determinants, overlaps
 from .reading import Mixture
 from .spectral import label_entropy_given_sample
 from .triple import triple_term
 
-__all__ = ["Bounds", "closed_bounds", "information_bounds", "pair_bounds", "pairwise_kl", "refined_bounds", "weighted"]
+__all__ = [
+    "closed_bounds",
+    "information_bounds",
+    "label_entropy",
+    "pair_bounds",
+    "pairwise_kl",
+    "refined_bounds",
+    "weighted",
+]
 
 # Rounding errors allowed for, in eps of the terms.
 ROUNDING = 64.0
@@ -59,18 +67,6 @@ ROUNDING = 64.0
 ITERATIONS = 20
 # Components up to which triples are integrated for the bounds.
 TRIPLES_UP_TO = 5
-
-
-class Bounds(NamedTuple):
-    """A certified interval.
-
-    Attributes:
-        lower: in nats, of the batch shape; differentiable.
-        upper: likewise.
-    """
-
-    lower: Tensor
-    upper: Tensor
 
 
 def weighted(log_weights: Tensor, terms: Tensor) -> Tensor:

@@ -130,11 +130,15 @@ def coefficients(strata: list[tuple[Tensor, Tensor]], shares: Tensor) -> Tensor:
         for i in range(count):
             for j in range(i, count + 1):
                 gram[i][j] = gram[i][j] + weight * (columns[i] * columns[j]).sum((0, 1))
-    matrix = torch.stack([torch.stack([gram[min(i, j)][max(i, j)] for j in range(count)], -1) for i in range(count)], -2)
+    matrix = torch.stack(
+        [torch.stack([gram[min(i, j)][max(i, j)] for j in range(count)], -1) for i in range(count)], -2
+    )
     right = torch.stack([gram[i][count] for i in range(count)], -1)
     variance = matrix.diagonal(dim1=-2, dim2=-1)
     used = variance > 0
     unit = torch.where(used, variance, 1.0).rsqrt()
     scaled = matrix * unit.unsqueeze(-1) * unit.unsqueeze(-2)
-    ridge = RIDGE * torch.eye(count, dtype=matrix.dtype, device=matrix.device) + torch.diag_embed((~used).to(matrix.dtype))
+    ridge = RIDGE * torch.eye(count, dtype=matrix.dtype, device=matrix.device) + torch.diag_embed(
+        (~used).to(matrix.dtype)
+    )
     return unit * torch.linalg.solve(scaled + ridge, unit * right)

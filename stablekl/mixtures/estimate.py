@@ -1,7 +1,8 @@
-"""What an estimated KL divergence is returned as, and how accurate it is asked to be."""
+"""What an estimated divergence is returned as, and how accurate it is asked to be."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,19 +11,54 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Accuracy", "AccuracyWarning", "KLEstimate", "accuracy", "checked_accuracy", "requested_accuracy"]
+from .._autograd import is_plain
+
+__all__ = [
+    "Accuracy",
+    "AccuracyWarning",
+    "Bounds",
+    "KLEstimate",
+    "accuracy",
+    "checked_accuracy",
+    "requested",
+    "requested_accuracy",
+    "warn_of_excess",
+]
+
+
+class Bounds(NamedTuple):
+    """A certified interval.
+
+    Attributes:
+        lower: in nats, of the batch shape; differentiable.
+        upper: likewise.
+    """
+
+    lower: Tensor
+    upper: Tensor
+
+    def rounded(self, dtype: torch.dtype) -> Bounds:
+        """In ``dtype``, rounded outwards; a finite lower bound may overflow in it."""
+        if dtype == self.lower.dtype:
+            return self
+        info = torch.finfo(dtype)
+        lower = self.lower - info.eps * self.lower.detach().abs()
+        upper = self.upper + info.eps * self.upper.detach().abs()
+        lower = torch.where(lower.isinf(), lower, lower.clamp(max=info.max))
+        return Bounds(lower.to(dtype), upper.to(dtype))
 
 
 class KLEstimate(NamedTuple):
-    """A KL divergence with its error.
+    """A KL divergence, or an entropy, an information or another divergence, with its error.
 
     Attributes:
-        value: the divergence in nats, of the batch shape; differentiable.
-        error: half-width of a 95% interval around it (a t quantile over replicates for sampled values; a bound on the
-            truncation and rounding of the exact engines). Not differentiable.
+        value: in nats, of the batch shape; differentiable.
+        error: half-width of a 95% interval around it (a t quantile over replicates for sampled values, the spread of a
+            refinement for cubature; a bound on the truncation and rounding of the exact engines). Not differentiable.
         lower: certified lower bound, 0 where nothing better is known.
         upper: certified upper bound, +inf where none is known.
-        method: the engine: "closed form", "spectral", "line" or "sobol".
+        method: the engine, and the least exact of them where several took part: "closed form", "line", "spectral",
+            "triple", "contour", "cubature" or "sobol".
     """
 
     value: Tensor
@@ -30,6 +66,12 @@ class KLEstimate(NamedTuple):
     lower: Tensor
     upper: Tensor
     method: str
+
+    def rounded(self, dtype: torch.dtype) -> KLEstimate:
+        """In ``dtype``: the value rounded once, the error larger by that, the interval rounded outwards."""
+        error = self.error + torch.finfo(dtype).eps * self.value.detach().abs()
+        bounds = Bounds(self.lower, self.upper).rounded(dtype)
+        return KLEstimate(self.value.to(dtype), error.to(dtype), *bounds, self.method)
 
 
 class AccuracyWarning(UserWarning):
@@ -58,6 +100,41 @@ def requested_accuracy() -> Accuracy:
     A context variable cannot be traced, and a traced function must not change with the block it is called in.
     """
     return _DEFAULT if torch.compiler.is_compiling() else _ACCURACY.get()
+
+
+def requested(rtol: float | None, max_points: int | None) -> Accuracy:
+    """What a call asks for: its own arguments, else those of the innermost `accuracy` block.
+
+    Raises:
+        ValueError: a tolerance or a budget without sense.
+    """
+    asked = requested_accuracy()
+    if rtol is None and max_points is None:
+        return asked
+    return checked_accuracy(
+        asked.rtol if rtol is None else rtol, asked.max_points if max_points is None else max_points
+    )
+
+
+def warn_of_excess(estimate: KLEstimate, what: str, stacklevel: int) -> None:
+    """AccuracyWarning, in eager mode, where a refined value has not reached the tolerance in force."""
+    if estimate.method not in ("sobol", "cubature") or not is_plain((estimate.value.detach(),)):
+        return
+    if estimate.value.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    rtol = requested_accuracy().rtol
+    excess = estimate.error / (1 + estimate.value.detach().abs())
+    if not bool((excess > rtol).any()):
+        return
+    worst = int(excess.argmax())
+    warnings.warn(
+        f"the {what} of batch element {worst} (of {excess.numel()}, flattened) is "
+        f"{float(estimate.value.reshape(-1)[worst]):.6g} +- {float(estimate.error.reshape(-1)[worst]):.2g} "
+        f"(95%), above the tolerance rtol = {rtol:g}. Allow more points: with stablekl.accuracy(rtol=..., "
+        "max_points=...); or read the error: stablekl.kl_estimate and its like.",
+        AccuracyWarning,
+        stacklevel=stacklevel + 1,
+    )
 
 
 def checked_accuracy(rtol: float, max_points: int) -> Accuracy:

@@ -27,7 +27,7 @@ capture two components go to `spectral` and more to `sobol` with a fixed number 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -150,7 +150,9 @@ def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> tu
         if not whole:  # how much is said by the group itself; the weights within it then sum to one
             safe = torch.where(alive, log_weight, 0.0)
             value = value.index_add(0, row, torch.where(alive, -safe * safe.exp(), 0.0))
-            part = part._replace(log_weights=torch.where(alive.unsqueeze(-1), part.log_weights, 0.0) - safe.unsqueeze(-1))
+            part = part._replace(
+                log_weights=torch.where(alive.unsqueeze(-1), part.log_weights, 0.0) - safe.unsqueeze(-1)
+            )
         if index.shape[-1] == 1:
             continue
         goal = atol.index_select(0, row)
@@ -166,9 +168,7 @@ def _rows(p: Components, row: Tensor) -> Components:
     return Components(*(x.index_select(0, row) for x in p))
 
 
-def _group_information(
-    p: Components, atol: Tensor, max_points: int, slack: float
-) -> tuple[Tensor, Tensor, set[str]]:
+def _group_information(p: Components, atol: Tensor, max_points: int, slack: float) -> tuple[Tensor, Tensor, set[str]]:
     """Value, error and engines for tasks, ``(tasks, n)`` components, all of which overlap."""
     tasks, n, dim = p.loc.shape
     if n == 2:

@@ -48,7 +48,7 @@ class Overlaps(NamedTuple):
 
 
 def log_determinants(c: Components) -> Tensor:
-    """log det of each component's Cholesky factor, ``batch_shape + (K,)``."""
+    """Log det of each component's Cholesky factor, ``batch_shape + (K,)``."""
     return (c.scale if c.is_diagonal else c.scale.diagonal(dim1=-2, dim2=-1)).log().sum(-1)
 
 

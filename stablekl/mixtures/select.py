@@ -1,251 +1,268 @@
-r"""KL divergences of Gaussian mixtures: which engine, to what accuracy, and the rules registered with torch.
+r"""KL divergences of Gaussian mixtures: which engine evaluates what.
 
-With :math:`m = \sum_k w_k p_k` and a single Gaussian q, :math:`KL(m \| q) = S - I` where
-:math:`S = \sum_k w_k KL(p_k \| q)` is closed form and only the information :math:`0 \le I \le H(w)` between point
-and label needs integration.
+With :math:`m = \sum_k w_k p_k`, :math:`KL(m \| q) = \sum_k w_k KL(p_k \| q) - I`, where the information
+:math:`0 \le I \le H(w)` between point and label is that of `information`, whichever q is. For a single Gaussian q
+the rest, S, is closed form.
 
-============================  ========================================  ==================================
-p and q                       engine                                    error
-============================  ========================================  ==================================
-one component each            "closed form"                             a few eps
-dimension 1                   "line": panels, positive integrand        1e-13 (1 + S), relative near p = q
-two components || one         "spectral": S - I, one 1-D integral       1e-13 (1 + S)
-anything else                 "sobol": replicated quasi-random points   asked for, estimated
-============================  ========================================  ==================================
+=====================================  ============================================  ==========================
+p and q                                engine                                        error
+=====================================  ============================================  ==========================
+one component each                     "closed form"                                 a few eps
+dimension 1, or alike in all others    "line": panels, positive integrand            1e-13 (1 + S), relative
+                                                                                     near p = q
+any p || one Gaussian                  S - I: "spectral" and "triple" for up to      1e-13 (1 + S)
+                                       three components that overlap
+any p || two                           "contour" for KL(p_k || q), less I            1e-13 (1 + KL)
+alike in all but two or three          "cubature": adaptive cells, positive          asked for, 1e-9 at most
+dimensions                             integrand
+anything else                          "sobol": replicated quasi-random points       asked for, estimated
+=====================================  ============================================  ==========================
 
-Everything is computed in float64 where the device has it, and rounded once. The number of points is chosen from the
-data, for each batch element, only in eager mode; under vmap, torch.compile and CUDA graph capture it is fixed.
+Everything is computed in float64 where the device has it, and rounded once. Engines and the numbers of points are
+chosen from the data, for each batch element, only in eager mode; under vmap, torch.compile and CUDA graph capture they
+follow from the numbers of components and dimensions.
 """
 
 from __future__ import annotations
 
-import warnings
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
-from torch.distributions import MixtureSameFamily as TorchMixtureSameFamily
 
 from ..distributions._gaussian import gaussian_kl
-from ..distributions.low_rank import LowRankMultivariateNormal
-from ..distributions.multivariate_normal import MultivariateNormal
-from ..distributions.normal import Normal
-from ..registry import register_hardened
 from .adaptive import adaptive_information, adaptive_kl
-from .components import broadcast_shape
-from .estimate import AccuracyWarning, KLEstimate, checked_accuracy, requested_accuracy
+from .bounds import closed_bounds, label_entropy, pairwise_kl, weighted
+from .components import Components, broadcast_shape
+from .contour import contour_kl
+from .cubature import cubature_information, cubature_kl
+from .estimate import Bounds, KLEstimate
+from .information import CUBATURE, ENGINES, SPECTRAL_ERROR, Information, mixture_information
 from .line import line_kl
-from .reading import Mixture, as_mixture, is_eager, simplified
+from .projection import projected, subspace
+from .reading import Mixture, is_eager
 from .spectral import label_information
+from .triple import triple_information
 
-__all__ = ["kl_estimate", "kl_mixture"]
+__all__ = ["Method", "check_method", "evaluate_kl"]
 
-Method = Literal["auto", "closed form", "spectral", "line", "sobol"]
+Method = Literal["auto", "closed form", "line", "spectral", "triple", "contour", "cubature", "sobol"]
 
 # Bounds on the error of the exact engines, relative to 1 + S: twice what was observed against mpmath.
 _EXACT_ERROR = 4e-14
+# What a projection may leave out, in nats: rounding for parameters of the caller's precision.
+_SLACK = {torch.float64: 1e-14}
+_COARSE_SLACK = 1e-9
+# Engines whose error is a bound rather than an estimate.
+_CERTAIN = ("closed form", "line", "spectral", "triple", "contour")
 
 
-def _choose(p: Mixture, q: Mixture) -> Method:
-    if p.num_components == q.num_components == 1:
-        return "closed form"
-    if p.dim == 1:
-        return "line"
-    if p.num_components == 2 and q.num_components == 1:
-        return "spectral"
-    return "sobol"
-
-
-def _check_method(method: Method, p: Mixture, q: Mixture) -> None:
+def check_method(method: Method, p: Mixture, q: Mixture) -> None:
+    """ValueError where an engine does not exist or does not apply."""
     k_p, k_q, d = p.num_components, q.num_components, p.dim
     possible = {
+        "auto": True,
         "closed form": k_p == k_q == 1,
         "line": d == 1,
         "spectral": k_p == 2 and k_q == 1,
+        "triple": k_p == 3 and k_q == 1,
+        "contour": k_p <= 2 and k_q == 2,
+        "cubature": d in (2, 3),
         "sobol": True,
     }
     if method not in possible:
-        raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, possible))}; got {method!r}")
+        names = ", ".join(map(repr, get_args(Method)[1:]))
+        raise ValueError(f"method must be 'auto' or one of {names}; got {method!r}")
     if not possible[method]:
         raise ValueError(
             f"method {method!r} does not apply to {k_p} against {k_q} components in {d} dimensions; method='auto' "
-            f"takes {_choose(p, q)!r} here"
+            "takes the most exact one that does"
         )
 
 
-def _pairs(p: Mixture, q: Mixture) -> Tensor:
-    """KL(p_j || q_k), ``batch_shape + (K_p, K_q)``."""
-    if q.num_components == 1:
-        return gaussian_kl(p.gaussian, q.gaussian).unsqueeze(-1)
-    return gaussian_kl(p.gaussian.unsqueeze(-1), q.gaussian.unsqueeze(-2))
-
-
-def _weighted(log_weights: Tensor, terms: Tensor) -> Tensor:
-    """sum_k w_k terms_k, where a weight of 0 counts nothing even beside an infinite term."""
-    w = log_weights.exp()
-    return (w * torch.where(w > 0, terms, 0.0)).sum(-1)
-
-
-def _bounds(p: Mixture, q: Mixture, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Certified bounds, rounded outwards; both are +inf where the divergence overflows.
-
-    Upper: q >= v_k q_k for each k, and the entropy of p is at least the mean entropy of its components. Lower, for a
-    single q, where KL = S - I: I <= H(w).
-    """
-    lw = p.log_weights
-    upper = _weighted(lw, (pairs - q.log_weights.unsqueeze(-2)).amin(-1))
-    slack = 16 * torch.finfo(upper.dtype).eps * (1 + upper)
-    if q.num_components > 1:
-        return torch.zeros_like(upper), upper + slack
-    entropy = -_weighted(lw, torch.where(lw > -torch.inf, lw, 0.0))
-    lower = (upper - entropy - slack).clamp(min=0)
-    return torch.where(upper.isinf(), upper, lower), upper + slack
-
-
-def _clipped(value: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+def _clipped(value: Tensor, bounds: Bounds) -> Tensor:
     """``value`` moved into its certified interval, with the gradient it had."""
     with torch.no_grad():
-        inside = torch.minimum(torch.maximum(value, lower), upper)
+        inside = torch.minimum(torch.maximum(value, bounds.lower), bounds.upper)
         correction = torch.where(inside == value, 0.0, inside - value)
     return value + correction
 
 
-def _evaluate(
-    method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Value, error, lower and upper bound, in working precision."""
-    if method == "closed form":
-        value = gaussian_kl(p.gaussian, q.gaussian).squeeze(-1)
-        # Observed at most 16 eps for condition numbers up to 1e3; an ill-conditioned covariance has eps * cond.
-        error = 16 * torch.finfo(value.dtype).eps * value.detach()
-        unknown = torch.zeros_like(error), torch.full_like(error, torch.inf)
-        return value, error, *_interval(value.detach(), error, *unknown)
-    p, q = p.widened(), q.widened()
-    if q.num_components == 1:
-        pairs = _pairs(p, q)
-        mean_kl = _weighted(p.log_weights, pairs.squeeze(-1))
-        pairs = pairs.detach()
-    else:
-        with torch.no_grad():
-            pairs = _pairs(p, q)
-    with torch.no_grad():
-        lower, upper = _bounds(p, q, pairs)
-    if method == "line":
-        c_p, c_q = p.components(), q.components()
-        batch = broadcast_shape(c_p.log_weights.shape[:-1], c_q.log_weights.shape[:-1])
-        value, error = line_kl(c_p.expand(batch), c_q.expand(batch))
-        value, error = torch.where(upper.isinf(), upper, value), torch.where(upper.isinf(), upper, error)
-    elif method == "spectral":
-        value = mean_kl - label_information(p.components())
-        error = _EXACT_ERROR * (1 + mean_kl.detach())
-    elif q.num_components == 1:
-        information, error = adaptive_information(p.components(), mean_kl, rtol, max_points)
-        value = mean_kl - information
-        error = error + _EXACT_ERROR * (1 + mean_kl.detach())
-    else:
-        c_p, c_q = p.components(), q.components()
-        batch = broadcast_shape(c_p.log_weights.shape[:-1], c_q.log_weights.shape[:-1])
-        value, error = adaptive_kl(c_p.expand(batch), c_q.expand(batch), rtol, max_points)
-        error = error + _EXACT_ERROR * (1 + value.detach())
-    value = _clipped(value, lower, upper)
-    error = torch.where(value.detach().isinf(), torch.inf, error)
-    if method != "sobol":  # the error is a bound
-        lower, upper = _interval(value.detach(), error, lower, upper)
-    return value, error, lower, upper
-
-
-def _interval(value: Tensor, error: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """The certified interval narrowed to ``value +- error``."""
-    low = torch.where(value.isinf(), value, value - error)
-    return torch.maximum(lower, low), torch.minimum(upper, value + error)
-
-
-def kl_estimate(
-    p: Distribution,
-    q: Distribution,
-    method: Method = "auto",
-    *,
-    rtol: float | None = None,
-    max_points: int | None = None,
-) -> KLEstimate:
-    r"""KL divergence between Gaussians or Gaussian mixtures, with its error and certified bounds.
+def evaluate_kl(method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int) -> KLEstimate:
+    """Value, error and certified interval, in working precision.
 
     Args:
-        p: a `MixtureSameFamily` (torch's or ours) of Normal, Independent(Normal, 1), MultivariateNormal or
-            LowRankMultivariateNormal components, or one of these itself.
-        q: likewise; batch shapes broadcast.
-        method: "auto", or one of "closed form", "line" (one dimension), "spectral" (two components against one) and
-            "sobol" (anything).
-        rtol: for "sobol", double the points until the error is below ``rtol * (1 + KL)``; default that of `accuracy`.
-        max_points: for "sobol", most points per component; default that of `accuracy`.
-
-    Returns:
-        A `KLEstimate`, everything of the broadcast batch shape: value (differentiable), error, lower, upper, method.
-
-    Raises:
-        NotImplementedError: a component family without a rule (named).
-        ValueError: event shapes that differ, a method that does not apply, or a tolerance or budget without sense.
-
-    Example:
-        >>> import torch, stablekl
-        >>> m = stablekl.GaussianMixture(probs=torch.tensor([0.5, 0.5]), loc=torch.tensor([[-3.0, 0.0], [3.0, 0.0]]),
-        ...                              scale_diag=torch.ones(2, 2))
-        >>> q = stablekl.MultivariateNormal(torch.zeros(2), scale_diag=torch.tensor([10.0, 1.0]) ** 0.5)
-        >>> e = stablekl.kl_estimate(m, q)
-        >>> print(f"{e.value:.4f} {e.method} {bool(e.error < 1e-5)}")
-        0.4620 spectral True
+        method: an engine, for the whole problem; or "auto".
+        p: the first mixture.
+        q: the second.
+        rtol: the error asked for, relative to 1 + KL.
+        max_points: most points per component.
     """
-    asked = requested_accuracy()
-    if rtol is not None or max_points is not None:
-        asked = checked_accuracy(
-            asked.rtol if rtol is None else rtol, asked.max_points if max_points is None else max_points
-        )
-    mixtures = simplified(as_mixture(p)), simplified(as_mixture(q))
-    _check_events(p, q, *mixtures)
-    chosen: Method = _choose(*mixtures) if method == "auto" else method
-    _check_method(chosen, *mixtures)
-    dtype = torch.promote_types(mixtures[0].dtype, mixtures[1].dtype)
-    value, error, lower, upper = _evaluate(chosen, *mixtures, *asked)
-    info = torch.finfo(dtype)
-    # Rounding to the dtype of the result must not move a bound inwards; a finite lower bound may overflow in it.
-    lower = torch.where(lower.isinf(), lower, (lower * (1 - info.eps)).clamp(max=info.max))
-    error = error + info.eps * value.detach()
-    return KLEstimate(value.to(dtype), error.to(dtype), lower.to(dtype), (upper * (1 + info.eps)).to(dtype), chosen)
+    if p.num_components == q.num_components == 1:
+        if method in ("auto", "closed form"):
+            return _closed_form(p, q)
+    dtype = torch.promote_types(p.dtype, q.dtype)
+    p, q = p.widened(), q.widened()
+    if q.num_components == 1:
+        result, pairs = _to_one(method, p, q, rtol, max_points, _SLACK.get(dtype, _COARSE_SLACK))
+    else:
+        result, pairs = _to_many(method, p, q, rtol, max_points, _SLACK.get(dtype, _COARSE_SLACK))
+    value, error, engine = result
+    with torch.no_grad():
+        bounds = _quick_bounds(p, q, pairs) if engine in _CERTAIN else closed_bounds(p, q, pairs)
+    value = torch.where(bounds.upper.isinf(), bounds.upper, value)
+    value = _clipped(value, bounds)
+    error = torch.where(value.detach().isinf(), torch.inf, error)
+    if engine in _CERTAIN:
+        bounds = _narrowed(value.detach(), error, bounds)
+    return KLEstimate(value, error, *bounds, engine)
 
 
-def _check_events(p: Distribution, q: Distribution, m_p: Mixture, m_q: Mixture) -> None:
-    if m_p.dim != m_q.dim:
-        raise ValueError(
-            f"KL needs distributions over the same space, but the event shapes are {tuple(p.event_shape)} and "
-            f"{tuple(q.event_shape)}"
-        )
+def _closed_form(p: Mixture, q: Mixture) -> KLEstimate:
+    value = gaussian_kl(p.gaussian, q.gaussian).squeeze(-1)
+    # Observed at most 16 eps for condition numbers up to 1e3; an ill-conditioned covariance has eps * cond.
+    error = 16 * torch.finfo(value.dtype).eps * value.detach()
+    unknown = Bounds(torch.zeros_like(error), torch.full_like(error, torch.inf))
+    return KLEstimate(value, error, *_narrowed(value.detach(), error, unknown), "closed form")
 
 
-def kl_mixture(p: Distribution, q: Distribution) -> Tensor:
-    """KL divergence in nats between Gaussian mixtures, or a mixture and a Gaussian: the value of `kl_estimate`.
-
-    Warns:
-        AccuracyWarning: in eager mode, where the estimated error exceeds the tolerance of `accuracy`.
-    """
-    estimate = kl_estimate(p, q)
-    if estimate.method == "sobol" and is_eager(estimate.value):
-        rtol = requested_accuracy().rtol
-        excess = estimate.error / (1 + estimate.value.detach())
-        if bool((excess > rtol).any()):
-            worst = int(excess.argmax())
-            warnings.warn(
-                f"the KL divergence of batch element {worst} (of {excess.numel()}, flattened) is "
-                f"{float(estimate.value.reshape(-1)[worst]):.6g} +- {float(estimate.error.reshape(-1)[worst]):.2g} "
-                f"(95%), above the tolerance rtol = {rtol:g}. Allow more points: with stablekl.accuracy(rtol=..., "
-                "max_points=...); or read the error: stablekl.kl_estimate.",
-                AccuracyWarning,
-                stacklevel=3,
-            )
-    return estimate.value
+def _narrowed(value: Tensor, error: Tensor, bounds: Bounds) -> Bounds:
+    """The certified interval narrowed to ``value +- error``."""
+    low = torch.where(value.isinf(), value, value - error)
+    return Bounds(torch.maximum(bounds.lower, low), torch.minimum(bounds.upper, value + error))
 
 
-register_hardened(TorchMixtureSameFamily, TorchMixtureSameFamily)(kl_mixture)
-for _family in (Normal, Independent, MultivariateNormal, LowRankMultivariateNormal):
-    register_hardened(TorchMixtureSameFamily, _family)(kl_mixture)
-    register_hardened(_family, TorchMixtureSameFamily)(kl_mixture)
+def _quick_bounds(p: Mixture, q: Mixture, pairs: Tensor) -> Bounds:
+    """Wide bounds at no cost: each p_k against the nearest component of q, and 0 <= I <= H(w)."""
+    upper = weighted(p.log_weights, (pairs - q.log_weights.unsqueeze(-2)).amin(-1))
+    slack = 64 * torch.finfo(upper.dtype).eps * (1 + upper)
+    if q.num_components > 1:
+        return Bounds(torch.zeros_like(upper), upper + slack)
+    lower = (upper - label_entropy(p.log_weights) - slack).clamp(min=0)
+    return Bounds(torch.where(upper.isinf(), upper, lower), upper + slack)
+
+
+# ------------------------------------------------------------------------------------- against one Gaussian
+
+
+def _to_one(
+    method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int, slack: float
+) -> tuple[Information, Tensor]:
+    """KL(p || q) for a single q, and KL(p_k || q)."""
+    pairs = pairwise_kl(p, q)
+    mean_kl = weighted(p.log_weights, pairs.squeeze(-1))
+    if method in ("auto", "line") and p.dim == 1:
+        return _on_the_line(p, q), pairs.detach()
+    components = p.components()
+    with torch.no_grad():
+        # what is sampled is sampled once for all q that share a p: to the tolerance of the smallest divergence
+        goal = rtol * (1 + (mean_kl - label_entropy(p.log_weights)).clamp(min=0))
+        goal = _least(goal, components.log_weights.shape[:-1])
+    found = _information(method, components, goal, max_points, slack)
+    value = mean_kl - found.value
+    error = found.error + _EXACT_ERROR * (1 + mean_kl.detach())
+    return Information(value, error.expand_as(value), found.method), pairs.detach()
+
+
+def _least(x: Tensor, shape: torch.Size) -> Tensor:
+    """The minimum over the dimensions in which ``shape`` is smaller; of that shape."""
+    x = torch.broadcast_to(x, broadcast_shape(x.shape, shape))
+    extra = x.ndim - len(shape)
+    shared = [*range(extra), *(i + extra for i, n in enumerate(shape) if n == 1)]
+    if not x.numel():
+        return x.new_ones(shape)
+    return (x.amin(shared, keepdim=True) if shared else x).reshape(shape)
+
+
+def _information(method: Method, p: Components, goal: Tensor, max_points: int, slack: float) -> Information:
+    if method == "spectral":
+        return Information(label_information(p), torch.full_like(goal, SPECTRAL_ERROR), method)
+    if method == "triple":
+        return Information(*triple_information(p), method)
+    if method == "cubature":
+        return Information(*cubature_information(p, atol=goal, max_points=max_points), method)
+    if method == "sobol":
+        return Information(*adaptive_information(p, goal, max_points), method)
+    return mixture_information(p, goal, max_points, slack)
+
+
+# ---------------------------------------------------------------------------------------- against a mixture
+
+
+def _to_many(
+    method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int, slack: float
+) -> tuple[Information, Tensor]:
+    """KL(p || q) for a mixture q, and KL(p_j || q_k)."""
+    with torch.no_grad():
+        pairs = pairwise_kl(p, q)
+    if method in ("auto", "line") and p.dim == 1:
+        return _on_the_line(p, q), pairs
+    c_p, c_q = p.components(), q.components()
+    if c_p.is_diagonal != c_q.is_diagonal:
+        c_p, c_q = (c._replace(scale=torch.diag_embed(c.scale)) if c.is_diagonal else c for c in (c_p, c_q))
+    batch = broadcast_shape(c_p.log_weights.shape[:-1], c_q.log_weights.shape[:-1])
+    c_p, c_q = c_p.expand(batch), c_q.expand(batch)
+    if method == "auto" and is_eager(*c_p, *c_q):
+        return _by_subspace(c_p, c_q, rtol, max_points, slack), pairs
+    if method == "auto":
+        method = "contour" if q.num_components == 2 and p.num_components <= 2 else "sobol"
+    return _mixture_kl(method, c_p, c_q, rtol, max_points, slack), pairs
+
+
+def _on_the_line(p: Mixture, q: Mixture) -> Information:
+    c_p, c_q = p.components(), q.components()
+    batch = broadcast_shape(c_p.log_weights.shape[:-1], c_q.log_weights.shape[:-1])
+    return Information(*line_kl(c_p.expand(batch), c_q.expand(batch)), "line")
+
+
+def _mixture_kl(
+    method: Method, p: Components, q: Components, rtol: float, max_points: int, slack: float
+) -> Information:
+    """One engine for all rows."""
+    if method == "line":
+        value, error = line_kl(p, q)
+    elif method == "cubature":
+        value, error = cubature_kl(p, q, rtol=min(rtol, CUBATURE), max_points=max_points)
+    elif method == "contour":
+        parts, part_error = contour_kl(p, q)
+        mean_kl = weighted(p.log_weights, parts)
+        goal = rtol * (1 + (mean_kl.detach() - label_entropy(p.log_weights)).clamp(min=0))
+        found = mixture_information(p, goal, max_points, slack)
+        error = weighted(p.log_weights, part_error) + found.error + _EXACT_ERROR * (1 + mean_kl.detach())
+        return Information(mean_kl - found.value, error, max(method, found.method, key=_ORDER.index))
+    else:
+        value, error = adaptive_kl(p, q, rtol, max_points)
+        error = error + _EXACT_ERROR * (1 + value.detach())
+    return Information(value, error, method)
+
+
+_ORDER = (*ENGINES[:4], "contour", *ENGINES[4:])
+
+
+def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    """Each row by the engine for the dimensions in which any of its components differ."""
+    batch = p.log_weights.shape[:-1]
+    rows = math.prod(batch)
+    flat_p, flat_q = (Components(*(x.reshape(rows, *x.shape[len(batch) :]) for x in c)) for c in (p, q))
+    joined = Components(*(torch.cat(x, 1) for x in zip(flat_p, flat_q, strict=True)))
+    found = subspace(joined, slack)
+    two = q.log_weights.shape[-1] == 2
+    parts: list[tuple[Tensor, Information]] = []
+    ranks = found.rank.tolist()
+    for r in sorted(set(ranks)):
+        index = torch.tensor([i for i, x in enumerate(ranks) if x == r], device=found.rank.device)
+        here = [Components(*(x.index_select(0, index) for x in c)) for c in (flat_p, flat_q)]
+        low = r <= (1 if two else 3)  # the contour is as exact as a cubature and takes a tenth of the time
+        if low and max(r, 1) < p.loc.shape[-1]:
+            here = [projected(c, found.basis[index, : max(r, 1)]) for c in here]
+        method: Method = "line" if r <= 1 else "contour" if two else "cubature" if low else "sobol"
+        result = _mixture_kl(method, *here, rtol, max_points, slack)
+        loss = torch.where(found.loss[index].isfinite(), found.loss[index], 0.0) if low else 0.0
+        parts.append((index, result._replace(error=result.error + 4 * loss)))
+    order = torch.cat([index for index, _ in parts]).argsort() if parts else found.rank
+    if not parts:
+        zero = flat_p.log_weights.sum(-1).reshape(batch)
+        return Information(zero, zero.detach(), "line")
+    value, error = (torch.cat([x[i] for _, x in parts]).index_select(0, order).reshape(batch) for i in (0, 1))
+    return Information(value, error, max((x.method for _, x in parts), key=_ORDER.index))

@@ -15,9 +15,9 @@ sum over triples (r_i r_j r_k)^(1/3)  the same for three
 
 The entropy of a pair is -r_i log(r_i/(r_i + r_j)) - r_j log(r_j/(r_i + r_j)). Where no three components overlap, the
 first two are all there is to g and the variance vanishes; the others describe the places where three and more meet.
-g less the best combination of them has a half-width 5 to 1000 times smaller than g itself (K = 3, 4, 5, 16 in 2, 8 and 32
-dimensions, means 0 to 8 standard deviations apart, weights even and down to 1e-9), and 2 to 5 times smaller than with
-the pairs' entropies alone.
+g less the best combination of them has a half-width 5 to 1000 times smaller than g itself (K = 3, 4, 5, 16 in 2, 8 and
+32 dimensions, means 0 to 8 standard deviations apart, weights even and down to 1e-9), and 2 to 5 times smaller than
+with the pairs' entropies alone.
 
 The coefficients are the least-squares ones over the first points of all replicates, within the strata. They are smooth
 functions of the parameters, and the gradient of the result includes theirs. Coefficients fitted to the points they are
@@ -130,15 +130,13 @@ def coefficients(strata: list[tuple[Tensor, Tensor]], shares: Tensor) -> Tensor:
         for i in range(count):
             for j in range(i, count + 1):
                 gram[i][j] = gram[i][j] + weight * (columns[i] * columns[j]).sum((0, 1))
-    matrix = torch.stack(
-        [torch.stack([gram[min(i, j)][max(i, j)] for j in range(count)], -1) for i in range(count)], -2
-    )
+    rows = [torch.stack([gram[min(i, j)][max(i, j)] for j in range(count)], -1) for i in range(count)]
+    matrix = torch.stack(rows, -2)
     right = torch.stack([gram[i][count] for i in range(count)], -1)
     variance = matrix.diagonal(dim1=-2, dim2=-1)
     used = variance > 0
     unit = torch.where(used, variance, 1.0).rsqrt()
     scaled = matrix * unit.unsqueeze(-1) * unit.unsqueeze(-2)
-    ridge = RIDGE * torch.eye(count, dtype=matrix.dtype, device=matrix.device) + torch.diag_embed(
-        (~used).to(matrix.dtype)
-    )
-    return unit * torch.linalg.solve(scaled + ridge, unit * right)
+    ridge = torch.diag_embed(torch.where(used, RIDGE, 1.0))
+    solution: Tensor = torch.linalg.solve(scaled + ridge, unit * right)
+    return unit * solution

@@ -5,8 +5,8 @@ information within the mixture of a group,
 
 .. math:: I(X; Z) = H(W) + \sum_g W_g I_g - \Delta, \qquad 0 \le \Delta \le \sum_{i, j} T_{ij},
 
-the last sum over pairs of components from different groups, T_ij the pair's label entropy given the sample (`spectral`),
-at most 2 log 2 sqrt(w_i w_j) times the Chernoff coefficient at 1/2. Groups are what pairs with a bound above 1e-17
+the last sum over pairs of components from different groups, T_ij the pair's label entropy given the sample
+(`spectral`), at most 2 log 2 sqrt(w_i w_j) times the Chernoff coefficient at 1/2. Groups are what pairs with a bound above 1e-17
 connect: a mixture of many separated pairs is as exact as each of the pairs.
 
 =======================================  ==============================================================
@@ -27,7 +27,6 @@ capture two components go to `spectral` and more to `sobol` with a fixed number 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -108,12 +107,12 @@ class _Groups(NamedTuple):
     """Groups of one size: the row that each belongs to ``(tasks,)`` and its components ``(tasks, n)``."""
 
     row: Tensor
-    index: Tensor
+    members: Tensor
 
 
 def _connected(p: Components) -> tuple[list[_Groups], Tensor]:
     """The groups of components that overlap, by their size; and a bound on what separating them costs."""
-    rows, k = p.log_weights.shape
+    k = p.log_weights.shape[-1]
     with torch.no_grad():
         lw = p.log_weights
         log_bound = overlaps(p, p).log_chernoff + 0.5 * (lw.unsqueeze(-1) + lw.unsqueeze(-2))
@@ -138,7 +137,7 @@ def _connected(p: Components) -> tuple[list[_Groups], Tensor]:
 
 
 def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> tuple[Tensor, Tensor, str]:
-    rows, k = p.log_weights.shape
+    k = p.log_weights.shape[-1]
     groups, error = _connected(p)
     value = torch.zeros_like(p.log_weights[:, 0])
     methods = {"closed form"}
@@ -150,9 +149,8 @@ def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> tu
         if not whole:  # how much is said by the group itself; the weights within it then sum to one
             safe = torch.where(alive, log_weight, 0.0)
             value = value.index_add(0, row, torch.where(alive, -safe * safe.exp(), 0.0))
-            part = part._replace(
-                log_weights=torch.where(alive.unsqueeze(-1), part.log_weights, 0.0) - safe.unsqueeze(-1)
-            )
+            within = torch.where(alive.unsqueeze(-1), part.log_weights, 0.0) - safe.unsqueeze(-1)
+            part = part._replace(log_weights=within)
         if index.shape[-1] == 1:
             continue
         goal = atol.index_select(0, row)
@@ -170,7 +168,7 @@ def _rows(p: Components, row: Tensor) -> Components:
 
 def _group_information(p: Components, atol: Tensor, max_points: int, slack: float) -> tuple[Tensor, Tensor, set[str]]:
     """Value, error and engines for tasks, ``(tasks, n)`` components, all of which overlap."""
-    tasks, n, dim = p.loc.shape
+    n, dim = p.loc.shape[-2:]
     if n == 2:
         return label_information(p), torch.full_like(atol, SPECTRAL_ERROR), {"spectral"}
     if dim == 1:
@@ -182,33 +180,34 @@ def _group_information(p: Components, atol: Tensor, max_points: int, slack: floa
     used = set()
     for r in sorted(set(rank)):
         index = torch.tensor([i for i, x in enumerate(rank) if x == r], device=p.loc.device)
-        part, goal, loss = _rows(p, index), atol[index], torch.where(found.rank[index] == r, found.loss[index], 0.0)
-        engine: Engine
-        if r == 0:
-            name, engine = "closed form", lambda part: (0 * part.log_weights.sum(-1).nan_to_num(), 0 * goal)
-        elif r == 1:
-            name, engine = "line", line_information
-        elif n == 3:
-            name, engine = "triple", triple_information
-        elif r <= 3:
-            name = "cubature"
-
-            def engine(part: Components, goal: Tensor = goal) -> tuple[Tensor, Tensor]:
-                return cubature_information(part, atol=goal.clamp(max=CUBATURE), max_points=max_points)
-        else:
-            name = "sobol"
-
-            def engine(part: Components, goal: Tensor = goal) -> tuple[Tensor, Tensor]:
-                return adaptive_information(part, goal, max_points)
-
+        part, goal, loss = _rows(p, index), atol[index], found.loss[index].nan_to_num(posinf=0.0)
         if 0 < r < min(dim, 4):
             part = projected(part, found.basis[index, :r])
-        value, error = engine(part)
-        results.append((index, value, error + torch.where(loss.isfinite(), loss, 0.0)))
+        name = _engine_for(n, r)
+        value, error = _evaluate(name, part, goal, max_points)
+        results.append((index, value, error + loss))
         used.add(name)
     order = torch.cat([index for index, _, _ in results]).argsort()
     value, error = (torch.cat([x[i] for x in results]).index_select(0, order) for i in (1, 2))
     return value, error, used
 
 
-Engine = Callable[[Components], tuple[Tensor, Tensor]]
+def _engine_for(n: int, rank: int) -> str:
+    """The engine for n >= 3 components that differ in a subspace of this dimension, four standing for more."""
+    if rank <= 1:
+        return ("closed form", "line")[rank]
+    if n == 3:
+        return "triple"
+    return "cubature" if rank <= 3 else "sobol"
+
+
+def _evaluate(name: str, p: Components, atol: Tensor, max_points: int) -> tuple[Tensor, Tensor]:
+    if name == "line":
+        return line_information(p)
+    if name == "triple":
+        return triple_information(p)
+    if name == "cubature":
+        return cubature_information(p, atol=atol.clamp(max=CUBATURE), max_points=max_points)
+    if name == "sobol":
+        return adaptive_information(p, atol, max_points)
+    return 0 * p.log_weights.sum(-1), torch.zeros_like(atol)  # components that are all the same

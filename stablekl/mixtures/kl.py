@@ -33,11 +33,12 @@ def kl_estimate(
         p: a `MixtureSameFamily` (torch's or ours) of Normal, Independent(Normal, 1), MultivariateNormal or
             LowRankMultivariateNormal components, or one of these itself.
         q: likewise; batch shapes broadcast.
-        method: "auto" takes the problem apart and gives each part to the most exact engine for it. An engine by its name
-            takes the whole: "closed form", "line" (one dimension), "spectral" (two components against one), "triple"
+        method: "auto" takes the problem apart and gives each part to the most exact engine for it. An engine by its
+            name takes the whole: "closed form", "line" (one dimension), "spectral" (two components against one), "triple"
             (three against one), "contour" (up to two against two), "cubature" (two or three dimensions) and
             "sobol" (anything).
-        rtol: for "cubature" and "sobol", refine until the error is below ``rtol * (1 + KL)``; default that of `accuracy`.
+        rtol: for "cubature" and "sobol", refine until the error is below ``rtol * (1 + KL)``; default that of
+            `accuracy`.
         max_points: for these, most points per component; default that of `accuracy`.
 
     Returns:
@@ -79,15 +80,16 @@ def kl_bounds(p: Distribution, q: Distribution) -> Bounds:
     The intersection of 0 <= I <= H(w), the bounds of Kolchinsky and Tracey (2017) on the information between point and
     label, those of Durrieu et al. (2012), Hershey and Olsen's (2007) variational upper bound, and the
     spanning tree of pair terms <= H(Z|X) <= their sum; pairs less triples up to five components. The formulas are in
-    docs/derivations. No sampling: the bounds are deterministic, rounded outwards, and differentiable (almost everywhere:
-    they are minima and maxima).
+    docs/derivations. No sampling: the bounds are deterministic, rounded outwards, and differentiable (almost
+    everywhere: they are minima and maxima).
 
     Args:
         p: as in `kl_estimate`.
         q: likewise; batch shapes broadcast.
 
     Returns:
-        ``Bounds(lower, upper)`` in nats, each of the broadcast batch shape; both are inf where the divergence overflows.
+        ``Bounds(lower, upper)`` in nats, each of the broadcast batch shape; the upper one is inf where the divergence
+        overflows.
 
     Raises:
         NotImplementedError: a component family without a rule (named).

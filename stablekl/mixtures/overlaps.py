@@ -15,8 +15,8 @@ number. For n Gaussians at once, with :math:`A = \frac1n \sum P_i` and :math:`\m
         - \tfrac1{2n} \sum |L_i^{-1}(\mu_i - \mu^*)|^2,
 
 in coordinates that whiten the mean covariance of all components, so that only the components' shapes relative
-to each other condition it. The quadratic form is a sum of squares at its minimum, where an error of :math:`\mu^*` counts
-twice over; the textbook difference of sum m'Pm and b'A^-1 b loses all digits for means far apart.
+to each other condition it. The quadratic form is a sum of squares at its minimum, where an error of :math:`\mu^*`
+enters squared; the textbook difference of sum m'Pm and b'A^-1 b loses all digits for means far apart.
 
 Accuracy: a few eps of the terms above times the condition number of the factors relative to each other.
 """

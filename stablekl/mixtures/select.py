@@ -99,9 +99,8 @@ def evaluate_kl(method: Method, p: Mixture, q: Mixture, rtol: float, max_points:
         rtol: the error asked for, relative to 1 + KL.
         max_points: most points per component.
     """
-    if p.num_components == q.num_components == 1:
-        if method in ("auto", "closed form"):
-            return _closed_form(p, q)
+    if p.num_components == q.num_components == 1 and method in ("auto", "closed form"):
+        return _closed_form(p, q)
     dtype = torch.promote_types(p.dtype, q.dtype)
     p, q = p.widened(), q.widened()
     if q.num_components == 1:
@@ -252,17 +251,18 @@ def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, sla
     ranks = found.rank.tolist()
     for r in sorted(set(ranks)):
         index = torch.tensor([i for i, x in enumerate(ranks) if x == r], device=found.rank.device)
-        here = [Components(*(x.index_select(0, index) for x in c)) for c in (flat_p, flat_q)]
+        here_p, here_q = (Components(*(x.index_select(0, index) for x in c)) for c in (flat_p, flat_q))
         low = r <= (1 if two else 3)  # the contour is as exact as a cubature and takes a tenth of the time
         if low and max(r, 1) < p.loc.shape[-1]:
-            here = [projected(c, found.basis[index, : max(r, 1)]) for c in here]
+            here_p, here_q = (projected(c, found.basis[index, : max(r, 1)]) for c in (here_p, here_q))
         method: Method = "line" if r <= 1 else "contour" if two else "cubature" if low else "sobol"
-        result = _mixture_kl(method, *here, rtol, max_points, slack)
+        result = _mixture_kl(method, here_p, here_q, rtol, max_points, slack)
         loss = torch.where(found.loss[index].isfinite(), found.loss[index], 0.0) if low else 0.0
         parts.append((index, result._replace(error=result.error + 4 * loss)))
     order = torch.cat([index for index, _ in parts]).argsort() if parts else found.rank
     if not parts:
         zero = flat_p.log_weights.sum(-1).reshape(batch)
         return Information(zero, zero.detach(), "line")
-    value, error = (torch.cat([x[i] for _, x in parts]).index_select(0, order).reshape(batch) for i in (0, 1))
+    value = torch.cat([x.value for _, x in parts]).index_select(0, order).reshape(batch)
+    error = torch.cat([x.error for _, x in parts]).index_select(0, order).reshape(batch)
     return Information(value, error, max((x.method for _, x in parts), key=_ORDER.index))

@@ -176,7 +176,7 @@ def sobol_information(p: Components, *, num_points: int = 2048, num_replicates: 
         total = total + (beta * controls.means).sum(-1)
 
     def share(component: int, g: Tensor, c: Tensor | None) -> Tensor:
-        residual = g if c is None else g - (c * beta).sum(-1)
+        residual = g if c is None or beta is None else g - (c * beta).sum(-1)
         return shares[..., component] / num_points * residual.sum(1)
 
     for j in range(k):

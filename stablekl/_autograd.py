@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["blockwise", "custom", "is_dual", "is_plain", "rowwise"]
+__all__ = ["blockwise", "custom", "is_dual", "is_eager", "is_plain", "rowwise"]
 
 # Elements per block: enough for torch to split each pass over its threads, few enough for a handful of float64
 # temporaries of 1 MiB to stay in the caches. Measured, idle: 2^16 to 2^18 are as good; blocks of 2^15 shared between
@@ -35,6 +35,13 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
         or (torch.is_grad_enabled() and t.requires_grad)
         for t in tensors
     )
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Whether the data may be looked at: not under vmap or torch.compile, not while a CUDA graph is captured."""
+    if not is_plain([t.detach() for t in tensors]):
+        return False
+    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def is_dual(tensors: Sequence[Tensor]) -> bool:

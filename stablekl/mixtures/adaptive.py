@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._autograd import is_dual
+from .._autograd import is_dual, is_eager
 from .components import Components
-from .reading import is_eager
 from .sobol import sobol_information, sobol_kl
 
 __all__ = ["adaptive_information", "adaptive_kl"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._autograd import is_plain
+from .._autograd import is_eager
 
 __all__ = [
     "Accuracy",
@@ -36,6 +36,13 @@ class Bounds(NamedTuple):
 
     lower: Tensor
     upper: Tensor
+
+    def clipped(self, value: Tensor) -> Tensor:
+        """``value`` moved into the interval, with the gradient it had."""
+        with torch.no_grad():
+            inside = torch.minimum(torch.maximum(value, self.lower), self.upper)
+            correction = torch.where(inside == value, 0.0, inside - value)
+        return value + correction
 
     def rounded(self, dtype: torch.dtype) -> Bounds:
         """In ``dtype``, rounded outwards; a finite lower bound may overflow in it."""
@@ -118,9 +125,7 @@ def requested(rtol: float | None, max_points: int | None) -> Accuracy:
 
 def warn_of_excess(estimate: KLEstimate, what: str, stacklevel: int) -> None:
     """AccuracyWarning, in eager mode, where a refined value has not reached the tolerance in force."""
-    if estimate.method not in ("sobol", "cubature") or not is_plain((estimate.value.detach(),)):
-        return
-    if estimate.value.is_cuda and torch.cuda.is_current_stream_capturing():
+    if estimate.method not in ("sobol", "cubature") or not is_eager(estimate.value):
         return
     rtol = requested_accuracy().rtol
     excess = estimate.error / (1 + estimate.value.detach().abs())

@@ -6,8 +6,8 @@ information within the mixture of a group,
 .. math:: I(X; Z) = H(W) + \sum_g W_g I_g - \Delta, \qquad 0 \le \Delta \le \sum_{i, j} T_{ij},
 
 the last sum over pairs of components from different groups, T_ij the pair's label entropy given the sample
-(`spectral`), at most 2 log 2 sqrt(w_i w_j) times the Chernoff coefficient at 1/2. Groups are what pairs with a bound above 1e-17
-connect: a mixture of many separated pairs is as exact as each of the pairs.
+(`spectral`), at most 2 log 2 sqrt(w_i w_j) times the Chernoff coefficient at 1/2. Groups are what pairs with a bound
+above 1e-17 connect: a mixture of many separated pairs is as exact as each of the pairs.
 
 =======================================  ==============================================================
 a group of                               goes to
@@ -32,13 +32,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._autograd import is_eager
 from .adaptive import adaptive_information
 from .components import Components, chosen_components
 from .cubature import cubature_information
 from .line import line_kl
 from .overlaps import component_pairs, overlaps
 from .projection import projected, subspace
-from .reading import is_eager
 from .spectral import label_information
 from .triple import triple_information
 
@@ -143,7 +143,7 @@ def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> tu
     methods = {"closed form"}
     for row, index in groups:
         whole = index.shape[-1] == k
-        part = p if whole else chosen_components(_rows(p, row), index)
+        part = _rows(p, row) if whole else chosen_components(_rows(p, row), index)
         log_weight = torch.logsumexp(part.log_weights, -1)
         alive = log_weight > -torch.inf
         if not whole:  # how much is said by the group itself; the weights within it then sum to one

@@ -13,7 +13,7 @@ from ..distributions.normal import Normal
 from ..registry import register_hardened
 from .bounds import refined_bounds
 from .estimate import Bounds, KLEstimate, requested, warn_of_excess
-from .reading import Mixture, as_mixture, simplified
+from .reading import as_mixture, check_same_space, simplified
 from .select import Method, check_method, evaluate_kl
 
 __all__ = ["kl_bounds", "kl_estimate", "kl_mixture"]
@@ -34,9 +34,9 @@ def kl_estimate(
             LowRankMultivariateNormal components, or one of these itself.
         q: likewise; batch shapes broadcast.
         method: "auto" takes the problem apart and gives each part to the most exact engine for it. An engine by its
-            name takes the whole: "closed form", "line" (one dimension), "spectral" (two components against one), "triple"
-            (three against one), "contour" (up to two against two), "cubature" (two or three dimensions) and
-            "sobol" (anything).
+            name takes the whole: "closed form", "line" (one dimension), "spectral" (two components against one),
+            "triple" (three against one), "contour" (up to two against two), "cubature" (two or three dimensions)
+            and "sobol" (anything).
         rtol: for "cubature" and "sobol", refine until the error is below ``rtol * (1 + KL)``; default that of
             `accuracy`.
         max_points: for these, most points per component; default that of `accuracy`.
@@ -59,19 +59,10 @@ def kl_estimate(
     """
     asked = requested(rtol, max_points)
     mixtures = simplified(as_mixture(p)), simplified(as_mixture(q))
-    check_events(p, q, *mixtures)
+    check_same_space(p, q, *mixtures)
     check_method(method, *mixtures)
     dtype = torch.promote_types(mixtures[0].dtype, mixtures[1].dtype)
     return evaluate_kl(method, *mixtures, *asked).rounded(dtype)
-
-
-def check_events(p: Distribution, q: Distribution, m_p: Mixture, m_q: Mixture) -> None:
-    """ValueError unless both live in the same space."""
-    if m_p.dim != m_q.dim:
-        raise ValueError(
-            f"KL needs distributions over the same space, but the event shapes are {tuple(p.event_shape)} and "
-            f"{tuple(q.event_shape)}"
-        )
 
 
 def kl_bounds(p: Distribution, q: Distribution) -> Bounds:
@@ -105,7 +96,7 @@ def kl_bounds(p: Distribution, q: Distribution) -> Bounds:
         (True, True)
     """
     mixtures = simplified(as_mixture(p)), simplified(as_mixture(q))
-    check_events(p, q, *mixtures)
+    check_same_space(p, q, *mixtures)
     dtype = torch.promote_types(mixtures[0].dtype, mixtures[1].dtype)
     return refined_bounds(*(m.widened() for m in mixtures)).rounded(dtype)
 

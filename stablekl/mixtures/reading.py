@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 from torch.distributions import MixtureSameFamily as TorchMixtureSameFamily
 
-from .._autograd import is_plain
+from .._autograd import is_eager
 from ..distributions._base import widened
 from ..distributions._gaussian import Gaussian, as_gaussian
 from .components import Components, gaussian_components
 from .mixture_same_family import MixtureSameFamily
 from .weights import categorical_log_weights
 
-__all__ = ["Mixture", "as_mixture", "is_eager", "simplified"]
+__all__ = ["Mixture", "as_mixture", "check_same_space", "simplified"]
 
 
 class Mixture(NamedTuple):
@@ -88,11 +88,13 @@ def as_mixture(distribution: Distribution) -> Mixture:
     return Mixture(log_weights, gaussian, torch.promote_types(gaussian.loc.dtype, weights._param.dtype))
 
 
-def is_eager(*tensors: Tensor) -> bool:
-    """Whether the data may be looked at: not under vmap or torch.compile, not while a CUDA graph is captured."""
-    if not is_plain([t.detach() for t in tensors]):
-        return False
-    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+def check_same_space(p: Distribution, q: Distribution, m_p: Mixture, m_q: Mixture) -> None:
+    """ValueError unless both live in the same space."""
+    if m_p.dim != m_q.dim:
+        raise ValueError(
+            "a divergence needs distributions over the same space, but the event shapes are "
+            f"{tuple(p.event_shape)} and {tuple(q.event_shape)}"
+        )
 
 
 def _k_dim(g: Gaussian) -> int:

@@ -31,6 +31,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .._autograd import is_eager
 from ..distributions._gaussian import gaussian_kl
 from .adaptive import adaptive_information, adaptive_kl
 from .bounds import closed_bounds, label_entropy, pairwise_kl, weighted
@@ -41,21 +42,23 @@ from .estimate import Bounds, KLEstimate
 from .information import CUBATURE, ENGINES, SPECTRAL_ERROR, Information, mixture_information
 from .line import line_kl
 from .projection import projected, subspace
-from .reading import Mixture, is_eager
+from .reading import Mixture
 from .spectral import label_information
 from .triple import triple_information
 
-__all__ = ["Method", "check_method", "evaluate_kl"]
+__all__ = ["CERTAIN", "Method", "check_method", "evaluate_kl", "slack_for"]
 
 Method = Literal["auto", "closed form", "line", "spectral", "triple", "contour", "cubature", "sobol"]
 
 # Bounds on the error of the exact engines, relative to 1 + S: twice what was observed against mpmath.
 _EXACT_ERROR = 4e-14
-# What a projection may leave out, in nats: rounding for parameters of the caller's precision.
-_SLACK = {torch.float64: 1e-14}
-_COARSE_SLACK = 1e-9
 # Engines whose error is a bound rather than an estimate.
-_CERTAIN = ("closed form", "line", "spectral", "triple", "contour")
+CERTAIN = ("closed form", "line", "spectral", "triple", "contour")
+
+
+def slack_for(dtype: torch.dtype) -> float:
+    """What a projection may leave out, in nats: the rounding of parameters of the caller's precision."""
+    return 1e-14 if dtype == torch.float64 else 1e-9
 
 
 def check_method(method: Method, p: Mixture, q: Mixture) -> None:
@@ -81,14 +84,6 @@ def check_method(method: Method, p: Mixture, q: Mixture) -> None:
         )
 
 
-def _clipped(value: Tensor, bounds: Bounds) -> Tensor:
-    """``value`` moved into its certified interval, with the gradient it had."""
-    with torch.no_grad():
-        inside = torch.minimum(torch.maximum(value, bounds.lower), bounds.upper)
-        correction = torch.where(inside == value, 0.0, inside - value)
-    return value + correction
-
-
 def evaluate_kl(method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int) -> KLEstimate:
     """Value, error and certified interval, in working precision.
 
@@ -104,16 +99,16 @@ def evaluate_kl(method: Method, p: Mixture, q: Mixture, rtol: float, max_points:
     dtype = torch.promote_types(p.dtype, q.dtype)
     p, q = p.widened(), q.widened()
     if q.num_components == 1:
-        result, pairs = _to_one(method, p, q, rtol, max_points, _SLACK.get(dtype, _COARSE_SLACK))
+        result, pairs = _to_one(method, p, q, rtol, max_points, slack_for(dtype))
     else:
-        result, pairs = _to_many(method, p, q, rtol, max_points, _SLACK.get(dtype, _COARSE_SLACK))
+        result, pairs = _to_many(method, p, q, rtol, max_points, slack_for(dtype))
     value, error, engine = result
     with torch.no_grad():
-        bounds = _quick_bounds(p, q, pairs) if engine in _CERTAIN else closed_bounds(p, q, pairs)
+        bounds = _quick_bounds(p, q, pairs) if engine in CERTAIN else closed_bounds(p, q, pairs)
     value = torch.where(bounds.upper.isinf(), bounds.upper, value)
-    value = _clipped(value, bounds)
+    value = bounds.clipped(value)
     error = torch.where(value.detach().isinf(), torch.inf, error)
-    if engine in _CERTAIN:
+    if engine in CERTAIN:
         bounds = _narrowed(value.detach(), error, bounds)
     return KLEstimate(value, error, *bounds, engine)
 
@@ -203,10 +198,19 @@ def _to_many(
     batch = broadcast_shape(c_p.log_weights.shape[:-1], c_q.log_weights.shape[:-1])
     c_p, c_q = c_p.expand(batch), c_q.expand(batch)
     if method == "auto" and is_eager(*c_p, *c_q):
-        return _by_subspace(c_p, c_q, rtol, max_points, slack), pairs
-    if method == "auto":
-        method = "contour" if q.num_components == 2 and p.num_components <= 2 else "sobol"
-    return _mixture_kl(method, c_p, c_q, rtol, max_points, slack), pairs
+        result = _by_subspace(c_p, c_q, rtol, max_points, slack)
+    else:
+        if method == "auto":
+            method = "contour" if q.num_components == 2 and p.num_components <= 2 else "sobol"
+        result = _mixture_kl(method, c_p, c_q, rtol, max_points, slack)
+    if p.num_components != q.num_components:
+        return result, pairs
+    with torch.no_grad():  # equal parameters: exactly 0, the minimum, where S - I leaves rounding errors
+        same = torch.ones(batch, dtype=torch.bool, device=pairs.device)
+        for a, b in zip(c_p, c_q, strict=True):
+            same = same & (a == b).flatten(len(batch)).all(-1)
+    value, error = (torch.where(same, 0.0, x) for x in result[:2])
+    return Information(value, error, result.method), pairs
 
 
 def _on_the_line(p: Mixture, q: Mixture) -> Information:
@@ -239,6 +243,22 @@ def _mixture_kl(
 _ORDER = (*ENGINES[:4], "contour", *ENGINES[4:])
 
 
+def _positive_where_small(
+    difference: Information, p: Components, q: Components, rtol: float, max_points: int
+) -> Information:
+    """Rows where a difference leaves fewer than three digits, near p = q, anew by an integral of positive terms."""
+    few = (difference.value.detach() < 1e3 * difference.error).nonzero().squeeze(-1)
+    if not few.numel():
+        return difference
+    here_p, here_q = (Components(*(x.index_select(0, few) for x in c)) for c in (p, q))
+    value, error = adaptive_kl(here_p, here_q, rtol, max_points)
+    better = error < difference.error[few]
+    value = torch.where(better, value, difference.value.index_select(0, few))
+    error = torch.where(better, error, difference.error[few])
+    method = "sobol" if bool(better.any()) else difference.method
+    return Information(difference.value.index_copy(0, few, value), difference.error.index_copy(0, few, error), method)
+
+
 def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
     """Each row by the engine for the dimensions in which any of its components differ."""
     batch = p.log_weights.shape[:-1]
@@ -257,6 +277,8 @@ def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, sla
             here_p, here_q = (projected(c, found.basis[index, : max(r, 1)]) for c in (here_p, here_q))
         method: Method = "line" if r <= 1 else "contour" if two else "cubature" if low else "sobol"
         result = _mixture_kl(method, here_p, here_q, rtol, max_points, slack)
+        if method == "contour":
+            result = _positive_where_small(result, here_p, here_q, rtol, max_points)
         loss = torch.where(found.loss[index].isfinite(), found.loss[index], 0.0) if low else 0.0
         parts.append((index, result._replace(error=result.error + 4 * loss)))
     order = torch.cat([index for index, _ in parts]).argsort() if parts else found.rank

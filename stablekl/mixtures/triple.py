@@ -63,9 +63,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._autograd import rowwise
+from .._autograd import is_eager, rowwise
 from .components import Components
-from .reading import is_eager
 from .spectral import label_information
 from .triple_gradient import Moments, diagonal_gradient, full_gradient, inverse_sums, moments
 from .triple_terms import RULE_ERROR, Geometry, Rule, blocks, geometry, integrand, log_moment, plane_rule, spectrum

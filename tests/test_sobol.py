@@ -120,7 +120,7 @@ def test_near_equality_keeps_the_sign_and_the_relative_error_that_log_ratios_los
     z = sobol.sobol_normals(4, 1024, 8, torch.device("cpu"))
     mean = torch.zeros(8, 4, dtype=torch.float64)
     for k in range(3):
-        x = sobol._points(p, k, z)
+        x = sobol.points(p, k, z)
         u = sobol.mixture_log_prob(x, p) - sobol.mixture_log_prob(x, q)
         mean = mean + torch.exp(p.log_weights[:, k]) * u.mean(1)
     assert (mean.std(0) > 10 * error).all()

@@ -26,11 +26,11 @@ from .._autograd import is_plain, rowwise
 from ..quadrature import sobol_normals, student_t_half_width
 from ..special import expm1mx, expm1mx_value, logsumexp
 from .components import Components
-from .controls import Controls, coefficients
+from .controls import Controls, fit
 from .density import component_log_probs, mixture_log_prob
 from .line import expm1
 
-__all__ = ["sobol_information", "sobol_kl"]
+__all__ = ["PILOT", "blocks", "points", "sobol_information", "sobol_kl", "summary"]
 
 # Elements of the points' coordinates per block in eager mode: 8 MiB in float64.
 BLOCK = 2**20
@@ -72,7 +72,7 @@ def _excess_slope(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) 
 _excess = rowwise(_excess_value, _excess_slope)
 
 
-def _points(components: Components, k: int, z: Tensor) -> Tensor:
+def points(components: Components, k: int, z: Tensor) -> Tensor:
     """``loc_k + L_k z`` for normals of shape (R, N, D): shape ``(R, N) + batch_shape + (D,)``."""
     loc, scale = components.loc[..., k, :], components.scale
     z = z.reshape(*z.shape[:2], *(1,) * (loc.ndim - 1), z.shape[-1])
@@ -81,7 +81,7 @@ def _points(components: Components, k: int, z: Tensor) -> Tensor:
     return loc + (scale[..., k, :, :] @ z.unsqueeze(-1)).squeeze(-1)
 
 
-def _blocks(components: Components, z: Tensor) -> list[Tensor]:
+def blocks(components: Components, z: Tensor) -> list[Tensor]:
     """The points in blocks of bounded memory; one block inside transforms."""
     if not is_plain(tuple(components)):
         return [z]
@@ -89,7 +89,7 @@ def _blocks(components: Components, z: Tensor) -> list[Tensor]:
     return list(torch.split(z, max(1, BLOCK // max(1, per_point)), dim=1))
 
 
-def _summary(means: Tensor) -> tuple[Tensor, Tensor]:
+def summary(means: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 95 % half-width of the replicates' results, shape ``(R,) + batch_shape``."""
     half_width = student_t_half_width(means.shape[0]) * means.detach().std(0)
     return means.mean(0), WIDENING * half_width
@@ -112,16 +112,16 @@ def sobol_kl(p: Components, q: Components, *, num_points: int = 2048, num_replic
         ValueError: for fewer than two replicates or more than 21201 dimensions.
     """
     total = torch.zeros((num_replicates, *p.loc.shape[:-2]), dtype=p.loc.dtype, device=p.loc.device)
-    points = sobol_normals(p.loc.shape[-1], num_points, num_replicates, p.loc.device)
+    normals = sobol_normals(p.loc.shape[-1], num_points, num_replicates, p.loc.device)
     for source, share, n in ((p, SHARE, num_points), (q, 1.0 - SHARE, max(1, num_points // 8))):
-        z = points[:, :n]
+        z = normals[:, :n]
         for k in range(source.loc.shape[-2]):
             weight = torch.exp(source.log_weights[..., k]) * (share / n)
-            for block in _blocks(source, z):
-                x = _points(source, k, block)
+            for block in blocks(source, z):
+                x = points(source, k, block)
                 u = mixture_log_prob(x, p) - mixture_log_prob(x, q)
                 total = total + weight * _excess(u).sum(1)
-    return _summary(total)
+    return summary(total)
 
 
 def sobol_information(p: Components, *, num_points: int = 2048, num_replicates: int = 8) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ def sobol_information(p: Components, *, num_points: int = 2048, num_replicates: 
     controls = Controls(p) if k > 2 else None  # of two components, the pair's entropy is all there is
 
     def evaluate(component: int, block: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = _points(p, component, block)
+        x = points(p, component, block)
         t = component_log_probs(x, p)
         t = t - logsumexp(t + p.log_weights, -1).unsqueeze(-1)
         ratio = torch.exp(-logsumexp(t + log_shares, -1))
@@ -170,10 +170,11 @@ def sobol_information(p: Components, *, num_points: int = 2048, num_replicates: 
     pilot = z[:, :PILOT]
     first = [evaluate(j, pilot) for j in range(k)]
     total = torch.zeros((num_replicates, *p.loc.shape[:-2]), dtype=p.loc.dtype, device=p.loc.device)
-    beta = None
+    beta, missed = None, torch.zeros_like(total[0])
     if controls is not None:
-        beta = coefficients([(g, c) for g, c in first if c is not None], shares)
+        beta, unseen = fit([(g, c) for g, c in first if c is not None], shares, controls.means)
         total = total + (beta * controls.means).sum(-1)
+        missed = unseen[..., Controls.PAIR_SUM]  # overlaps that no point fell into: at most the sum of the pairs
 
     def share(component: int, g: Tensor, c: Tensor | None) -> Tensor:
         residual = g if c is None or beta is None else g - (c * beta).sum(-1)
@@ -181,9 +182,10 @@ def sobol_information(p: Components, *, num_points: int = 2048, num_replicates: 
 
     for j in range(k):
         total = total + share(j, *first[j])
-        for block in _blocks(p, z[:, PILOT:]):
+        for block in blocks(p, z[:, PILOT:]):
             total = total + share(j, *evaluate(j, block))
-    return _summary(total)
+    value, error = summary(total)
+    return value, error + missed
 
 
 def _label_divergence(t: Tensor, log_weights: Tensor, weights: Tensor) -> Tensor:

@@ -151,11 +151,11 @@ def plane_problems() -> tuple[Components, np.ndarray]:
     """Genuinely two-dimensional: neither means on a line nor covariances with a common basis; 10 problems."""
     g = torch.Generator().manual_seed(11)
     a = torch.randn(10, 3, 2, 2, generator=g, dtype=F64) + torch.eye(2, dtype=F64)
-    factor = torch.linalg.cholesky(a @ a.mT + 0.3 * torch.eye(2, dtype=F64))
+    factor = torch.linalg.cholesky(a @ a.mT + torch.eye(2, dtype=F64))
     loc = torch.randn(10, 3, 2, generator=g, dtype=F64) * torch.linspace(0.1, 3, 10, dtype=F64)[:, None, None]
     log_weights = torch.log_softmax(torch.randn(10, 3, generator=g, dtype=F64), -1)
     return Components(log_weights, loc, factor), np.array(
-        [plane(*p, 0.125) for p in zip(log_weights, loc, factor, strict=True)]
+        [plane(*p, 0.11) for p in zip(log_weights, loc, factor, strict=True)]
     )
 
 
@@ -201,7 +201,7 @@ def test_constants_of_the_rule():
         with mp.workdps(30):
             z = mp.besseljzero(0, k)
             assert abs(zeros[k - 1] / z - 1) < 1e-15
-            assert abs(slope[k - 1] / mp.besselj(1, z) - 1) < 4e-15
+            assert abs(slope[k - 1] - mp.besselj(1, z)) < 3e-15
     for omega in (0.0, 0.4, 3.0, 11.0):
         z = 2 / 3 - 1j * omega
         assert abs(triple_terms._gamma(np.array([z]))[0] / complex(mp.gamma(z)) - 1) < 2e-14
@@ -287,7 +287,7 @@ def test_information_in_the_plane(dim):
 
 def test_the_plane_has_converged():
     p, truth = plane_problems()
-    assert abs(plane(p.log_weights[3], p.loc[3], p.scale[3], 0.1) - truth[3]) < 2e-15
+    assert abs(plane(p.log_weights[3], p.loc[3], p.scale[3], 0.08) - truth[3]) < 2e-15
 
 
 @pytest.mark.parametrize("stretch", [1e3, 1e6])
@@ -494,9 +494,8 @@ def test_second_derivatives(case):
     slope = sum((x * v).sum() for x, v in zip(gradients, along, strict=True))
     found = torch.autograd.grad(slope, inputs)
     h = 1e-3
-    steps = [
-        value_and_gradients(Components(*(x + k * h * v for x, v in zip(p, along, strict=True))))[1] for k in STENCIL
-    ]
+    shifted = [Components(*(x + k * h * v for x, v in zip(p, along, strict=True))) for k in STENCIL]
+    steps = [value_and_gradients(x)[1] for x in shifted]
     for k, second in enumerate(found):
         expected = sum(c * s[k] for c, s in zip(STENCIL.values(), steps, strict=True)) / h
         assert (second - expected).abs().max() < 1e-8 * expected.abs().max().clamp(min=1)

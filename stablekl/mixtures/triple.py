@@ -168,6 +168,7 @@ def _prepared(components: Components) -> tuple[Components, torch.dtype]:
     diagonal = components.is_diagonal
     if not diagonal and loc.shape[-1] == 1:
         scale, diagonal = scale.squeeze(-1), True
+    scale = scale if diagonal else scale.tril()  # what is above the diagonal has no derivative, of any order
     events = (1, 2, 2 if diagonal else 3)
     corner = scale[..., 0, 0] if diagonal else scale[..., 0, 0, 0]
     batch = (log_weights[..., 0] + loc[..., 0, 0] + corner).shape

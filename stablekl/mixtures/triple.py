@@ -24,10 +24,10 @@ of step 0.1 cut off at 11 takes 24,531 nodes for 9e-10.
 
 **Polar nodes**, omega = r u: 132 directions u in half a turn, the other half being conjugate, and 85 radii. An even
 function of r under the weight |r| is integrated at the zeros of J0, exponentially fast (Frappier and Olivier;
-Ogata), where Gauss-Legendre needs twice as many nodes; a stretch of r spends them where the kernel is large. What
-makes the rays worth it is that sum_i s_i P_i, of precisions P_i, is then one real symmetric pencil for all nodes of a
-ray: an eigendecomposition for each of 132 directions, everything else elementwise, and no branch of a logarithm to
-choose. (Complex LDL' pivots at every node cost D^3/3 complex operations 11,220 times.)
+Ogata): with 70 radii to 7e-14, where Gauss-Legendre comes to 6e-10; a stretch of r spends them where the kernel is
+large. What makes the rays worth it is that sum_i s_i P_i, of precisions P_i, is then one real symmetric pencil for all
+nodes of a ray: an eigendecomposition for each of 132 directions, everything else elementwise, and no branch of a
+logarithm to choose. (Complex LDL' pivots at every node cost D^3/3 complex operations 11,220 times.)
 
 **Everything is real.** With R'R = P1 + P2 + P3, Q_i = R^-T P_i R^-1, means x_i = R (m_i - centre) such that
 sum_i Q_i x_i = 0, y_j the eigenvalues of r sum_i u_i (3 Q_i - I), g_j the component of sum_i u_i Q_i x_i along their
@@ -42,6 +42,9 @@ eigenvectors, l_i = log det(3 Q_i) - tr(3 Q_i - I) <= 0 and q_i = x_i'Q_i x_i,
 Each term of the real part is negative, and each of both is of second order in the differences of the components. The
 textbook form, 1/2 sum s_i log det P_i - 1/2 log det sum s_i P_i - 1/2 [sum s_i m_i'P_i m_i - ...], subtracts terms that
 stay of order 1, or grow with the means.
+
+**Cost**: 132 eigendecompositions and 11,220 D terms. On one core of a CPU 4 ms in one dimension, 9 ms at D = 8, 30 ms
+at D = 32 and 80 ms at D = 64 with full covariances, a gradient twice more; 10 MiB of temporaries, whatever the batch.
 
 **Accuracy** (float64): absolute error of I and of T_123 below 3e-14 and 1.5e-14 (observed 1.1e-14 in I), for weights
 down to 1e-9, components from identical to 20 standard deviations apart, ratios of scales of 1e4, D from 1 to 64;
@@ -167,6 +170,7 @@ def _prepared(components: Components) -> tuple[Components, torch.dtype]:
     diagonal = components.is_diagonal
     if not diagonal and loc.shape[-1] == 1:
         scale, diagonal = scale.squeeze(-1), True
+    scale = scale if diagonal else scale.tril()  # what is above the diagonal has no derivative, of any order
     events = (1, 2, 2 if diagonal else 3)
     corner = scale[..., 0, 0] if diagonal else scale[..., 0, 0, 0]
     batch = (log_weights[..., 0] + loc[..., 0, 0] + corner).shape
@@ -197,7 +201,8 @@ def triple_term(components: Components) -> Tensor:
 
     Returns:
         T_123 in nats, shape ``batch_shape``, in the dtype of the components; absolute error 1.5e-14 times the sum of
-        the weights. Exactly 0 beside a zero weight. The log-weights count as three independent inputs.
+        the weights, more for ill-conditioned factors (see the module's head). Exactly 0 beside a zero weight. The
+        log-weights count as three independent inputs.
 
     Raises:
         ValueError: the number of components is not three.

@@ -40,12 +40,12 @@ LOST = 42.0
 HEIGHT = 14.0
 # Directions that the contour may bend to, as angles from the vertical.
 BENDS = (0.0, -0.35, 0.35, -0.7, 0.7)
-TRIALS = 40
+TRIALS = 30
 LADDER = tuple(j / TRIALS for j in range(TRIALS + 1))
-RISE = tuple(j / 20 for j in range(21))
+RISE = tuple(j / 12 for j in range(13))
 # Trial crossings of the real axis, as shares of the strip: quarters and halves of what is left to either end.
-SHARES = (*(0.25**j for j in range(60, 0, -1)), 0.5, *(1 - 0.5**j for j in range(2, 12)))
-REFINED = 48
+SHARES = (*(0.25**j for j in range(46, 0, -1)), 0.5, *(1 - 0.5**j for j in range(2, 12)))
+REFINED = 40
 # A stationary point of the log-ratio within this many standard deviations of p becomes the origin of z.
 REACH = 6.0
 # Elements (rows x nodes x dimensions) handled at once, so that float64 temporaries stay in a core's cache.
@@ -150,7 +150,7 @@ def full_quadratic(rows: Ordered) -> tuple[Quadratic, WhitenedPair]:
     centres = solved[..., -1]
 
     def slope_at(centres: Tensor) -> Tensor:
-        pulled = (maps.mT @ centres.unsqueeze(-1)).squeeze(-1)
+        pulled: Tensor = (maps.mT @ centres.unsqueeze(-1)).squeeze(-1)
         return pulled[..., 0, :] - pulled[..., 1, :]
 
     origin = _origin(curvature, slope_at(centres))
@@ -199,8 +199,9 @@ def _reciprocal(quadratic: Quadratic, x: Tensor, y: Tensor) -> tuple[Tensor, Ten
     """1 + s k = u + i v, its squared modulus, and its reciprocal, real and imaginary part; each [B, n, D]."""
     k = quadratic.curvature.unsqueeze(-2)
     u, v = 1 + x.unsqueeze(-1) * k, y.unsqueeze(-1) * k
-    norm = u * u + v * v
-    return u, v, norm, u / norm, -v / norm
+    norm = torch.addcmul(u * u, v, v)
+    inverse = 1 / norm
+    return u, v, norm, u * inverse, -v * inverse
 
 
 def _quad_and_line(quadratic: Quadratic) -> tuple[Tensor, Tensor]:
@@ -242,16 +243,24 @@ def _kernel_phase(x: Tensor, y: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ the contour
 
 
-def _tilted_moments(quadratic: Quadratic, s: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second derivative of log E exp(s y) at real s, [B, n]."""
+def _tilted_mean(quadratic: Quadratic, s: Tensor) -> tuple[Tensor]:
+    """Derivative of log E exp(s y) at real s, [B, n]."""
     level, curvature, slope, origin = quadratic
-    k, g, z = (x.unsqueeze(-2) for x in (curvature, slope, origin))
     s = s.unsqueeze(-1)
-    h = 1 / (1 + s * k)
-    m = (s * g - z) * h
-    mean = (g * m - 0.5 * k * (h + m * m)).sum(-1) + level.unsqueeze(-1)
-    force = g - k * m
-    return mean, (0.5 * (k * h).square() + h * force * force).sum(-1)
+    h = 1 / (1 + s * curvature.unsqueeze(-2))
+    m = (s * slope.unsqueeze(-2) - origin.unsqueeze(-2)) * h
+    # sum of g m - k (h + m^2)/2
+    linear = (m @ slope.unsqueeze(-1)).squeeze(-1)
+    return (level.unsqueeze(-1) + linear - 0.5 * (torch.addcmul(h, m, m) @ curvature.unsqueeze(-1)).squeeze(-1),)
+
+
+def _tilted_variance(quadratic: Quadratic, s: Tensor) -> Tensor:
+    """Second derivative of log E exp(s y) at real s [B], [B]."""
+    _, curvature, slope, origin = quadratic
+    s = s.unsqueeze(-1)
+    h = 1 / (1 + s * curvature)
+    force = slope - curvature * ((s * slope - origin) * h)
+    return (0.5 * (curvature * h).square() + h * force * force).sum(-1)
 
 
 def _crossing(quadratic: Quadratic) -> tuple[Tensor, Tensor]:
@@ -264,7 +273,7 @@ def _crossing(quadratic: Quadratic) -> tuple[Tensor, Tensor]:
     end = -1 / lowest
 
     def decreasing(s: Tensor) -> Tensor:
-        mean = by_blocks(_tilted_moments, quadratic, s)[0]
+        (mean,) = by_blocks(_tilted_mean, quadratic, s)
         return mean - 1 / s - math.pi / torch.tan(math.pi * s) < 0
 
     shares = table(SHARES, device)
@@ -275,8 +284,7 @@ def _crossing(quadratic: Quadratic) -> tuple[Tensor, Tensor]:
     trial = low.unsqueeze(-1) + (high - low).unsqueeze(-1) * steps
     place = (decreasing(trial).sum(-1) + 0.5) / REFINED
     a = low + (high - low) * place
-    variance = by_blocks(_tilted_moments, quadratic, a.unsqueeze(-1))[1].squeeze(-1)
-    bend = variance + 1 / (a * a) + (math.pi / torch.sin(math.pi * a)).square()
+    bend = _tilted_variance(quadratic, a) + 1 / (a * a) + (math.pi / torch.sin(math.pi * a)).square()
     return a, bend.rsqrt()
 
 

@@ -172,8 +172,8 @@ def test_embedded_lines(dim: int) -> None:
     assert (off <= error.numpy()).all()
     for mine, slope in zip(gradients, slopes, strict=True):
         gap = np.abs(mine.numpy() - slope).reshape(n, -1).max(1) / np.abs(slope).reshape(n, -1).max(1)
-        print(f"    gradient {gap.max():.1e}, over the squared condition {(gap / condition**2).max():.1e}")
-        assert (gap <= 1e-13 * condition**2).all()  # through a covariance and its factor
+        print(f"    gradient {gap.max():.1e}")
+        assert gap.max() <= 1e-12
 
 
 @pytest.mark.parametrize("dim", [8, 64, 1000])
@@ -427,14 +427,14 @@ def free(form: str) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("form", ["diagonal", "full"])
 def test_derivatives(form: str) -> None:
-    inputs = random_inputs((2,), 2, form, seed=3)
+    inputs = random_inputs((1,), 2, form, seed=3)
     assert torch.autograd.gradcheck(free(form), inputs, rtol=1e-5, atol=1e-7, fast_mode=True)
     assert torch.autograd.gradgradcheck(free(form), inputs, rtol=1e-5, atol=1e-7, fast_mode=True)
 
 
 def test_second_derivatives_at_equal_eigenvalues() -> None:
-    inputs = random_inputs((1,), 3, "full", seed=4)
-    eye = torch.eye(3, dtype=F64).expand(1, 3, 3)
+    inputs = random_inputs((1,), 2, "full", seed=4)
+    eye = torch.eye(2, dtype=F64).expand(1, 2, 2)
     inputs[1] = eye.clone().requires_grad_()
     inputs[4] = torch.stack([1.3 * eye, 0.8 * eye], 1).requires_grad_()
     assert torch.autograd.gradgradcheck(free("full"), inputs, rtol=1e-5, atol=1e-7, fast_mode=True)
@@ -453,11 +453,19 @@ def test_vmap_and_forward_mode(form: str) -> None:
             assert torch.allclose(row, g, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("form", ["diagonal", "full"])
-def test_one_graph_forward_and_backward(form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "batches"),
+    [
+        ("diagonal", [(3,)]),
+        ("full", [(3,)]),
+        # the second time with symbolic shapes
+        pytest.param("full", [(3,), (5,)], marks=pytest.mark.slow),
+    ],
+)
+def test_one_graph_forward_and_backward(form: str, batches: list[tuple[int, ...]]) -> None:
     torch.compiler.reset()
     compiled = torch.compile(value_of, fullgraph=True, backend="aot_eager")
-    for batch in ((3,), (5,)) if form == "full" else ((3,),):
+    for batch in batches:
         inputs = random_inputs(batch, 4, form)
         value, plain = compiled(*inputs), value_of(*inputs)
         assert torch.allclose(value, plain, rtol=1e-13)

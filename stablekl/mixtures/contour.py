@@ -1,6 +1,45 @@
 r"""A Gaussian against a mixture of two, in any dimension: one integral over one complex variable.
 
-DOC
+For q = v1 q1 + v2 q2 and the log-ratio y(x) = log(v2 q2/(v1 q1)), a quadratic,
+
+.. math::
+    KL(p \| q) = KL(p \| q_1) - \log v_1 - E_p\,\mathrm{softplus}(y), \qquad
+    E_p\,\mathrm{softplus}(y) = \frac1{2\pi i} \int M(s) \frac{\pi}{s \sin\pi s}\,ds, \quad M(s) = E_p e^{sy},
+
+by Mellin's inversion, between s = 0 and the nearest singularity to the right: 1, or where a direction in which q2 is
+wider than q1 makes M infinite. The reference, called q1 here, is the component of the smaller
+:math:`KL(p \| q_j) - \log v_j`, so that y is negative in the mean and nothing is subtracted that is much larger than
+the result; the other side of the strip is the same formula with the components exchanged.
+
+In the eigenbasis of :math:`L_p^\top (P_2 - P_1) L_p`, with eigenvalues k_i, about an origin z0 where y has the slope g,
+
+.. math::
+    \log M(s) = s\,y(z_0) + \sum_i \Bigl[ -\tfrac12\log(1 + s k_i)
+        + \frac{s (\tfrac12 s g_i^2 - g_i z_{0i} - \tfrac12 k_i z_{0i}^2)}{1 + s k_i} \Bigr],
+
+each principal logarithm continuous off the real axis. z0 is the stationary point of y, where that lies in p's bulk:
+about p's mean (z0 = 0) a component much narrower than p, of ratio R, would make y(z0) and the rest cancel, R^2 eps for
+R^-1 of the mass. P2 - P1 is formed in p's frame as a product of the difference of :math:`L_j^{-1} L_p`.
+
+**The contour** is fitted to each integrand. On the real axis of the strip the integrand is positive and log-convex: the
+contour crosses it at the minimum, where absolute values are least (in the middle of the strip they are exp(1e5) for two
+components 1000 of y's standard deviations apart), and the scale is its curvature there. From there it runs along
+:math:`s = a + b (i \sinh t \cos\theta + (\cosh t - 1) \sin\theta)`, bent towards the side on which exp(s y) decays once
+the stiff directions are exhausted: upright, a needle in p leaves a slowly decaying oscillation that no number
+of nodes resolves. Of five directions that is taken which needs the fewest nodes, and the length is that to exp(-42).
+The rule is fixed at 160 nodes of the trapezoid (Trefethen and Weideman, 2014); every other one gives the error.
+
+**Accuracy** (float64), observed against the definition: 1.2e-14 (1 + KL) on a line, p up to 1e6 times wider or narrower
+than the components, weights down to 1e-300; 3e-14 for concentric Gaussians in 1000 dimensions, 3e-15 in 8 and 64;
+gradients 1.5e-12 of their size. Where the directions have scales of their own, over 16 decades, 160 nodes and 720 agree
+to 7e-15 (1 + KL). For full covariances read the bars as multiplied by the condition number of the factors: the
+eigendecomposition knows the small k_i to eps times the largest, which matters where p is much wider than one component
+in some directions only (observed 3e-12 at a condition of 1e7, 5e-15 to 1e2).
+
+References: L. N. Trefethen and J. A. C. Weideman, "The exponentially convergent trapezoidal rule", SIAM Review 56
+(2014), 385-458; J. A. C. Weideman and L. N. Trefethen, "Parabolic and hyperbolic contours for computing the Bromwich
+integral", Mathematics of Computation 76 (2007), 1341-1356; R. Lugannani and S. Rice, "Saddle point approximation for
+the distribution of the sum of independent random variables", Advances in Applied Probability 12 (1980), 475-490.
 """
 
 from __future__ import annotations
@@ -79,25 +118,27 @@ def _engine(diagonal: bool) -> Callable[[Ordered], tuple[Tensor, Tensor]]:
     kept_events = (0, *(1,) * 6, 0, 1, 1, 1, matrix, matrix + 1, 2)
     gradient_by_formula = diagonal_gradient if diagonal else full_gradient
 
-    def by_formula(rows: Ordered, rule: Rule, real: Tensor, imag: Tensor, q: Quadratic, pair: WhitenedPair) -> Partials:
-        kr, ki = _alive(rows, *integrand(rule, real, imag))
+    def by_formula(
+        rows: Ordered, rule: Rule, log_m: tuple[Tensor, Tensor], q: Quadratic, pair: WhitenedPair
+    ) -> Partials:
+        kr, ki = _alive(rows, *integrand(rule, *log_m))
         return gradient_by_formula(rows, q, pair, rule, kr, ki)
 
     def differentiable(rows: Ordered, kept: Kept) -> Partials:
         rule = Rule(*kept[:4])
         if diagonal:
             quadratic, pair = diagonal_quadratic(rows)
-            return by_formula(rows, rule, *log_moment(quadratic, rule.real, rule.imag), quadratic, pair)
+            return by_formula(rows, rule, log_moment(quadratic, rule.real, rule.imag), quadratic, pair)
+        log_m, quadratic = (kept[4], kept[5]), Quadratic(*kept[6:10])
         still = Ordered(*(x.detach() for x in rows))
-        quadratic = Quadratic(*kept[6:10])
-        exact = by_formula(still, rule, *kept[4:6], quadratic, WhitenedPair(*kept[10:]))
-        moving = full_gradient_by_inverses(rows, quadratic, kept[10], rule, *kept[4:6])
-        alive = ~log_odds(rows.log_weights)[1]
-        results = []
-        for e, m in zip(exact, moving, strict=True):
-            keep = alive.reshape(-1, *(1,) * (m.ndim - 1))
-            results.append(e + torch.where(keep, m - m.detach(), 0.0))
-        return tuple(results)  # type: ignore[return-value]
+        exact = by_formula(still, rule, log_m, quadratic, WhitenedPair(*kept[10:]))
+        moving = full_gradient_by_inverses(rows, quadratic, kept[10], rule, *log_m)
+        dead = log_odds(rows.log_weights)[1]
+        lv, p_loc, p_scale, loc, scale = (
+            e + torch.where(dead.reshape(-1, *(1,) * (m.ndim - 1)), 0.0, m - m.detach())
+            for e, m in zip(exact, moving, strict=True)
+        )
+        return lv, p_loc, p_scale, loc, scale
 
     def gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         rows = Ordered(*(_flat(x, e) for x, e in zip(inputs[:5], events, strict=True)))
@@ -105,7 +146,8 @@ def _engine(diagonal: bool) -> Callable[[Ordered], tuple[Tensor, Tensor]]:
         if saved is None:
             results = differentiable(rows, kept)
         else:
-            results = by_formula(rows, Rule(*kept[:4]), *kept[4:6], Quadratic(*kept[6:10]), WhitenedPair(*kept[10:]))
+            quadratic, pair = Quadratic(*kept[6:10]), WhitenedPair(*kept[10:])
+            results = by_formula(rows, Rule(*kept[:4]), (kept[4], kept[5]), quadratic, pair)
         partials = tuple(r.reshape(x.shape) for r, x in zip(results, inputs, strict=False))
         return partials + tuple(x.new_zeros(()).expand(x.shape) for x in inputs[5:])
 
@@ -170,7 +212,7 @@ def contour_kl(p: Components, q: Components) -> tuple[Tensor, Tensor]:
         >>> q = Components(torch.tensor([0.5, 0.5]).log(), torch.tensor([[-1.0, 0, 0], [1.0, 0, 0]]), torch.ones(2, 3))
         >>> value, error = contour_kl(p, q)
         >>> print(f"{value.item():.6f} {bool(error < 1e-6)}")
-        0.127323 True
+        0.125433 True
     """
     dtype = torch.promote_types(
         torch.promote_types(p.loc.dtype, p.scale.dtype),
@@ -178,9 +220,8 @@ def contour_kl(p: Components, q: Components) -> tuple[Tensor, Tensor]:
     )
     p, q, diagonal = _rows(p, q)
     events = 1 if diagonal else 2
-    batch = broadcast_shape(
-        p.loc.shape[:-1], p.scale.shape[:-events], *((*x.shape[: x.ndim - e], 1) for x, e in zip(q, (1, 2, 1 + events)))
-    )
+    shared = (torch.Size((*x.shape[: x.ndim - e], 1)) for x, e in zip(q, (1, 2, 1 + events), strict=True))
+    batch = broadcast_shape(p.loc.shape[:-1], p.scale.shape[:-events], *shared)
     p_loc = p.loc.expand(batch + p.loc.shape[-1:])
     p_scale = p.scale.expand(batch + p.scale.shape[-events:])
     lv, loc, scale = (

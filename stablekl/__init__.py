@@ -6,6 +6,15 @@ every pair of Gaussian families. torch's own rules stay until `harden` replaces 
 
 from . import linalg, special
 from .distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
+from .divergences import (
+    bhattacharyya_distance,
+    chernoff_distance,
+    jeffreys_divergence,
+    renyi_divergence,
+    squared_hellinger,
+    squared_wasserstein2,
+    wasserstein2,
+)
 from .linalg import NotPositiveDefiniteError, safe_cholesky
 from .mixtures import AccuracyWarning, GaussianMixture, KLEstimate, MixtureSameFamily, accuracy, kl_estimate
 from .parameterizations import (
@@ -28,16 +37,23 @@ __all__ = [
     "Normal",
     "NotPositiveDefiniteError",
     "accuracy",
+    "bhattacharyya_distance",
     "bounded_log_scale",
+    "chernoff_distance",
     "harden",
     "inverse_bounded_log_scale",
     "inverse_softplus_scale",
+    "jeffreys_divergence",
     "kl_divergence",
     "kl_estimate",
     "linalg",
+    "renyi_divergence",
     "safe_cholesky",
     "scale_tril_from_unconstrained",
     "softplus_scale",
     "special",
+    "squared_hellinger",
+    "squared_wasserstein2",
     "unconstrained_from_scale_tril",
+    "wasserstein2",
 ]

@@ -113,6 +113,8 @@ def parameter(distribution: Distribution) -> Tensor:
     """One of its parameters: what dtype and device it has."""
     if isinstance(distribution, Independent):
         return parameter(distribution.base_dist)
+    if isinstance(distribution, OneHotCategorical):
+        distribution = distribution._categorical
     names = ("loc", "probs", "logits", "rate")
     found = [distribution.__dict__[name] for name in names if name in distribution.__dict__]
     return found[0] if found else torch.empty(())

@@ -328,7 +328,7 @@ def geometric_renyi(p: Geometric, q: Geometric, alpha: Tensor) -> Tensor:
     total, infinite = _mass_renyi(failure, alpha)
     inside = alpha <= 1
     by_rate = capped * log_gap(-success.ratio, capped)
-    mean = torch.exp(success.log_q) * (1 + capped * expm1_value(success.ratio))
+    mean = capped * torch.exp(success.log_p) + (1 - capped) * torch.exp(success.log_q)
     below = _log1p_over(gap * total / mean, gap, total / mean)
     change = total / torch.exp(success.log_p)
     y = torch.where(inside, 0.0, expm1_value(-success.ratio) + change)

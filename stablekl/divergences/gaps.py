@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import rowwise
-from ..special import expm1_value, expm1mx, expm1mx_value, log1pmx, log1pmx_value, log_ratio_value
+from ..special import expm1_value, expm1mx, expm1mx_value, log1pmx, log1pmx_value
 
 __all__ = ["exp_gap", "log_gap", "log_ratio", "over", "quadratic_ratio", "weights"]
 
@@ -65,17 +65,35 @@ def quadratic_ratio(remainder: Callable[[Tensor], Tensor], x: Tensor, cubic: flo
     return torch.where(tiny, x * (0.5 + cubic * x), remainder(x) / torch.where(tiny, 1.0, x))
 
 
-log_ratio = rowwise(lambda a, b: (log_ratio_value(a, b),), lambda inputs, saved: (1 / inputs[0], -1 / inputs[1]))
-log_ratio.__doc__ = "log(a/b) of float64 tensors of one shape, accurate relative to itself near a = b."
+def log_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """log(a/b) of positive tensors, accurate relative to itself near a = b; its derivatives are 1/a and -1/b.
+
+    Plain operations and not a `rowwise` function, which would stop the second derivative of what this is fed into where
+    the first is 0: at p = q.
+    """
+    info = torch.finfo(a.dtype)
+    quotient = (a / b).detach()
+    close = (quotient > 0.5) & (quotient < 2)
+    usable = (quotient >= info.tiny) & (quotient <= info.max)
+    far = usable & ~close
+    a_near, b_near = torch.where(close, a, 1.0), torch.where(close, b, 1.0)
+    near = torch.log1p((a_near - b_near) / b_near)
+    by_quotient = torch.log(torch.where(far, a, 1.0) / torch.where(far, b, 1.0))
+    return torch.where(close, near, torch.where(usable, by_quotient, torch.log(a) - torch.log(b)))
 
 
 # ---- -log -------------------------------------------------------------------------------------------------------
 
 
+def _minus_size(x: Tensor) -> Tensor:
+    """-|x|, with the derivative 1 at 0, where that of torch's abs is 0."""
+    return torch.where(x > 0, -x, x)
+
+
 def _tilt(ratio: Tensor, capped: Tensor) -> Tensor:
     """The w of the module's head, with no exponential that overflows."""
-    shrunk = torch.exp(-ratio.abs())
-    change = expm1_value(-ratio.abs())
+    below = _minus_size(ratio)
+    shrunk, change = torch.exp(below), expm1_value(below)
     rising, falling = capped * shrunk + (1 - capped), capped + (1 - capped) * shrunk
     return torch.where(ratio > 0, -change / rising, change / falling)
 
@@ -91,7 +109,7 @@ def _log_terms(ratio: Tensor, alpha: Tensor, again: bool) -> tuple[Tensor, Tenso
     w = _tilt(ratio, capped)
     exists = (alpha <= 1) | ((gap * w < 1) & ~w.isinf())
     ratio, w = torch.where(exists, ratio, 0.0), torch.where(exists & ~w.isinf(), w, 0.0)
-    shrunk = torch.exp(-ratio.abs())
+    shrunk = torch.exp(_minus_size(ratio))
     rising = ratio > 0
     rest = torch.where(rising, capped * shrunk + (1 - capped), capped + (1 - capped) * shrunk)
     log_mean = torch.log(torch.where(rest > 0, rest, 1.0)) + torch.where(rising, ratio, 0.0)

@@ -84,7 +84,8 @@ def chosen(p: Distribution, q: Distribution, what: str) -> Family:
     known = ", ".join(f.host.__name__ for f in _FAMILIES)
     raise NotImplementedError(
         f"no closed form of the {what} of {type(p).__name__} and {type(q).__name__} is known here: there is one for "
-        f"two Gaussians of any class, for two members of one of {known}, and for Independent products of these"
+        f"two Gaussians of any class, for two members of one of {known}, and for Independent products of these. "
+        "Gamma, Beta and Dirichlet have one that needs the Jensen gap of lgamma without cancellation, which is missing"
     )
 
 

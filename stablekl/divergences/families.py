@@ -106,7 +106,7 @@ def _masses(p: Tensor, q: Tensor) -> Masses:
 def _mass_renyi(m: Masses, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """[alpha p + (1 - alpha) q - p^alpha q^(1 - alpha)]/(1 - alpha) for each point, and where it is infinite."""
     capped, gap, _ = weights(alpha)
-    inner = torch.where(m.both, exp_gap(m.log_q, m.ratio, alpha), 0.0)
+    inner = torch.where(m.both, exp_gap(m.log_p, m.log_q, m.ratio, alpha), 0.0)
     infinite = (m.only_p > 0) & (alpha >= 1)
     excluded = over(alpha * torch.where(infinite, 0.0, m.only_p), gap, torch.zeros_like(inner))
     return capped * inner + m.only_q + excluded, infinite

@@ -180,34 +180,40 @@ def _exp_terms(log_y: Tensor, ratio: Tensor, alpha: Tensor, again: bool) -> tupl
     return one, two, base, slope_one, slope_two
 
 
-def _exp_gap_value(log_y: Tensor, ratio: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
+def _exp_gap_value(log_x: Tensor, log_y: Tensor, ratio: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
     one, two, *_ = _exp_terms(log_y, ratio, alpha, False)
     return (one + two,)
 
 
 def _exp_gap_gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-    log_y, ratio, alpha = inputs
+    log_x, log_y, ratio, alpha = inputs
+    if saved is None:
+        difference = log_x - log_y
+        ratio = ratio.detach() + (difference - difference.detach())
     again = saved is None and not torch.compiler.is_compiling()
-    one, two, base, slope, _ = _exp_terms(log_y, ratio, alpha, again)
+    one, two, base, slope_x, slope_y = _exp_terms(log_y, ratio, alpha, again)
     capped, gap, excess = weights(alpha)
     half = 0.5 * base * ratio * ratio
     first, second = over(one, gap, half), over(two, capped, half)
-    by_alpha = torch.where(alpha <= 1, first - second, 2 * half + ratio * one - first)
-    return one + two, excess * slope, by_alpha
+    inside = alpha <= 1
+    by_alpha = torch.where(inside, first - second, 2 * half + ratio * one - first)
+    by_y = torch.where(inside, slope_y, slope_y - gap * slope_x)
+    return excess * slope_x, by_y, torch.zeros_like(ratio), by_alpha
 
 
 _exp_gap = rowwise(_exp_gap_value, _exp_gap_gradient)
 
 
-def exp_gap(log_y: Tensor, ratio: Tensor, alpha: Tensor) -> Tensor:
-    """D_alpha / min(alpha, 1) for F = exp, from y and x - y: the Rényi divergence of Poisson distributions.
+def exp_gap(log_x: Tensor, log_y: Tensor, ratio: Tensor, alpha: Tensor) -> Tensor:
+    """D_alpha / min(alpha, 1) for F = exp: the Rényi divergence of Poisson distributions.
 
     Args:
-        log_y: y, the logarithm of the second rate, float64.
-        ratio: x - y, the logarithm of the ratio of the rates, known to its own relative accuracy.
-        alpha: the order, not negative; all three broadcast.
+        log_x: x, the logarithm of the first rate, float64.
+        log_y: y, that of the second.
+        ratio: x - y to its own relative accuracy; gradients take the way through ``log_x`` and ``log_y``.
+        alpha: the order, not negative; all four broadcast.
 
     Returns:
-        Non-negative values of the broadcast shape, 0 with gradient 0 in ``ratio`` at ratio = 0.
+        Non-negative values of the broadcast shape, 0 with gradient 0 at ratio = 0.
     """
-    return _exp_gap(*torch.broadcast_tensors(log_y, ratio, alpha))
+    return _exp_gap(*torch.broadcast_tensors(log_x, log_y, ratio.detach(), alpha))

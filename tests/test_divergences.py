@@ -200,7 +200,7 @@ def test_gaussians_against_the_definition(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_textbook_forms_fail_nearby(form):
     """Must-fail twin: the same truths, double precision, the formulas of the literature."""
-    build, covariance, _ = FORMS[form]
+    _, covariance, _ = FORMS[form]
     p, q = gaussian_pairs(form)[3]
     truth = gaussian_renyi(covariance(*p[1:]), covariance(*q[1:]), matrix(p[0]) - matrix(q[0]), 0.5)
     sp, sq = (torch.tensor(covariance(*x[1:]).tolist(), dtype=F64).reshape(D, D) for x in (p, q))
@@ -463,12 +463,29 @@ def test_gradients_keep_their_digits(gap, distance):
         ratio, zero = scalar(distance).requires_grad_(), scalar(0.0)
         inputs = (ratio, scalar(a)) if gap is log_gap else (ratio, zero, ratio, scalar(a))
         (slope,) = torch.autograd.grad(gap(*inputs), ratio)
-        l, w = mp.mpf(distance), mp.mpf(a)
+        x, w = mp.mpf(distance), mp.mpf(a)
         if gap is log_gap:
-            truth = max(w, 1) * mp.expm1(l) / (w + (1 - w) * mp.exp(l))
+            truth = max(w, 1) * mp.expm1(x) / (w + (1 - w) * mp.exp(x))
         else:
-            truth = max(w, 1) * (mp.exp(l) * l if w == 1 else (mp.exp(l) - mp.exp(w * l)) / (1 - w))
+            truth = max(w, 1) * (mp.exp(x) * x if w == 1 else (mp.exp(x) - mp.exp(w * x)) / (1 - w))
         assert error(slope, truth) < BAR
+
+
+def test_gradients_of_matrices_keep_their_digits():
+    """Along a direction in the factor of p, against a difference quotient with 80 digits."""
+    for p, q in gaussian_pairs("scale_tril"):
+        direction = random(11, D, D).tril()
+        mean, factor = p[0], p[1].clone().requires_grad_()
+        build, step = FORMS["scale_tril"].build, mp.mpf(10) ** -30
+        d, cov_q = matrix(p[0]) - matrix(q[0]), _square(matrix(q[1]))
+        truths = (lambda c, cov_q=cov_q, d=d: gaussian_renyi(c, cov_q, d, 0.3), "renyi 0.3")
+        distances = (lambda c, cov_q=cov_q, d=d: gaussian_transport(c, cov_q, d), "squared wasserstein")
+        for truth, what in (truths, distances):
+            moved = [_square(matrix(p[1]) + sign * step * matrix(direction)) for sign in (1, -1)]
+            quotient = (truth(moved[0]) - truth(moved[1])) / (2 * step)
+            (gradient,) = torch.autograd.grad(DIVERGENCES[what](build(mean, factor), build(*q)), factor)
+            size = float((gradient.abs() * direction.abs()).sum())
+            assert abs(float((gradient * direction).sum()) - quotient) < BAR * size, what
 
 
 def test_derivatives_where_the_integral_diverges():

@@ -16,8 +16,8 @@ the singular values of :math:`L_p^\top L_q`, no square of a matrix. Far apart, t
 
 The gradients are :math:`I - T^{-1}` by the covariance of p and :math:`I - T` by that of q, from the same equations.
 
-**Accuracy** (float64, parameters of condition 1 to 30): squared distance within 2e-14 relative at every distance;
-errors grow with the condition number of the covariances.
+**Accuracy** (float64, moderate covariances): 3e-15 relative from 1e-12 apart to far, gradients 4e-15 of their size.
+Factors of condition 1e3: 4e-13; 1e5: 4e-12.
 
 References: D. C. Dowson and B. V. Landau, "The Fréchet distance between multivariate normal distributions", Journal of
 Multivariate Analysis 12 (1982), 450-455; R. Bhatia, T. Jain and Y. Lim, "On the Bures-Wasserstein distance between

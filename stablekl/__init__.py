@@ -6,6 +6,15 @@ every pair of Gaussian families. torch's own rules stay until `harden` replaces 
 
 from . import linalg, special
 from .distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
+from .divergences import (
+    bhattacharyya_distance,
+    chernoff_distance,
+    jeffreys_divergence,
+    renyi_divergence,
+    squared_hellinger,
+    squared_wasserstein2,
+    wasserstein2,
+)
 from .linalg import NotPositiveDefiniteError, safe_cholesky
 from .mixtures import (
     AccuracyWarning,
@@ -43,13 +52,16 @@ __all__ = [
     "Normal",
     "NotPositiveDefiniteError",
     "accuracy",
+    "bhattacharyya_distance",
     "bounded_log_scale",
+    "chernoff_distance",
     "cross_entropy",
     "cross_entropy_estimate",
     "entropy_estimate",
     "harden",
     "inverse_bounded_log_scale",
     "inverse_softplus_scale",
+    "jeffreys_divergence",
     "jensen_shannon",
     "jensen_shannon_estimate",
     "kl_bounds",
@@ -58,9 +70,13 @@ __all__ = [
     "linalg",
     "mutual_information",
     "mutual_information_estimate",
+    "renyi_divergence",
     "safe_cholesky",
     "scale_tril_from_unconstrained",
     "softplus_scale",
     "special",
+    "squared_hellinger",
+    "squared_wasserstein2",
     "unconstrained_from_scale_tril",
+    "wasserstein2",
 ]

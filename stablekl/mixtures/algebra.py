@@ -19,7 +19,7 @@ triangles inverted.
 The product of two Gaussians has the precision :math:`F_1^\top F_1 + F_2^\top F_2`, F the inverse factors: the QR of
 :math:`[F_1; F_2]`, in which nothing is subtracted and neither side is preferred. With
 :math:`S_1 (S_1 + S_2)^{-1} S_2`, its twin in covariances, a direction narrow in one and wide in the other is lost: what
-remains of 1e16 is 1e-16. The mean is the nearer one of the two, moved.
+remains of 1e16 is 1e-16. The mean is that of the side that decides, moved towards the other.
 
 All of it is computed in float64 where the device has it and rounded once.
 """
@@ -232,19 +232,22 @@ def product(p: Gaussian, q: Gaussian) -> Gaussian:
     if p.kind == q.kind == "scale_diag":
         scale = torch.hypot(p.scale, q.scale)
         from_p, from_q = d * (p.scale / scale).square(), -d * (q.scale / scale).square()
-        return Gaussian("scale_diag", _nearer(p, q, from_p, from_q), p.scale * (q.scale / scale)).to(dtype)
+        # The quotient of the larger one: that of the smaller may underflow.
+        first = p.scale.detach() <= q.scale.detach()
+        small, large = torch.where(first, p.scale, q.scale), torch.where(first, q.scale, p.scale)
+        loc = torch.where(first, p.loc + from_p, q.loc + from_q)  # from the narrower one, the shorter way
+        return Gaussian("scale_diag", loc, small * (large / scale)).to(dtype)
     f_p, f_q = _inverse_factor(p), _inverse_factor(q)
     factor = inverse_square_root(torch.cat(_broadcast_batch(f_p, f_q), -2))
-    # F L has orthonormal columns together with that of the other: with Q of the QR, S P d = L Q'(F d).
+    # F L is that side's block of the QR's orthonormal factor, and L Q'(F d) the way from the other side's mean.
     x = d.unsqueeze(-1)
-    from_p = (factor @ ((f_q @ factor).mT @ (f_q @ x))).squeeze(-1)
-    from_q = -(factor @ ((f_p @ factor).mT @ (f_p @ x))).squeeze(-1)
-    return Gaussian("scale_tril", _nearer(p, q, from_p, from_q), factor).to(dtype)
-
-
-def _nearer(p: Gaussian, q: Gaussian, from_p: Tensor, from_q: Tensor) -> Tensor:
-    """The mean of the product, from whichever side has the shorter way: the rounding is that of the way."""
-    return torch.where(from_p.detach().abs() <= from_q.detach().abs(), p.loc + from_p, q.loc + from_q)
+    z_p, z_q = f_p @ x, f_q @ x
+    from_p = (factor @ ((f_q @ factor).mT @ z_q)).squeeze(-1)
+    from_q = -(factor @ ((f_p @ factor).mT @ z_p)).squeeze(-1)
+    # Whole vectors: the errors of a side's coordinates belong together, and a mixture of both loses eps cond instead.
+    start_at_p = (z_q.detach().square().sum(-2) <= z_p.detach().square().sum(-2)).expand_as(from_p)
+    loc = torch.where(start_at_p, p.loc + from_p, q.loc + from_q)
+    return Gaussian("scale_tril", loc, factor).to(dtype)
 
 
 def _inverse_factor(g: Gaussian) -> Tensor:

@@ -22,10 +22,17 @@ The product of two Gaussians has the precision :math:`F_1^\top F_1 + F_2^\top F_
 remains of 1e16 is 1e-16. The mean is that of the side that decides, moved towards the other.
 
 All of it is computed in float64 where the device has it and rounded once.
+
+Accuracy, observed against mpmath, D = 5, float64: with a scale_tril of a covariance of condition number 1e12, whitened
+covariances of marginals, conditionals and products are off by 2e-14 to 6e-13, the conditional mean by 2e-10 standard
+deviations, log-densities by 6e-14; given as a covariance or a precision, by 4e-5, 1e-8 and 1e-5. That is eps times the
+condition number of what was given. A product's mean is off by that times the distance of the two means in units of the
+product's standard deviations (1e-4 at 1e6 of them).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -40,7 +47,7 @@ from ..distributions._low_rank_factors import Whitened
 from ..distributions.low_rank import LowRankMultivariateNormal
 from .square_root import inverse_square_root, lower_square_root
 
-__all__ = ["Conditional", "condition", "log_overlap", "marginal", "matched", "positions", "product"]
+__all__ = ["Conditional", "condition", "log_overlap", "marginal", "matched", "positions", "product", "take"]
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -82,10 +89,13 @@ def _wide(g: Gaussian) -> Gaussian:
     return g.to(widened(g.loc).dtype)
 
 
-def _take(x: Tensor, dims: Sequence[int], *axes: int) -> Tensor:
-    index = torch.tensor(dims, device=x.device)
+def take(x: Tensor, dims: Sequence[int], *axes: int) -> Tensor:
+    """The entries ``dims`` along each of the axes; as slices, for an index would have to be copied to the device."""
+    starts = [n for n, i in enumerate(dims) if n == 0 or i != dims[n - 1] + 1]
+    runs = [(dims[a], b - a) for a, b in itertools.pairwise([*starts, len(dims)])]
     for axis in axes:
-        x = x.index_select(axis, index)
+        slices = [x.narrow(axis, start, length) for start, length in runs]
+        x = slices[0] if len(slices) == 1 else torch.cat(slices, axis)
     return x
 
 
@@ -93,27 +103,27 @@ def _reordered(scale_tril: Tensor, dims: list[int]) -> Tensor:
     """Factor of the covariance of some coordinates, in this order: exact where they are the first ones."""
     if dims == list(range(len(dims))):
         return scale_tril[..., : len(dims), : len(dims)]
-    return lower_square_root(_take(scale_tril, dims, -2)[..., : max(dims) + 1].mT)
+    return lower_square_root(take(scale_tril, dims, -2)[..., : max(dims) + 1].mT)
 
 
 def _cholesky(a: Tensor, order: list[int]) -> Tensor:
-    factor: Tensor = torch.linalg.cholesky(_take(a, order, -2, -1))
+    factor: Tensor = torch.linalg.cholesky(take(a, order, -2, -1))
     return factor
 
 
 def marginal(g: Gaussian, dims: list[int]) -> Gaussian:
     """The Gaussian of some coordinates, in the order of ``dims`` (from `positions`), in the dtype of ``g``."""
-    dtype, loc = g.dtype, _take(g.loc, dims, -1)
+    dtype, loc = g.dtype, take(g.loc, dims, -1)
     if g.kind == "scale_diag":
-        return Gaussian(g.kind, loc, _take(g.scale, dims, -1)).to(dtype)
+        return Gaussian(g.kind, loc, take(g.scale, dims, -1)).to(dtype)
     if g.cov_factor is not None:
-        return Gaussian(g.kind, loc, _take(g.scale, dims, -1), _take(g.cov_factor, dims, -2)).to(dtype)
+        return Gaussian(g.kind, loc, take(g.scale, dims, -1), take(g.cov_factor, dims, -2)).to(dtype)
     if g.kind == "covariance_matrix":
-        return Gaussian(g.kind, loc, _take(g.scale, dims, -2, -1)).to(dtype)
+        return Gaussian(g.kind, loc, take(g.scale, dims, -2, -1)).to(dtype)
     if g.kind == "scale_tril":
         return Gaussian(g.kind, loc, _reordered(widened(g.scale), dims)).to(dtype)
     if len(dims) == g.loc.shape[-1]:
-        return Gaussian(g.kind, loc, _take(g.scale, dims, -2, -1)).to(dtype)
+        return Gaussian(g.kind, loc, take(g.scale, dims, -2, -1)).to(dtype)
     # C_aa C_aa' is a's own precision, the Schur complement. With a backwards, its inverse, backwards, is lower too.
     others = [i for i in range(g.loc.shape[-1]) if i not in dims]
     factor = _cholesky(widened(g.scale), others + dims[::-1])[..., len(others) :, len(others) :]
@@ -141,10 +151,10 @@ def condition(g: Gaussian, dims: list[int], value: Tensor) -> Conditional:
     lead = max(value.ndim - 1 - (g.loc.ndim - 2), 0)
     samples = value.shape[:lead]
     columns = value.unsqueeze(-2).flatten(0, lead - 1) if lead else value.unsqueeze(-2).unsqueeze(0)
-    x = columns.movedim(0, -1) - _take(g.loc, dims, -1).unsqueeze(-1)
+    x = columns.movedim(0, -1) - take(g.loc, dims, -1).unsqueeze(-1)
     shift, log_density, scale, factor = _CONDITIONS[g.kind](g, dims, others, x)
     shift, log_density = shift.movedim(-1, 0), log_density.movedim(-1, 0)
-    loc = _take(g.loc, others, -1) + shift
+    loc = take(g.loc, others, -1) + shift
     batch = samples + log_density.shape[1:]
     loc = loc.expand(log_density.shape + loc.shape[-1:]).reshape(batch + loc.shape[-1:])
     rest = Gaussian("scale_tril" if g.kind == "covariance_matrix" else g.kind, loc, scale, factor)
@@ -161,9 +171,9 @@ def _log_density(z: Tensor, log_scales: Tensor) -> Tensor:
 
 
 def _given_diagonal(g: Gaussian, dims: list[int], others: list[int], x: Tensor) -> _Parts:
-    scale = _take(g.scale, dims, -1)
+    scale = take(g.scale, dims, -1)
     shift = x.new_zeros((len(others), 1))
-    return shift, _log_density(x / scale.unsqueeze(-1), scale.log()), _take(g.scale, others, -1), None
+    return shift, _log_density(x / scale.unsqueeze(-1), scale.log()), take(g.scale, others, -1), None
 
 
 def _given_factor(g: Gaussian, dims: list[int], others: list[int], x: Tensor) -> _Parts:
@@ -179,19 +189,19 @@ def _given_precision(g: Gaussian, dims: list[int], others: list[int], x: Tensor)
     own = factor[..., n:, n:]
     shift = -torch.linalg.solve_triangular(factor[..., :n, :n].mT, factor[..., n:, :n].mT @ x, upper=True)
     log_density = _log_density(own.mT @ x, -own.diagonal(dim1=-2, dim2=-1).log())
-    return shift, log_density, _take(g.scale, others, -2, -1), None
+    return shift, log_density, take(g.scale, others, -2, -1), None
 
 
 def _given_low_rank(g: Gaussian, dims: list[int], others: list[int], x: Tensor) -> _Parts:
     # Given x = W_a z + noise, the factors z have the covariance (R'R)^-1 and the least-squares solution as their mean.
     factor, diag = _low_rank(g)
-    root = _take(diag, dims, -1).sqrt()
+    root = take(diag, dims, -1).sqrt()
     y = x / root.unsqueeze(-1)
-    whitened = Whitened.of(_take(factor, dims, -2) / root.unsqueeze(-1))
-    rows = torch.linalg.solve_triangular(whitened.r, _take(factor, others, -2), upper=True, left=False)
+    whitened = Whitened.of(take(factor, dims, -2) / root.unsqueeze(-1))
+    rows = torch.linalg.solve_triangular(whitened.r, take(factor, others, -2), upper=True, left=False)
     constant = 0.5 * whitened.log_det() + root.log().sum(-1) + len(dims) * _HALF_LOG_2PI
     log_density = -0.5 * whitened.quadratic(y) - constant.unsqueeze(-1)
-    return rows @ (whitened.q1.mT @ y), log_density, _take(diag, others, -1), rows
+    return rows @ (whitened.q1.mT @ y), log_density, take(diag, others, -1), rows
 
 
 _CONDITIONS = {

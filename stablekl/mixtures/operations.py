@@ -36,7 +36,7 @@ from ..distributions.low_rank import LowRankMultivariateNormal
 from ..distributions.multivariate_normal import MultivariateNormal
 from ..distributions.normal import Normal
 from ..special import logsumexp
-from .algebra import condition, log_overlap, marginal, matched, positions, product
+from .algebra import condition, log_overlap, marginal, matched, positions, product, take
 from .reduction import merged
 from .weights import categorical_log_weights
 
@@ -148,10 +148,9 @@ class GaussianOperations:
         if isinstance(component, Independent) and component.reinterpreted_batch_ndims == 1:
             base = component.base_dist
             if type(base) in _ELEMENTWISE:
-                index = torch.tensor(places, device=self._log_weights().device)
                 names = [name for name in base.arg_constraints if name not in ("probs", "logits")]
                 parameters = {name: getattr(base, name).expand(base.batch_shape) for name in names}
-                picked = {name: x.index_select(-1, index) for name, x in parameters.items()}
+                picked = {name: take(x, places, -1) for name, x in parameters.items()}
                 return self._rebuilt(Independent(type(base)(**picked, validate_args=self._validate_args), 1))
         _weighted_gaussians(self, "marginal")  # type: ignore[arg-type]
         raise NotImplementedError

@@ -35,8 +35,8 @@ from .components import gaussian_components
 
 __all__ = ["Merged", "merged"]
 
-# Numbers per matrix stack when all pairs are compared: a few times 32 MiB.
-_BLOCK = 2**22
+# Numbers in one stack of matrices when all pairs are compared: about ten such stacks, of 4 MiB each, live at a time.
+_BLOCK = 2**19
 
 
 class Merged(NamedTuple):

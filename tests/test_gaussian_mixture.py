@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 
+import mpmath as mp
 import pytest
 import torch
 from torch.distributions import Categorical, MultivariateNormal
@@ -14,6 +16,7 @@ import stablekl
 from stablekl import GaussianMixture
 
 F64 = torch.float64
+EPS = torch.finfo(F64).eps
 T = torch.tensor
 LOC = T([[0.0, 0.0], [3.0, 1.0], [-1.0, 2.0]], dtype=F64)
 COV = torch.stack([torch.eye(2, dtype=F64) * (k + 1) + 0.3 for k in range(3)])
@@ -153,3 +156,85 @@ def test_errors_say_what_and_where(name):
 def test_validation_can_be_switched_off():
     m = GaussianMixture(probs=PROBS, loc=LOC, scale_diag=SCALES["scale_diag"], validate_args=False)
     assert bool(m.log_prob(T([math.nan, 0.0], dtype=F64)).isnan())
+
+
+# -------------------------------------------------------------------------------------------------- from_eigh
+
+
+def _spectrum(condition: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    vectors = torch.linalg.qr(torch.randn(1, 5, 5, generator=g, dtype=F64))[0]
+    values = torch.logspace(0, -math.log10(condition), 5, dtype=F64)[torch.randperm(5, generator=g)]
+    return torch.randn(1, 5, generator=g, dtype=F64), values[None], vectors
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e8, 1e12])
+def test_from_eigh_against_mpmath(condition):
+    """Log-density and KL to the condition number of the factor; must fail: the Cholesky factor of the covariance."""
+    kappa, failed = math.sqrt(condition), 0.0
+    with mp.workdps(80):
+        problems = []
+        for seed in range(4):
+            loc, values, vectors = _spectrum(condition, seed)
+            v = mp.matrix(vectors[0].tolist())
+            problems.append((loc, values, vectors, v * mp.diag(values[0].tolist()) * v.T))
+        for (loc, values, vectors, s), (loc_q, values_q, vectors_q, s_q) in itertools.pairwise(problems):
+            ones = torch.ones(1, dtype=F64)
+            m = GaussianMixture.from_eigh(probs=ones, loc=loc, eigenvalues=values, eigenvectors=vectors)
+            q = GaussianMixture.from_eigh(probs=ones, loc=loc_q, eigenvalues=values_q, eigenvectors=vectors_q)
+            x = loc[0] + vectors[0] @ values[0].sqrt()
+            d = mp.matrix(x.tolist()) - mp.matrix(loc[0].tolist())
+            truth = -((d.T * mp.inverse(s) * d)[0] + mp.log(mp.det(s)) + 5 * mp.log(2 * mp.pi)) / 2
+            assert abs(m.log_prob(x).item() / truth - 1) < 64 * EPS * kappa
+            factor = m.component_distribution.scale_tril[0]
+            log_det = 2 * sum(mp.log(mp.mpf(y)) for y in factor.diagonal().tolist())
+            assert abs(log_det - mp.log(mp.det(s))) < 16 * EPS
+            precision = mp.inverse(s_q)
+            d = mp.matrix(loc[0].tolist()) - mp.matrix(loc_q[0].tolist())
+            product = precision * s
+            kl = sum(product[i, i] for i in range(5)) + (d.T * precision * d)[0] - 5 + mp.log(mp.det(s_q) / mp.det(s))
+            p, q = (y.component_distribution for y in (m, q))
+            assert abs(torch.distributions.kl_divergence(p, q).item() / (kl / 2) - 1) < 64 * EPS * kappa
+            covariance = vectors * values.unsqueeze(-2) @ vectors.mT
+            naive, info = torch.linalg.cholesky_ex(0.5 * (covariance + covariance.mT))
+            naive = naive[0].diagonal().log().sum().item()
+            failed = max(failed, math.inf if int(info) else float(abs(2 * naive - mp.log(mp.det(s)))))
+    assert failed > 64 * EPS * kappa or condition == 1e2
+
+
+def test_from_eigh_is_the_covariance():
+    values, vectors = torch.linalg.eigh(COV)
+    m = GaussianMixture.from_eigh(PROBS.log(), None, LOC, values, vectors)
+    torch.testing.assert_close(m.component_distribution.covariance_matrix, COV)
+    assert type(m) is GaussianMixture
+    single = GaussianMixture.from_eigh(probs=PROBS.float(), loc=LOC.float(), eigenvalues=values.float(),
+                                       eigenvectors=vectors.float())  # fmt: skip
+    assert single.component_distribution.scale_tril.dtype == torch.float32
+    leaves = [x.clone().requires_grad_() for x in (values, vectors)]
+
+    def f(values, vectors):
+        return GaussianMixture.from_eigh(
+            probs=PROBS, loc=LOC, eigenvalues=values, eigenvectors=vectors, validate_args=False
+        ).log_prob(LOC)
+
+    assert torch.autograd.gradcheck(f, leaves)
+    torch.testing.assert_close(torch.vmap(f)(values[None], vectors[None]), f(values, vectors)[None])
+
+
+def test_from_eigh_errors():
+    values, vectors = torch.linalg.eigh(COV)
+    make = lambda **changed: GaussianMixture.from_eigh(  # noqa: E731
+        **{"probs": PROBS, "loc": LOC, "eigenvalues": values, "eigenvectors": vectors, **changed}
+    )
+    bad = values.clone()
+    bad[1, 0] = -1e-17
+    with pytest.raises(ValueError, match=r"eigenvalues has the value -1e-17 at \[1, 0\]"):
+        make(eigenvalues=bad)
+    bad = vectors.clone()
+    bad[2, :, 1] *= 1.001
+    with pytest.raises(ValueError, match=r"eigenvectors at \[2\] are not orthonormal.* 0.002"):
+        make(eigenvectors=bad)
+    with pytest.raises(ValueError, match="give all three"):
+        make(eigenvalues=None)
+    with pytest.raises(ValueError, match=r"eigenvalues must have shape.*got \(3, 1\)"):
+        make(eigenvalues=values[:, :1])

@@ -10,12 +10,15 @@ import mpmath as mp
 import pytest
 import torch
 from torch.distributions import (
+    Bernoulli,
     Beta,
     Binomial,
     Categorical,
     Dirichlet,
     Exponential,
     Gamma,
+    Geometric,
+    HalfNormal,
     Independent,
     Laplace,
     LKJCholesky,
@@ -350,6 +353,93 @@ def test_a_row_without_density():
     assert value.tolist()[0] == -math.inf
     (g,) = torch.autograd.grad(value[0], loc)
     assert torch.equal(g, torch.zeros(2, 1))
+
+
+# ------------------------------------------------------------------------------------- the most probable label
+
+
+def test_posterior_mode():
+    loc, scale = T([[0.0, 4.0, 4.0]] * 2), T([[1.0, 1.0, 1.0], [1.0, 0.5, 1.0]])
+    m = MixtureSameFamily(Categorical(T([[0.2, 0.4, 0.4], [0.0, 0.5, 0.5]])), Normal(loc, scale))
+    x = T([-1.0, 2.0, 4.0, 9.0]).unsqueeze(-1)
+    mode = m.posterior_mode(x)
+    assert mode.dtype == torch.int64
+    # ties go to the lowest index; a component of weight 0 is never chosen
+    assert mode.tolist() == [[0, 2], [1, 2], [1, 1], [1, 2]]
+    assert m.posterior_mode(T(1e6)).tolist() == [1, 2]
+    torch.testing.assert_close(mode[:3], m.posterior_marginal(x[:3]).probs.argmax(-1))
+    assert m.posterior_mode(torch.zeros(7, 5, 1)).shape == (7, 5, 2)
+    assert torch.equal(
+        torch.vmap(MixtureSameFamily(m.mixture_distribution, Normal(loc, scale), False).posterior_mode)(x), mode
+    )
+    with pytest.raises(ValueError, match="NaN"):
+        m.posterior_mode(T([math.nan, 0.0]))
+
+
+def test_posterior_mode_of_other_families():
+    m = MixtureSameFamily(even(), Uniform(T([0.0, 1.0]), T([2.0, 1.5])))
+    assert m.posterior_mode(T([0.5, 1.25, 1.75])).tolist() == [0, 1, 0]
+    vectors = MixtureSameFamily(even(), Independent(Laplace(LOC, LOC + 1), 1))
+    assert vectors.posterior_mode(LOC).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="outside the support of every component"):
+        m.posterior_mode(T(3.0))
+
+
+# ------------------------------------------------------------------------- different supports, all that is asked
+
+
+def _parameters(distribution):
+    return [name for name in distribution.arg_constraints if name != "logits"]
+
+
+def _each_alone(components, x):
+    """Log-densities of the components one by one, in torch, -inf outside."""
+    columns = []
+    for c in components:
+        inside = c.support.check(x)
+        columns.append([float(c.log_prob(v)) if i else -math.inf for v, i in zip(x, inside.tolist(), strict=True)])
+    return T(columns).mT
+
+
+# name: a family over two parameter sets, the same one by one, and points in one, both and none of the supports
+MIXED = {
+    "uniform": (lambda a: Uniform(a, a + T([1.0, 3.0])), T([0.0, 2.0]), [0.5, 1.5, 2.5, 5.5, -0.5, 0.0, 5.0]),
+    "pareto": (lambda a: Pareto(a, T([2.0, 1.0])), T([1.0, 3.0]), [0.5, 1.0, 1.5, 3.5]),
+    "half-normal": (lambda a: HalfNormal(a), T([1.0, 2.0]), [-1.0, 0.0, 0.5, 9.0]),
+    "gamma": (lambda a: Gamma(a, a), T([1.5, 3.0]), [-1.0, 0.0, 0.5, 9.0]),
+    "beta": (lambda a: Beta(a, a), T([1.5, 3.0]), [-1.0, 0.0, 0.5, 1.0, 1.5]),
+    "binomial": (lambda a: Binomial(T([2.0, 5.0]), a), T([0.25, 0.5]), [-1.0, 0.0, 1.5, 2.0, 4.0, 6.0]),
+    "bernoulli": (lambda a: Bernoulli(a), T([0.25, 0.5]), [-1.0, 0.0, 0.5, 1.0]),
+    "geometric": (lambda a: Geometric(a), T([0.25, 0.5]), [-1.0, 0.0, 1.5, 3.0]),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_everything_asked_of_points_outside_a_support(name):
+    make, given, points = MIXED[name]
+    given, x = given.clone().requires_grad_(), T(points)
+    m = MixtureSameFamily(even(), make(given), validate_args=False)
+    both = make(given.detach())
+    singles = [type(both)(**{k: getattr(both, k)[i] for k in _parameters(both)}, validate_args=False) for i in (0, 1)]
+    truth = _each_alone(singles, x)
+    torch.testing.assert_close(m.component_log_probs(x), truth)
+    total = torch.logsumexp(truth, -1) - math.log(2)
+    value = m.log_prob(x)
+    torch.testing.assert_close(value, total)
+    supported = total > -math.inf
+    posterior = m.posterior_marginal(x[supported]).probs
+    torch.testing.assert_close(posterior, torch.softmax(truth[supported], -1))
+    assert torch.equal(m.posterior_mode(x), truth.argmax(-1))
+    outputs = [value[supported], m.component_log_probs(x)[truth > -math.inf], posterior]
+    for output in outputs:
+        (g,) = torch.autograd.grad(output.sum(), given, retain_graph=True)
+        assert bool(g.isfinite().all())
+    try:
+        cdf = m.cdf(x)
+    except NotImplementedError:
+        return
+    alone = [[float(c.cdf(v)) if c.support.check(v) else float(v > c.mean) for c in singles] for v in x]
+    torch.testing.assert_close(cdf.detach(), T(alone).mean(-1))
 
 
 @pytest.mark.parametrize("family", ["normal", "uniform"])

@@ -10,8 +10,11 @@ from torch.distributions import Categorical, Distribution
 from torch.types import _size
 
 from .._autograd import is_plain
+from ..distributions._base import widened
+from ..distributions._gaussian import Gaussian
 from ..distributions.multivariate_normal import MultivariateNormal
 from .mixture_same_family import MixtureSameFamily
+from .square_root import lower_square_root
 
 __all__ = ["GaussianMixture"]
 
@@ -77,9 +80,98 @@ class GaussianMixture(MixtureSameFamily):
         new: GaussianMixture = self._get_checked_instance(GaussianMixture, _instance)  # type: ignore[no-untyped-call]
         return super().expand(batch_shape, new)  # type: ignore[return-value]
 
-    def to_mvn(self) -> Distribution:
-        """The multivariate normal with the mixture's mean and covariance: the minimiser of KL(mixture || q)."""
-        return MultivariateNormal(self.mean, covariance_matrix=self.covariance_matrix)
+    @classmethod
+    def from_eigh(
+        cls,
+        logits: Tensor | None = None,
+        probs: Tensor | None = None,
+        loc: Tensor | None = None,
+        eigenvalues: Tensor | None = None,
+        eigenvectors: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> GaussianMixture:
+        r"""A mixture of components with covariances :math:`V \operatorname{diag}(\lambda) V^\top`.
+
+        The ``scale_tril`` is the triangle of a QR factorisation of :math:`\operatorname{diag}(\sqrt\lambda) V^\top`.
+        The Cholesky factor of the product is the same but for rounding: eps times the condition number of the
+        covariance, where this one has its square root.
+
+        Args:
+            logits: as in the constructor.
+            probs: as in the constructor.
+            loc: as in the constructor.
+            eigenvalues: variances along the principal axes, ``batch_shape + (K, D)``, positive, in any order.
+            eigenvectors: principal axes in the columns, as from `torch.linalg.eigh`, ``batch_shape + (K, D, D)``.
+            validate_args: as in torch; on by default.
+
+        Raises:
+            ValueError: as the constructor; an eigenvalue is not positive, or eigenvectors are not orthonormal (says
+                which).
+
+        Example:
+            >>> import torch, stablekl
+            >>> values, vectors = torch.linalg.eigh(torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]))
+            >>> m = stablekl.GaussianMixture.from_eigh(probs=torch.ones(1), loc=torch.zeros(1, 2),
+            ...                                        eigenvalues=values, eigenvectors=vectors)
+            >>> m.covariance_matrix
+            tensor([[2.0000, 1.0000],
+                    [1.0000, 2.0000]])
+        """
+        if loc is None or eigenvalues is None or eigenvectors is None:
+            raise ValueError("from_eigh takes loc, eigenvalues and eigenvectors; give all three")
+        d = loc.shape[-1] if loc.ndim else 0
+        if eigenvalues.shape[-1:] != (d,) or eigenvectors.shape[-2:] != (d, d):
+            raise ValueError(
+                f"to go with loc of shape {tuple(loc.shape)}, eigenvalues must have shape batch_shape + (K, {d}) and "
+                f"eigenvectors batch_shape + (K, {d}, {d}), got {tuple(eigenvalues.shape)} and "
+                f"{tuple(eigenvectors.shape)}"
+            )
+        if Distribution._validate_args if validate_args is None else validate_args:
+            _check_eigenvalues(eigenvalues)
+            _check_orthonormal(eigenvectors)
+        rows = widened(eigenvalues).sqrt().unsqueeze(-1) * widened(eigenvectors).mT
+        tril = lower_square_root(rows).to(torch.promote_types(eigenvalues.dtype, eigenvectors.dtype))
+        return cls(logits, probs, loc, scale_tril=tril, validate_args=validate_args)
+
+    def _rebuilt(self, component: Gaussian | Distribution, log_weights: Tensor | None = None) -> GaussianMixture:
+        """A mixture of other components, with normalised log-weights or those that were given."""
+        if not isinstance(component, Gaussian):
+            raise TypeError(f"a GaussianMixture has Gaussian components, not {component}")
+        logits, probs = (self._given_logits, self._given_probs) if log_weights is None else (log_weights, None)
+        parameter: dict[str, Any] = {component.kind: component.scale}
+        return GaussianMixture(logits, probs, component.loc, validate_args=self._validate_args, **parameter)
+
+
+# Largest deviation of V'V from the identity, in units of D eps: eigh leaves a few.
+_ORTHONORMAL = 64
+
+
+def _check_eigenvalues(values: Tensor) -> None:
+    values = values.detach()
+    if is_plain((values,)) and not bool((good := (values > 0) & values.isfinite()).all()):
+        index = (~good).nonzero()[0].tolist()
+        raise ValueError(
+            f"eigenvalues has the value {float(values[tuple(index)])} at {index}: it must be positive and finite. "
+            "eigh returns eigenvalues of 0 or below for a covariance that is singular to working precision: use "
+            "float64, or drop that direction."
+        )
+
+
+def _check_orthonormal(vectors: Tensor) -> None:
+    vectors = vectors.detach()
+    if not is_plain((vectors,)):
+        return
+    wide = widened(vectors)
+    d = wide.shape[-1]
+    error = (wide.mT @ wide - torch.eye(d, dtype=wide.dtype, device=wide.device)).abs().amax((-2, -1))
+    bad = ~(error <= _ORTHONORMAL * d * torch.finfo(vectors.dtype).eps)
+    if bool(bad.any()):
+        index = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"the eigenvectors at {index} are not orthonormal: V'V is off the identity by "
+            f"{float(error[tuple(index)]):.3g}. They belong in the columns and have length 1, as torch.linalg.eigh "
+            "returns them."
+        )
 
 
 def _check_weights(name: str, weights: Tensor) -> None:

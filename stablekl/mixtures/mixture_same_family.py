@@ -17,17 +17,18 @@ from torch.types import _size
 
 from .._autograd import is_plain
 from ..distributions._base import Movable
-from ..distributions._gaussian import as_gaussian
+from ..distributions._gaussian import Gaussian, as_gaussian
 from ..special import logsumexp
 from .components import Components, gaussian_components
 from .density import component_log_probs, mixture_log_prob
 from .interior import interior_point
+from .operations import GaussianOperations, gaussian_distribution
 from .weights import given_weights, normalised_log_weights
 
 __all__ = ["MixtureSameFamily"]
 
 
-class MixtureSameFamily(Movable, TorchMixtureSameFamily):
+class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
     r"""`torch.distributions.MixtureSameFamily` with an exact, streamed log-density and exact weights.
 
     The density is :math:`m(x) = \sum_k w_k p_k(x)`. Weights of exactly 0 contribute nothing, as read from what the
@@ -179,6 +180,27 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
             self._check_value(value)
         joint = _joint(self.component_log_probs(value), self.log_weights)
         return Categorical(logits=joint, validate_args=False)
+
+    def posterior_mode(self, value: Tensor) -> Tensor:
+        """The most probable component given each value, argmax_k w_k p_k(x), ``sample_shape + batch_shape``.
+
+        An index (int64); the lowest where several are equally probable.
+
+        Raises:
+            ValueError: as `log_prob`. With validation off, 0 where every component is -inf.
+        """
+        if self._validate_args:
+            self._check_value(value)
+        return _joint(self.component_log_probs(value), self.log_weights).argmax(-1)
+
+    def _rebuilt(self, component: Gaussian | Distribution, log_weights: Tensor | None = None) -> MixtureSameFamily:
+        """A mixture of this class of other components, with normalised log-weights or those it has."""
+        if isinstance(component, Gaussian):
+            component = gaussian_distribution(component, self._validate_args, scalar=not self._event_ndims)
+        weights = self._mixture_distribution
+        if log_weights is not None:
+            weights = Categorical(logits=log_weights, validate_args=False)
+        return MixtureSameFamily(weights, component, validate_args=self._validate_args)
 
     @property
     def mean(self) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from stablekl.mixtures import sobol
 from stablekl.mixtures.components import Components
 from stablekl.mixtures.line import line_kl
-from stablekl.mixtures.spectral import label_information
 from stablekl.mixtures.sobol import sobol_information, sobol_kl
+from stablekl.mixtures.spectral import label_information
 
 
 def random(generator, rows, k, d, separation, full=False):

@@ -23,13 +23,14 @@ from torch.distributions import Distribution
 
 from .._autograd import is_eager
 from ..distributions._gaussian import Gaussian
-from .bounds import closed_bounds, information_bounds, pairwise_kl, weighted
+from .bounds import closed_bounds, information_bounds, pairwise_kl
 from .components import Components, broadcast_shape
 from .estimate import Bounds, KLEstimate, requested, warn_of_excess
 from .information import ENGINES, Information, mixture_information
 from .overlaps import log_determinants
 from .reading import Mixture, as_mixture, check_same_space, simplified
 from .select import CERTAIN, evaluate_kl, slack_for
+from .weights import weighted
 
 __all__ = [
     "cross_entropy",

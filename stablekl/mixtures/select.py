@@ -33,8 +33,8 @@ from torch import Tensor
 
 from .._autograd import is_eager
 from ..distributions._gaussian import gaussian_kl
-from .adaptive import adaptive_information, adaptive_kl
-from .bounds import closed_bounds, label_entropy, pairwise_kl, weighted
+from .adaptive import FIRST_BUDGET, adaptive_cross, adaptive_information, adaptive_kl
+from .bounds import closed_bounds, pairwise_kl
 from .components import Components, broadcast_shape
 from .contour import contour_kl
 from .cubature import cubature_information, cubature_kl
@@ -45,6 +45,7 @@ from .projection import projected, subspace
 from .reading import Mixture
 from .spectral import label_information
 from .triple import triple_information
+from .weights import label_entropy, weighted
 
 __all__ = ["CERTAIN", "Method", "check_method", "evaluate_kl", "slack_for"]
 
@@ -243,6 +244,36 @@ def _mixture_kl(
 _ORDER = (*ENGINES[:4], "contour", *ENGINES[4:])
 
 
+def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    """By positive terms where that is accurate enough at once or better, else as the difference of S and I.
+
+    The integrand of the first has no control variate and its error goes with KL; that of the second is far more
+    accurate but absolute.
+    """
+    value, error = adaptive_kl(p, q, rtol, min(FIRST_BUDGET, max_points))
+    hard = (error > rtol * (1 + value.detach())).nonzero().squeeze(-1)
+    if not hard.numel():
+        return Information(value, error, "sobol")
+    here_p, here_q = (Components(*(x.index_select(0, hard) for x in c)) for c in (p, q))
+    with torch.no_grad():
+        by_difference = adaptive_cross(here_p, here_q, rtol, min(FIRST_BUDGET, max_points))[1] < error[hard]
+    for difference in (False, True):
+        chosen = (by_difference == difference).nonzero().squeeze(-1)
+        if not chosen.numel():
+            continue
+        part_p, part_q = (Components(*(x.index_select(0, chosen) for x in c)) for c in (here_p, here_q))
+        if difference:
+            mean_kl, part_error = adaptive_cross(part_p, part_q, 0.5 * rtol, max_points)
+            goal = 0.5 * rtol * (1 + (mean_kl.detach() - label_entropy(part_p.log_weights)).clamp(min=0))
+            found = mixture_information(part_p, goal, max_points, slack)
+            part, part_error = mean_kl - found.value, part_error + found.error
+        else:
+            part, part_error = adaptive_kl(part_p, part_q, rtol, max_points)
+        value = value.index_copy(0, hard[chosen], part)
+        error = error.index_copy(0, hard[chosen], part_error)
+    return Information(value, error + _EXACT_ERROR * (1 + value.detach()), "sobol")
+
+
 def _positive_where_small(
     difference: Information, p: Components, q: Components, rtol: float, max_points: int
 ) -> Information:
@@ -276,7 +307,10 @@ def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, sla
         if low and max(r, 1) < p.loc.shape[-1]:
             here_p, here_q = (projected(c, found.basis[index, : max(r, 1)]) for c in (here_p, here_q))
         method: Method = "line" if r <= 1 else "contour" if two else "cubature" if low else "sobol"
-        result = _mixture_kl(method, here_p, here_q, rtol, max_points, slack)
+        if method == "sobol":
+            result = _sampled(here_p, here_q, rtol, max_points, slack)
+        else:
+            result = _mixture_kl(method, here_p, here_q, rtol, max_points, slack)
         if method == "contour":
             result = _positive_where_small(result, here_p, here_q, rtol, max_points)
         loss = torch.where(found.loss[index].isfinite(), found.loss[index], 0.0) if low else 0.0

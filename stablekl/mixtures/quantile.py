@@ -128,11 +128,12 @@ def _root(rise: Callable[[Tensor], tuple[Tensor, Tensor]], tolerance: Tensor, lo
         move = -h / slope
         new = x + move
         safe = (new >= low) & (new <= high) & (move.abs() <= 0.5 * step.abs())
-        new = torch.where(h == 0, x, torch.where(safe, new, 0.5 * low + 0.5 * high))
+        noise = h.abs() <= tolerance
+        # Where the value is noise, one Newton step more, which is the smaller error of the two; no bisection.
+        new = torch.where(safe & (h != 0), new, torch.where(noise, x, 0.5 * low + 0.5 * high))
         step = new - x
         x = torch.where(active, new, x)
-        # Once more where the value is noise: the step is the smaller error of the two.
-        active = active & (h.abs() > tolerance) & (step != 0)
+        active = active & ~noise & (step != 0)
         if look and not bool(active.any()):
             break
     return x

@@ -83,7 +83,7 @@ def test_the_textbook_ratio_fails():
         (ours,) = torch.autograd.grad(implicit_point(x.reshape(1), components).sum(), p[0])
         assert abs(float((textbook[1] - expected[1]) / expected[1])) > 1e-3
         # the last step, through the softmax of the weights, is that of the weights themselves
-        assert abs(float((ours[0] - expected[0]) / expected[0])) < 1e-13
+        assert abs(float((float(ours[0]) - expected[0]) / expected[0])) < 1e-13
 
 
 def conditionals(z: Tensor, logits: Tensor, loc: Tensor, tril: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def test_second_derivatives_and_forward_mode(full):
 
 @pytest.mark.parametrize(("d", "full"), [(1, False), (2, True), (3, False)])
 def test_expectations_in_closed_form(d, full):
-    """E[sin(a.x)], E[(a.x)^2], and E[x_1 x_D]: within 4.5 standard errors."""
+    """E[sin(a.x)], E[(a.x)^2], and E[x_1 x_D]: within 6 of 16 batches' standard errors."""
     g = torch.Generator().manual_seed(3)
     loc = 2 * torch.randn(3, d, generator=g, dtype=F64)
     scale = 0.5 + torch.rand(3, d, generator=g, dtype=F64)
@@ -177,14 +177,13 @@ def test_expectations_in_closed_form(d, full):
     ]
     functions = [lambda x: (x @ a).sin(), lambda x: (x @ a).square(), lambda x: x[..., 0] * x[..., -1]]
     torch.manual_seed(1)
+    samples = [m.rsample((700,)) for _ in range(16)]
     for e, f in zip(exact, functions, strict=True):
-        rows = []
-        for _ in range(30):
-            grads = torch.autograd.grad(f(m.rsample((1000,))).mean(), p, retain_graph=True)
-            rows.append(torch.cat([t.flatten() for t in grads]))
-        rows, expected = torch.stack(rows), torch.autograd.grad(e, p, retain_graph=True)
+        grads = [torch.autograd.grad(f(x).mean(), p, retain_graph=True) for x in samples]
+        rows = torch.stack([torch.cat([t.flatten() for t in g]) for g in grads])
+        expected = torch.autograd.grad(e, p, retain_graph=True)
         error = rows.mean(0) - torch.cat([t.flatten() for t in expected])
-        bound = 4.5 * rows.std(0) / 30**0.5 + 1e-12
+        bound = 6 * rows.std(0) / 4 + 1e-12
         assert bool((error.abs() <= bound).all()), (error / bound).abs().max()
 
 
@@ -196,7 +195,7 @@ def test_ignoring_the_label_fails():
     with torch.no_grad():
         label = m.mixture_distribution.sample((1000,))
     x = m.component_distribution.rsample((1000,)).gather(1, label[:, None, None])
-    with pytest.raises(RuntimeError, match="not to have been used"):
+    with pytest.raises(RuntimeError, match="not have been used"):
         torch.autograd.grad(x.mean(), p[0], retain_graph=True)
     (g,) = torch.autograd.grad(m.rsample((1000,)).mean(), p[0])
     assert float(g[1]) == pytest.approx(1.0, abs=0.1)

@@ -145,7 +145,7 @@ def test_ends_and_errors():
         m.icdf(0.5)
     with pytest.raises(NotImplementedError, match="no quantiles"):
         GaussianMixture(torch.zeros(2), loc=torch.zeros(2, 1), scale_diag=torch.ones(2, 1)).icdf(T(0.5))
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="Beta has no icdf"):
         MixtureSameFamily(Categorical(torch.ones(2)), Beta(T([1.0, 2.0]), T([2.0, 2.0]))).icdf(T(0.5))
 
 

@@ -37,7 +37,8 @@ class MixtureSameFamily(Movable, TorchMixtureSameFamily):
 
     The density is :math:`m(x) = \sum_k w_k p_k(x)`. Weights of exactly 0 contribute nothing, as read from what the
     Categorical was given (torch clamps its logits). No N x K x D tensor is built for Gaussian components, forward or
-    backward.
+    backward. Distribution functions and quantiles are in log space too, and samples of Gaussian mixtures can be
+    differentiated (`rsample`, `stratified_sample`).
 
     Args:
         mixture_distribution: the weights, batch shape broadcasting with the component's but for its last dimension.

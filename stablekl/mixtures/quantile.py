@@ -14,9 +14,13 @@ bracket of the components' quantiles.
 
 The derivatives are implicit: dx/du = 1/m(x) and dx/dtheta = -(dF/dtheta)/m(x), formed in log space (`implicit`).
 
-Accuracy: in float64, |log F(x) - log u| <= 4 eps (1 + |log u|) on every case of ``tests/test_quantile.py`` (u from
-1e-300 to 1 - 1e-16, modes 1e6 standard deviations apart, scales 1e-4 to 1e4): what remains is the conditioning of x,
-eps u (1 + |log u|)/m(x), or an ulp or two of x where that is smaller. Evaluations of F: 4 to 9 typically, 46 at worst.
+Accuracy: in float64, |log F(x) - log u| was at most 1.7 (eps (1 + |log u|) + what an ulp of x changes) on 27,000 points
+of 150 random mixtures (u from 1e-300 to 1 - 1e-16, weights from 1e-20, modes up to 1e11 standard deviations apart,
+scales 1e-4 to 1e4): x is known to its conditioning, eps u (1 + |log u|)/m(x), or to its last digit. F was evaluated 6
+times for the median mixture (180 points each), 60 times for the worst.
+
+Gaussian mixtures look at the data to stop, under vmap too; torch.compile calls an operator. Other families take all
+`STEPS` steps inside a transform, which is slow.
 """
 
 from __future__ import annotations
@@ -82,10 +86,11 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
     shape = torch.broadcast_shapes(u.shape, mixture.batch_shape)
     u_wide = widened(u).expand(shape)
     if gaussian is None:
-        return _family_quantile(u_wide, mixture).to(_dtype(u, mixture, component.icdf(u.new_tensor(0.5))))
+        return _family_quantile(u_wide, mixture).to(_dtype(u, mixture, _middle(component, u)))
     components = Components(mixture._log_weights(gaussian.loc.dtype), gaussian.loc, gaussian.scale)
     batch = len(mixture.batch_shape)
-    points = u_wide.reshape(-1, *shape[len(shape) - batch :]).movedim(0, -1)
+    split = len(shape) - batch
+    points = u_wide.reshape(math.prod(shape[:split]), *shape[split:]).movedim(0, -1)
     parameters = (t.detach() for t in (components.log_weights, gaussian.loc[..., 0], gaussian.scale[..., 0]))
     x = _normal_root(points.detach(), *parameters).movedim(-1, 0).reshape(shape)
     result = implicit_point(x.unsqueeze(-1), components, u_wide.unsqueeze(-1)).squeeze(-1)
@@ -94,6 +99,17 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
 
 def _dtype(u: Tensor, mixture: Any, like: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(u.dtype, like.dtype), mixture.mixture_distribution._param.dtype)
+
+
+def _middle(component: Distribution, u: Tensor) -> Tensor:
+    """The components' medians, if there is such a thing."""
+    try:
+        median: Tensor = component.icdf(u.new_tensor(0.5))
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"{type(component).__name__} has no icdf in torch, which would bracket the quantiles of its mixtures"
+        ) from error
+    return median
 
 
 def _check(u: Tensor) -> None:

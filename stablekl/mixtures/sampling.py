@@ -53,9 +53,10 @@ def reparameterised(mixture: Any, x: Tensor) -> Tensor:
     if gaussian is None:
         name = type(component.base_dist if isinstance(component, Independent) else component).__name__
         raise NotImplementedError(
-            f"rsample differentiates mixtures of Gaussians, not of {name}. Use stratified_sample, whose gradient is "
-            "that of the components' rsample and of the exact sum over them; or, for scalar events, "
-            "icdf(torch.rand(...)), where the family has cdf and icdf"
+            f"rsample differentiates mixtures of scalar or vector Gaussians, not of {name} with events of shape "
+            f"{tuple(component.event_shape)}. Use stratified_sample, whose gradient is that of the components' rsample "
+            "and of the exact sum over them; or, for scalar events, icdf(torch.rand(...)), where the family has both "
+            "cdf and icdf"
         )
     gaussian = gaussian.to(widened(gaussian.loc).dtype)
     components = gaussian_components(mixture._log_weights(gaussian.loc.dtype), gaussian)

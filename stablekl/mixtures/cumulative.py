@@ -35,7 +35,7 @@ from .interior import interior_point
 from .line import expm1
 from .weights import log_probability
 
-__all__ = ["cumulative", "diagonal_gaussian", "log_cumulative"]
+__all__ = ["cumulative", "diagonal_gaussian", "log_cumulative", "nearer_tail"]
 
 
 def diagonal_gaussian(component: Distribution) -> Gaussian | None:
@@ -95,6 +95,13 @@ def cumulative(mixture: Any, value: Tensor) -> Tensor:
         return log_cumulative(mixture, value).exp()
     result: Tensor = (family_cdf(mixture, value) * mixture.log_weights.exp()).sum(-1)
     return result
+
+
+def nearer_tail(mixture: Any, value: Tensor, lower: Tensor) -> Tensor:
+    """Log F where ``lower``, else log(1 - F), of a scalar mixture of any family, from one evaluation of its cdf."""
+    cdf = family_cdf(mixture, value)
+    by_component = torch.where(lower.unsqueeze(-1), log_probability(cdf), _log_complement(cdf))
+    return _pooled(by_component, mixture.log_weights)
 
 
 def _refusal(component: Distribution) -> str:

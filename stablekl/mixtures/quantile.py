@@ -37,7 +37,7 @@ from .._autograd import custom, is_plain
 from ..distributions._base import moved, widened
 from ..special import log_ndtr, logsumexp
 from .components import Components
-from .cumulative import diagonal_gaussian
+from .cumulative import diagonal_gaussian, nearer_tail
 from .density_terms import living
 from .implicit import implicit_point
 from .interior import interior_point
@@ -86,7 +86,8 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
     shape = torch.broadcast_shapes(u.shape, mixture.batch_shape)
     u_wide = widened(u).expand(shape)
     if gaussian is None:
-        return _family_quantile(u_wide, mixture).to(_dtype(u, mixture, _middle(component, u)))
+        dtype = _dtype(u, mixture, _middle(component, u))
+        return _family_quantile(u_wide, mixture).to(dtype)
     components = Components(mixture._log_weights(gaussian.loc.dtype), gaussian.loc, gaussian.scale)
     batch = len(mixture.batch_shape)
     split = len(shape) - batch
@@ -248,7 +249,7 @@ def _family_quantile(u: Tensor, mixture: Any) -> Tensor:
         return torch.where(dead, math.inf, q).amin(-1), torch.where(dead, -math.inf, q).amax(-1)
 
     def rise(x: Tensor) -> tuple[Tensor, Tensor]:
-        log_tail = torch.where(lower, wide.log_cdf(x), wide.log_sf(x))
+        log_tail = nearer_tail(wide, x, lower)
         return sign * (log_tail - log_p), (wide.log_prob(x) - log_tail).exp()
 
     with torch.no_grad():
@@ -263,7 +264,7 @@ def _family_quantile(u: Tensor, mixture: Any) -> Tensor:
     safe = interior_point(component, u)[..., 0]
     for _ in range(2):
         at = torch.where(inner, x, safe)
-        log_tail = torch.where(lower, wide.log_cdf(at), wide.log_sf(at))
+        log_tail = nearer_tail(wide, at, lower)
         move = sign * (log_p - log_tail) * (log_tail - wide.log_prob(at)).exp()
         x = torch.where(inner, x + (move - move.detach()), x)
     return x

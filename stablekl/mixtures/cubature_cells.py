@@ -121,7 +121,7 @@ def frames(row: Tensor, seed: Tensor, loc: Tensor, scale: Tensor, reach: float, 
 
 
 def positions(seen: Maps, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
-    """z - y and z of all components at the centres, (K, D, C), and the maps' slopes E there, (K, D, D, C)."""
+    """Z - y and z of all components at the centres, (K, D, C), and the maps' slopes E there, (K, D, D, C)."""
     slope, y = seen.slope.index_select(-1, cells.frame), cells.centre
     d = seen.shift.index_select(-1, cells.frame)
     for i in range(y.shape[0]):

@@ -97,7 +97,7 @@ def mutual_information_estimate(
         1.0986, log 3 = 1.0986
     """
     asked = requested(rtol, max_points)
-    m = simplified(as_mixture(p))
+    m = simplified(as_mixture(p, "mutual information"))
     return _information(m.widened(), *asked)[1].rounded(m.dtype)
 
 
@@ -128,7 +128,7 @@ def entropy_estimate(p: Distribution, *, rtol: float | None = None, max_points: 
         ValueError: a tolerance or budget without sense.
     """
     asked = requested(rtol, max_points)
-    given = simplified(as_mixture(p))
+    given = simplified(as_mixture(p, "entropy"))
     m = given.widened()
     components, found = _information(m, *asked)
     own = _component_entropies(m, components)
@@ -162,7 +162,7 @@ def cross_entropy_estimate(
         ValueError: event shapes that differ, or a tolerance or budget without sense.
     """
     asked = requested(rtol, max_points)
-    given_p, given_q = simplified(as_mixture(p)), simplified(as_mixture(q))
+    given_p, given_q = (simplified(as_mixture(x, "cross-entropy")) for x in (p, q))
     check_same_space(p, q, given_p, given_q)
     m_p, m_q = given_p.widened(), given_q.widened()
     # each component of p by itself against q: one more batch dimension
@@ -248,7 +248,7 @@ def jensen_shannon_estimate(
         1.250000e-09
     """
     asked = requested(rtol, max_points)
-    given_p, given_q = simplified(as_mixture(p)), simplified(as_mixture(q))
+    given_p, given_q = (simplified(as_mixture(x, "the Jensen-Shannon divergence")) for x in (p, q))
     check_same_space(p, q, given_p, given_q)
     m_p, m_q = given_p.widened(), given_q.widened()
     m = _mean_of(m_p, m_q)

@@ -182,7 +182,7 @@ def _group_information(p: Components, atol: Tensor, max_points: int, slack: floa
         index = torch.tensor([i for i, x in enumerate(rank) if x == r], device=p.loc.device)
         part, goal, loss = _rows(p, index), atol[index], found.loss[index].nan_to_num(posinf=0.0)
         if 0 < r < min(dim, 4):
-            part = projected(part, found.basis[index, :r])
+            part = projected(part, found.basis[index, :r], found.origin[index])
         name = _engine_for(n, r)
         value, error = _evaluate(name, part, goal, max_points)
         results.append((index, value, error + loss))

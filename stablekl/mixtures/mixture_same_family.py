@@ -22,6 +22,8 @@ from ..special import logsumexp
 from .components import Components, gaussian_components
 from .cumulative import cumulative, log_cumulative
 from .density import component_log_probs, mixture_log_prob
+from .entropies import entropy_estimate
+from .estimate import warn_of_excess
 from .interior import interior_point
 from .operations import GaussianOperations, gaussian_distribution
 from .quantile import quantile
@@ -249,6 +251,19 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
     def support(self) -> constraints.Constraint:
         """Where some component has its support; torch's asks for all of them, which refuses samples."""
         return _Union(self._component_distribution.support)  # type: ignore[no-untyped-call]
+
+    def entropy(self) -> Tensor:
+        """Differential entropy in nats of a mixture of Gaussians, ``batch_shape``; see `stablekl.entropy_estimate`.
+
+        Raises:
+            NotImplementedError: components of another family.
+
+        Warns:
+            AccuracyWarning: in eager mode, where the estimated error exceeds the tolerance of `stablekl.accuracy`.
+        """
+        estimate = entropy_estimate(self)
+        warn_of_excess(estimate, "entropy", stacklevel=2)
+        return estimate.value
 
     def cdf(self, value: Tensor) -> Tensor:
         """Distribution function P(X <= x), ``sample_shape + batch_shape``; of vectors, and errors, as `log_cdf`."""

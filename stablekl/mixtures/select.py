@@ -305,7 +305,8 @@ def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, sla
         here_p, here_q = (Components(*(x.index_select(0, index) for x in c)) for c in (flat_p, flat_q))
         low = r <= (1 if two else 3)  # the contour is as exact as a cubature and takes a tenth of the time
         if low and max(r, 1) < p.loc.shape[-1]:
-            here_p, here_q = (projected(c, found.basis[index, : max(r, 1)]) for c in (here_p, here_q))
+            basis, origin = found.basis[index, : max(r, 1)], found.origin[index]
+            here_p, here_q = projected(here_p, basis, origin), projected(here_q, basis, origin)
         method: Method = "line" if r <= 1 else "contour" if two else "cubature" if low else "sobol"
         if method == "sobol":
             result = _sampled(here_p, here_q, rtol, max_points, slack)

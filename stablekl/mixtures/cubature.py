@@ -42,7 +42,7 @@ from .density_terms import inverse_factor, living, parameter_gradients
 __all__ = ["cubature_information", "cubature_kl"]
 
 # Boxes are at first at most so wide, in the standard deviation of any component in reach, given the other coordinates.
-WIDTH = 6.0
+WIDTH = {2: 9.0, 3: 14.0}
 # A component matters where it is less than so many standard deviations away.
 REACH = 9.0
 # Narrower than 1/THIN of another component, and THIN times longer than wide: worth turning the axes for.
@@ -61,32 +61,39 @@ ROWS = 2**12
 
 def _nodes(dim: int, tolerance: float) -> int:
     """Nodes per axis and box."""
-    if dim == 2:
-        return 8 if tolerance > 1e-8 else 12
-    return 6 if tolerance > 1e-8 else 9
+    return 8 if tolerance > (1e-10 if dim == 2 else 1e-8) else 10
 
 
 def _bounds(problem: Problem, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
-    """What a box may hold at most, (C,); nearest distances of components (K, C) and their widths on each axis."""
-    d, z, slope = positions(problem.seen, cells)
+    """What a box may hold at most, and what is in it.
+
+    Returns:
+        A bound on the integral, (C,); the largest posterior weight that each component may have there, its logarithm,
+        -inf beyond `REACH`, (K, C); the components' inverse widths on each axis given the others, (K, D, C).
+    """
+    _, z, slope = positions(problem.seen, cells)
     identity = torch.eye(z.shape[1], dtype=z.dtype, device=z.device).unsqueeze(-1)
-    steepness = (slope + identity).square().sum(1).sqrt()  # 1/width given the other coordinates, (K, D, C)
+    steepness = (slope + identity).square().sum(1).sqrt()
     spread = (steepness * cells.half).sum(1)
     distance = z.square().sum(1).sqrt()
     nearest = (distance - spread).clamp(min=0.0)
     lw = problem.seen.log_weights
-    if problem.split:
-        constant = (problem.seen.constant + lw).index_select(-1, cells.frame)
-        most = (constant - 0.5 * nearest * nearest)[: problem.split].amax(0) + math.log(problem.split)
-        least = (constant - 0.5 * (distance + spread) ** 2)[problem.split :].amax(0)
-        factor = 2.0 * torch.clamp(most - least, min=1.0)
+    constant = (problem.seen.constant + lw).index_select(-1, cells.frame)
+    most, least = constant - 0.5 * nearest * nearest, constant - 0.5 * (distance + spread) ** 2
+    share = torch.where(nearest < REACH, most, -math.inf)
+    split = problem.split
+    if split:
+        least_p, least_q = least[:split].amax(0), least[split:].amax(0)
+        factor = 2.0 * torch.clamp(most[:split].amax(0) + math.log(split) - least_q, min=1.0)
+        share = torch.cat((share[:split] - least_p, share[split:] - least_q))
     else:
         factor = -torch.where(torch.isinf(lw), 0.0, lw).amin(0)[cells.frame]
+        share = share - least.amax(0)
     mass = problem.log_mass[cells.frame].exp()
     for y, half in zip(cells.centre.abs(), cells.half, strict=True):
         density = torch.exp(-0.5 * (y - half).clamp(min=0.0) ** 2) * (2.0 / math.sqrt(2.0 * math.pi))
         mass = mass * torch.clamp(density * half, max=1.0)
-    return mass * factor, nearest, steepness
+    return mass * factor, share, steepness
 
 
 def _add(rows: int, index: Tensor, values: Tensor) -> Tensor:
@@ -122,13 +129,12 @@ def _first_boxes(problem: Problem, row: Tensor, tolerance: Tensor, most: int) ->
     done: list[Cells] = []
     open_bounds: list[Tensor] = []
     while len(cells.frame):
-        bound, nearest, steepness = _bounds(problem, cells)
+        bound, share, steepness = _bounds(problem, cells)
         here = row[cells.frame]
         negligible = bound <= unseen[here]
         outside += _add(rows, here[negligible], bound[negligible])
-        m_half = cells.half
-        relevant = (nearest < REACH) & (problem.seen.log_weights.index_select(-1, cells.frame) > -math.inf)
-        wide = (2.0 * m_half * steepness > WIDTH) & relevant.unsqueeze(1)
+        relevant = share > torch.log(unseen)[here]
+        wide = (2.0 * cells.half * steepness > WIDTH[dim]) & relevant.unsqueeze(1)
         cut = wide.any(0) & ~negligible
         count = _add(rows, here, torch.pow(2.0, cut.sum(0)))
         for c in done:

@@ -31,6 +31,7 @@ from .cubature_cells import (
     Problem,
     evaluate,
     frames,
+    largest_log_ratio,
     maps,
     chunks,
     moments,
@@ -86,6 +87,9 @@ def _bounds(problem: Problem, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
         least_p, least_q = least[:split].amax(0), least[split:].amax(0)
         factor = 2.0 * torch.clamp(most[:split].amax(0) + math.log(split) - least_q, min=1.0)
         share = torch.cat((share[:split] - least_p, share[split:] - least_q))
+        if problem.pairs is not None and problem.near is not None:
+            u = largest_log_ratio(problem.pairs, cells, (distance + spread)[problem.pairs.p])
+            factor = torch.where(problem.near[cells.frame] & (u < 1.0), 0.5 * u * u, factor)
     else:
         factor = -torch.where(torch.isinf(lw), 0.0, lw).amin(0)[cells.frame]
         share = share - least.amax(0)
@@ -220,7 +224,8 @@ def _sums(values: Tensor, row: Tensor, rows: int) -> Tensor:
 def _near(split: int, log_weights: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The rows (B,) where the parameters of p are near those of q."""
     kp, kq = split, log_weights.shape[-1] - split
-    (lw, mp, sp), (lv, mq, sq) = ((x[:, i] for x in (log_weights, loc, scale)) for i in (slice(kp), slice(kp, None)))
+    lw, mp, sp = (x[:, :kp] for x in (log_weights, loc, scale))
+    lv, mq, sq = (x[:, kp:] for x in (log_weights, loc, scale))
     right = torch.cat((sp - sq, (mp - mq).unsqueeze(-1)), -1)
     sq = sq.expand(*right.shape[:-1], -1)
     change = torch.linalg.solve_triangular(sq, right, upper=False).abs().amax((-1, -2, -3))
@@ -330,6 +335,16 @@ def _rows(
         by_row = _near(split, log_weights, loc, scale)
         near = by_row[row] if bool(by_row.any()) else None
     problem = _problem(frame, split, log_weights, loc, scale, near)
+    if near is not None:
+        # Near p = q the tolerance is that of the relative error, whose unit takes a first look.
+        cells, _, _ = _first_boxes(problem, row, tolerance(torch.zeros_like(log_weights[:, 0])), max_points // n ** loc.shape[-1])
+        look = _add(rows, row[cells.frame], evaluate(problem, cells, n)[0])
+        look = torch.where(by_row & (look > 0.0), look, 0.0)
+        wide = tolerance
+
+        def tolerance(value: Tensor) -> Tensor:
+            return torch.where(look > 0.0, look * wide(torch.zeros_like(value)), wide(value))
+
     cells, value, error = _refined(problem, row, rows, n, tolerance, max_points)
     relative = value if near is None else torch.where(by_row, 0.0, value)
     error = error + ROUNDING * EPS * (value.abs() + (8.0 if split else 1.0) * relative.abs().sqrt())

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..quadrature import table
 from .line import expm1
 
-__all__ = ["Cells", "Frame", "Maps", "Pairs", "Problem", "chunks", "evaluate", "frames", "maps", "moments", "pair_maps", "positions"]
+__all__ = ["Cells", "Frame", "Maps", "Pairs", "Problem", "chunks", "evaluate", "frames", "largest_log_ratio", "maps", "moments", "pair_maps", "positions"]
 
 # Elements per temporary: 1 MiB, so that a handful stays in the cache.
 BLOCK = 2**17
@@ -166,6 +166,18 @@ def _pair_quadratics(seen: Maps, pairs: Maps, cells: Cells) -> tuple[Tensor, Ten
         a, b = difference[:, i], jacobian[:, i]
         hessian = hessian + a.unsqueeze(2) * (b + a).unsqueeze(1) + b.unsqueeze(2) * a.unsqueeze(1)
     return constant, gradient * half, hessian * half * half.unsqueeze(1)
+
+
+def largest_log_ratio(pairs: Pairs, cells: Cells, distance: Tensor) -> Tensor:
+    """A bound (C,) on ``|log(p/q)|`` in the boxes, where components of p are at most so far away, (K, C)."""
+    d, slope = pairs.maps.shift.index_select(-1, cells.frame), pairs.maps.slope.index_select(-1, cells.frame)
+    spread = torch.zeros_like(d[:, 0])
+    for i in range(cells.centre.shape[0]):
+        d = d + slope[:, :, i] * cells.centre[i]
+        spread = spread + slope[:, :, i].square().sum(1).sqrt() * cells.half[i]
+    size = d.square().sum(1).sqrt() + spread
+    constant = (pairs.maps.constant + pairs.maps.log_weights).index_select(-1, cells.frame)
+    return (constant.abs() + size * (distance + 0.5 * size)).amax(0)
 
 
 def _along(t: Tensor, axis: int, dim: int) -> Tensor:

@@ -399,6 +399,7 @@ def moments(problem: Problem, cells: Cells, n: int, paired: bool) -> tuple[Tenso
     by_weight: list[Tensor] = []
     if problem.split:
         terms, log_p, log_q, u = _log_ratios(problem, cells, constant, gradient, hessian, nodes, paired=paired)
+        total = torch.logaddexp(log_p, log_q)
         p_side, q_side = u * torch.sigmoid(u), -torch.tanh(0.5 * u)
         by_density = [p_side * torch.exp(x - log_p) for x in terms[: problem.split]]
         by_density += [q_side * torch.exp(x - log_q) for x in terms[problem.split :]]
@@ -410,7 +411,9 @@ def moments(problem: Problem, cells: Cells, n: int, paired: bool) -> tuple[Tenso
         shares = [torch.exp(e + w - total) for e, w in zip(logs, log_w, strict=True)]
         by_density = [r * (e - total) for r, e in zip(shares, logs, strict=True)]
         by_weight = [d - r + w for d, r, w in zip(by_density, shares, weight, strict=True)]
-    measure = _normal(cells, nodes) * torch.exp(problem.log_mass[cells.frame])
+    # The frame's share of the whole is fixed, not the whole: a factor of 1 that has a derivative.
+    whole = torch.exp(total - total.detach())
+    measure = _normal(cells, nodes) * torch.exp(problem.log_mass[cells.frame]) * whole
     flat = [_along(weights, i, dim).squeeze(-1) for i in range(dim)]
     grid = functools.reduce(torch.mul, flat)
     axes = [_along(nodes, i, dim).squeeze(-1) for i in range(dim)]

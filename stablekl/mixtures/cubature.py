@@ -44,6 +44,7 @@ __all__ = ["cubature_information", "cubature_kl"]
 
 # Boxes are at first at most so wide, in the standard deviation of any component in reach, given the other coordinates.
 WIDTH = {2: 9.0, 3: 14.0}
+OWN_WIDTH = {2: 6.0, 3: 9.0}
 # A component matters where it is less than so many standard deviations away.
 REACH = 9.0
 # Narrower than 1/THIN of another component, and THIN times longer than wide: worth turning the axes for.
@@ -139,7 +140,7 @@ def _first_boxes(problem: Problem, row: Tensor, tolerance: Tensor, most: int) ->
         outside += _add(rows, here[negligible], bound[negligible])
         relevant = share > torch.log(unseen)[here]
         wide = (2.0 * cells.half * steepness > WIDTH[dim]) & relevant.unsqueeze(1)
-        cut = wide.any(0) & ~negligible
+        cut = (wide.any(0) | (2.0 * cells.half > OWN_WIDTH[dim])) & ~negligible
         count = _add(rows, here, torch.pow(2.0, cut.sum(0)))
         for c in done:
             count = count + _add(rows, row[c.frame], torch.ones_like(c.centre[0]))

@@ -29,7 +29,7 @@ __all__ = ["Cells", "Frame", "Maps", "Pairs", "Problem", "chunks", "evaluate", "
 # Elements per temporary: 1 MiB, so that a handful stays in the cache.
 BLOCK = 2**17
 # The sum of the boxes' errors as estimated, times this: see `evaluate`.
-EXCESS = {2: 0.25, 3: 0.0625}
+EXCESS = {2: 0.5, 3: 0.125}
 SQRT_2PI = math.sqrt(2.0 * math.pi)
 
 

@@ -43,7 +43,7 @@ from .density_terms import inverse_factor, living, parameter_gradients
 __all__ = ["cubature_information", "cubature_kl"]
 
 # Boxes are at first at most so wide, in the standard deviation of any component in reach, given the other coordinates.
-WIDTH = {2: 9.0, 3: 14.0}
+WIDTH = {2: 6.0, 3: 12.0}
 OWN_WIDTH = {2: 6.0, 3: 9.0}
 # A component matters where it is less than so many standard deviations away.
 REACH = 9.0
@@ -63,7 +63,9 @@ ROWS = 2**12
 
 def _nodes(dim: int, tolerance: float) -> int:
     """Nodes per axis and box."""
-    return 8 if tolerance > (1e-10 if dim == 2 else 1e-8) else 10
+    if tolerance > (1e-10 if dim == 2 else 1e-8):
+        return 8
+    return 9 if dim == 2 else 10
 
 
 def _bounds(problem: Problem, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:

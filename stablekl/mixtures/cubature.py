@@ -24,33 +24,15 @@ from torch.utils.checkpoint import checkpoint
 
 from .._autograd import custom, is_dual
 from .components import Components
-from .cubature_cells import (
-    BLOCK,
-    Cells,
-    Frame,
-    Problem,
-    evaluate,
-    frames,
-    largest_log_ratio,
-    maps,
-    chunks,
-    moments,
-    pair_maps,
-    positions,
-)
+from .cubature_cells import REACH, first_boxes, refined, row_totals
+from .cubature_frames import Cells, Frame, frames, maps, pair_maps
+from .cubature_nodes import BLOCK, Problem, chunks, evaluate, moments
 from .density_terms import inverse_factor, living, parameter_gradients
 
 __all__ = ["cubature_information", "cubature_kl"]
 
-# Boxes are at first at most so wide, in the standard deviation of any component in reach, given the other coordinates.
-WIDTH = {2: 6.0, 3: 12.0}
-OWN_WIDTH = {2: 6.0, 3: 9.0}
-# A component matters where it is less than so many standard deviations away.
-REACH = 9.0
 # Narrower than 1/THIN of another component, and THIN times longer than wide: worth turning the axes for.
 THIN = 3.0
-# Share of the tolerance that a box may cost unseen.
-UNSEEN = 1e-4
 # p and q are near each other where parameters differ by less, in standard deviations.
 NEAR = 0.05
 # Elements per temporary where every operation is recorded.
@@ -66,162 +48,6 @@ def _nodes(dim: int, tolerance: float) -> int:
     if tolerance > (1e-10 if dim == 2 else 1e-8):
         return 8
     return 9 if dim == 2 else 10
-
-
-def _bounds(problem: Problem, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
-    """What a box may hold at most, and what is in it.
-
-    Returns:
-        A bound on the integral, (C,); the largest posterior weight that each component may have there, its logarithm,
-        -inf beyond `REACH`, (K, C); the components' inverse widths on each axis given the others, (K, D, C).
-    """
-    _, z, slope = positions(problem.seen, cells)
-    identity = torch.eye(z.shape[1], dtype=z.dtype, device=z.device).unsqueeze(-1)
-    steepness = (slope + identity).square().sum(1).sqrt()
-    spread = (steepness * cells.half).sum(1)
-    distance = z.square().sum(1).sqrt()
-    nearest = (distance - spread).clamp(min=0.0)
-    lw = problem.seen.log_weights
-    constant = (problem.seen.constant + lw).index_select(-1, cells.frame)
-    most, least = constant - 0.5 * nearest * nearest, constant - 0.5 * (distance + spread) ** 2
-    share = torch.where(nearest < REACH, most, -math.inf)
-    split = problem.split
-    if split:
-        least_p, least_q = least[:split].amax(0), least[split:].amax(0)
-        factor = 2.0 * torch.clamp(most[:split].amax(0) + math.log(split) - least_q, min=1.0)
-        share = torch.cat((share[:split] - least_p, share[split:] - least_q))
-        if problem.pairs is not None and problem.near is not None:
-            u = largest_log_ratio(problem.pairs, cells, (distance + spread)[problem.pairs.p])
-            factor = torch.where(problem.near[cells.frame] & (u < 1.0), 0.5 * u * u, factor)
-    else:
-        factor = -torch.where(torch.isinf(lw), 0.0, lw).amin(0)[cells.frame]
-        share = share - least.amax(0)
-    mass = problem.log_mass[cells.frame].exp()
-    for y, half in zip(cells.centre.abs(), cells.half, strict=True):
-        density = torch.exp(-0.5 * (y - half).clamp(min=0.0) ** 2) * (2.0 / math.sqrt(2.0 * math.pi))
-        mass = mass * torch.clamp(density * half, max=1.0)
-    return mass * factor, share, steepness
-
-
-def _add(rows: int, index: Tensor, values: Tensor) -> Tensor:
-    return values.new_zeros(rows).index_add_(0, index, values)
-
-
-def _split(cells: Cells, axis: int, mask: Tensor, *rest: Tensor) -> tuple[Cells, list[Tensor]]:
-    """The boxes with those of the mask cut in two across the axis; ``rest`` goes along."""
-    kept, cut = cells.take(~mask), cells.take(mask)
-    half = cut.half.clone()
-    half[axis] *= 0.5
-    step = torch.zeros_like(half)
-    step[axis] = half[axis]
-    parts = (kept, cut._replace(centre=cut.centre - step, half=half), cut._replace(centre=cut.centre + step, half=half))
-    joined = Cells(*(torch.cat(x, -1) for x in zip(*parts, strict=True)))
-    return joined, [torch.cat((x[..., ~mask], x[..., mask], x[..., mask]), -1) for x in rest]
-
-
-def _first_boxes(problem: Problem, row: Tensor, tolerance: Tensor, most: int) -> tuple[Cells, Tensor, Tensor]:
-    """Boxes no wider than the components that they may contain.
-
-    Returns:
-        The boxes; what may be missed in each, where there were too many of them; and in each row, outside of all.
-    """
-    dim, rows = problem.seen.shift.shape[1], len(tolerance)
-    device = row.device
-    per_row = _add(rows, row, torch.ones_like(problem.log_mass))
-    unseen = UNSEEN * tolerance / per_row
-    radius = torch.sqrt(-2.0 * torch.log(unseen))[row]
-    cells = Cells(torch.arange(len(row), device=device), radius.new_zeros(dim, len(row)), radius.expand(dim, -1))
-    bound = _bounds(problem, cells)[0]
-    outside = _add(rows, row, 2.0 * dim * torch.erfc(radius / math.sqrt(2.0)) * bound)
-    done: list[Cells] = []
-    open_bounds: list[Tensor] = []
-    while len(cells.frame):
-        bound, share, steepness = _bounds(problem, cells)
-        here = row[cells.frame]
-        negligible = bound <= unseen[here]
-        outside += _add(rows, here[negligible], bound[negligible])
-        relevant = share > torch.log(unseen)[here]
-        wide = (2.0 * cells.half * steepness > WIDTH[dim]) & relevant.unsqueeze(1)
-        cut = (wide.any(0) | (2.0 * cells.half > OWN_WIDTH[dim])) & ~negligible
-        count = _add(rows, here, torch.pow(2.0, cut.sum(0)))
-        for c in done:
-            count = count + _add(rows, row[c.frame], torch.ones_like(c.centre[0]))
-        exhausted = (count > most)[here] & ~negligible
-        final = (~cut.any(0) | exhausted) & ~negligible
-        done.append(cells.take(final))
-        open_bounds.append(torch.where(cut.any(0), bound, 0.0)[final])
-        going = ~final & ~negligible
-        cells, cut = cells.take(going), cut[:, going]
-        for axis in range(dim):
-            cells, (cut,) = _split(cells, axis, cut[axis], cut)
-    return Cells(*(torch.cat(x, -1) for x in zip(*done, strict=True))), torch.cat(open_bounds), outside
-
-
-def _refined(
-    problem: Problem, row: Tensor, rows: int, n: int, tolerance: Callable[[Tensor], Tensor], max_points: int
-) -> tuple[Cells, Tensor, Tensor]:
-    """The final boxes, in the order of the rows, the value and the error."""
-    most = max(1, max_points // n ** problem.seen.shift.shape[1])
-    zero = problem.log_mass.new_zeros(rows)
-    cells, missed, outside = _first_boxes(problem, row, tolerance(zero), most)
-    value, error = evaluate(problem, cells, n)
-    used = _add(rows, row[cells.frame], torch.ones_like(value))
-    frozen = torch.zeros(rows, dtype=torch.bool, device=row.device)
-    while True:
-        here = row[cells.frame]
-        total = _add(rows, here, error.sum(0) + missed) + outside
-        goal = tolerance(_add(rows, here, value))
-        count = _add(rows, here, torch.ones_like(value))
-        active = (total > goal) & ~frozen
-        worst, axis = error.max(0)
-        chosen = active[here] & (error.sum(0) > (goal / count)[here])
-        chosen &= _within(here, worst, chosen, ((most - used) / 2).floor())
-        frozen |= _add(rows, here, chosen.to(value.dtype)) == 0
-        if not bool(chosen.any()):
-            break
-        used += 2.0 * _add(rows, here, chosen.to(value.dtype))
-        children = cells.take(chosen)
-        half, step = children.half.clone(), torch.zeros_like(children.half)
-        cut = axis[chosen].unsqueeze(0)
-        half.scatter_(0, cut, 0.5 * half.gather(0, cut))
-        step.scatter_(0, cut, half.gather(0, cut))
-        pair = [children._replace(centre=children.centre + s * step, half=half) for s in (-1.0, 1.0)]
-        children = Cells(*(torch.cat(x, -1) for x in zip(*pair, strict=True)))
-        new_value, new_error = evaluate(problem, children, n)
-        kept = cells.take(~chosen)
-        cells = Cells(*(torch.cat(x, -1) for x in zip(kept, children, strict=True)))
-        value = torch.cat((value[~chosen], new_value))
-        error = torch.cat((error[:, ~chosen], new_error), -1)
-        missed = torch.cat((missed[~chosen], 0.5 * missed[chosen].repeat(2)))
-    order = torch.argsort(row[cells.frame], stable=True)
-    cells, value = cells.take(order), value[order]
-    value = _sums(value, row[cells.frame], rows)
-    return cells, value, total
-
-
-def _within(row: Tensor, worst: Tensor, chosen: Tensor, most: Tensor) -> Tensor:
-    """The worst boxes of each row, as many as it may have."""
-    if bool((_add(len(most), row, chosen.to(worst.dtype)) <= most).all()):
-        return torch.ones_like(chosen)
-    order = torch.argsort(torch.where(chosen, worst, -1.0), descending=True, stable=True)
-    order = order[torch.argsort(row[order], stable=True)]
-    start = torch.searchsorted(row[order], torch.arange(len(most), device=row.device))
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(row), device=row.device) - start[row[order]]
-    return rank < most[row]
-
-
-def _sums(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Sums over the elements of each row, which are neighbours, two by two: the same bits whatever the other rows are."""
-    while len(values):
-        start = torch.searchsorted(row, torch.arange(rows, device=row.device))
-        odd = (torch.arange(len(row), device=row.device) - start[row]) % 2 == 1
-        if not bool(odd.any()):
-            break
-        partner = torch.zeros_like(values)
-        partner[:-1] = torch.where(odd[1:], values[1:], 0.0)
-        values, row = (values + partner)[~odd], row[~odd]
-    return values.new_zeros(rows).index_copy_(0, row, values)
 
 
 def _near(split: int, log_weights: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
@@ -340,15 +166,17 @@ def _rows(
     problem = _problem(frame, split, log_weights, loc, scale, near)
     if near is not None:
         # Near p = q the tolerance is that of the relative error, whose unit takes a first look.
-        cells, _, _ = _first_boxes(problem, row, tolerance(torch.zeros_like(log_weights[:, 0])), max_points // n ** loc.shape[-1])
-        look = _add(rows, row[cells.frame], evaluate(problem, cells, n)[0])
+        cells, _, _ = first_boxes(
+            problem, row, tolerance(torch.zeros_like(log_weights[:, 0])), max_points // n ** loc.shape[-1]
+        )
+        look = row_totals(rows, row[cells.frame], evaluate(problem, cells, n)[0])
         look = torch.where(by_row & (look > 0.0), look, 0.0)
         wide = tolerance
 
         def tolerance(value: Tensor) -> Tensor:
             return torch.where(look > 0.0, look * wide(torch.zeros_like(value)), wide(value))
 
-    cells, value, error = _refined(problem, row, rows, n, tolerance, max_points)
+    cells, value, error = refined(problem, row, rows, n, tolerance, max_points)
     relative = value if near is None else torch.where(by_row, 0.0, value)
     error = error + ROUNDING * EPS * (value.abs() + (8.0 if split else 1.0) * relative.abs().sqrt())
     if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or is_dual(tensors):

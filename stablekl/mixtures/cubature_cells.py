@@ -13,8 +13,11 @@ from .cubature_nodes import Problem, evaluate
 
 __all__ = ["first_boxes", "refined", "row_totals"]
 
-# Boxes are at first at most so wide, in the standard deviation of any component in reach, given the other coordinates.
+# Boxes are at first at most so wide, in standard deviations, given the other coordinates, of any component in reach:
+# nodes are then 2 apart at most (2.2 at the centre), and see it. Three dimensions cannot afford more (5 thin components
+# at random angles: 8, 5 and 2.5 million nodes for 9, 16 and 30, where nothing forced 1.3 million and an error of 6e-6).
 WIDTH = {2: 6.0, 3: 12.0}
+# The same for the frame's own component, of which there is one.
 OWN_WIDTH = {2: 6.0, 3: 9.0}
 # A component matters where it is less than so many standard deviations away.
 REACH = 9.0
@@ -58,6 +61,7 @@ def _bounds(problem: Problem, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def row_totals(rows: int, index: Tensor, values: Tensor) -> Tensor:
+    """Sums of the values of each row, (rows,); ``index`` has the rows."""
     return values.new_zeros(rows).index_add_(0, index, values)
 
 
@@ -166,7 +170,7 @@ def _within(row: Tensor, worst: Tensor, chosen: Tensor, most: Tensor) -> Tensor:
 
 
 def _sums(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Sums over the elements of each row, which are neighbours, two by two: the same bits whatever the other rows are."""
+    """Sums over the elements of each row, which are neighbours, two by two: no other row changes the bits."""
     while len(values):
         start = torch.searchsorted(row, torch.arange(rows, device=row.device))
         odd = (torch.arange(len(row), device=row.device) - start[row]) % 2 == 1

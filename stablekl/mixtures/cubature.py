@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._autograd import custom, is_dual
 from .components import Components
-from .cubature_cells import REACH, first_boxes, refined, row_totals
+from .cubature_cells import REACH, bounds, first_boxes, refined, row_totals
 from .cubature_frames import Cells, Frame, frames, maps, pair_maps
 from .cubature_nodes import BLOCK, Problem, chunks, evaluate, moments
 from .density_terms import inverse_factor, living, parameter_gradients
@@ -178,10 +178,16 @@ def _rows(
         near = by_row[row] if bool(by_row.any()) else None
     problem = _problem(frame, split, log_weights, loc, scale, near)
     if near is not None:
-        # Near p = q the tolerance is that of the relative error, whose unit takes a first look.
-        cells, _, _ = first_boxes(
-            problem, row, tolerance(torch.zeros_like(log_weights[:, 0])), max_points // n ** loc.shape[-1]
+        # Near p = q the tolerance is relative to the divergence, of which a bound and then a first look give the size.
+        zero = torch.zeros_like(log_weights[:, 0])
+        whole = Cells(
+            torch.arange(len(row), device=row.device),
+            torch.zeros_like(frame.loc.mT),
+            torch.full_like(frame.loc.mT, 12.0),
         )
+        size = row_totals(rows, row, bounds(problem, whole)[0])
+        finest = torch.where(by_row & (size > 0.0) & (size < 1.0), 1e-8 * size, 1.0) * tolerance(zero)
+        cells, _, _ = first_boxes(problem, row, finest, max_points // n ** loc.shape[-1])
         look = row_totals(rows, row[cells.frame], evaluate(problem, cells, n)[0])
         look = torch.where(by_row & (look > 0.0), look, 0.0)
         wide = tolerance

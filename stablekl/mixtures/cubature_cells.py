@@ -11,7 +11,7 @@ from torch import Tensor
 from .cubature_frames import Cells, largest_log_ratio, positions
 from .cubature_nodes import Problem, evaluate
 
-__all__ = ["first_boxes", "refined", "row_totals"]
+__all__ = ["bounds", "first_boxes", "refined", "row_totals"]
 
 # Boxes are at first at most so wide, in standard deviations, given the other coordinates, of any component in reach:
 # nodes are then 2 apart at most (2.2 at the centre), and see it. Three dimensions cannot afford more (5 thin components
@@ -25,7 +25,7 @@ REACH = 9.0
 UNSEEN = 1e-4
 
 
-def _bounds(problem: Problem, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
+def bounds(problem: Problem, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
     """What a box may hold at most, and what is in it.
 
     Returns:
@@ -89,12 +89,12 @@ def first_boxes(problem: Problem, row: Tensor, tolerance: Tensor, most: int) -> 
     unseen = UNSEEN * tolerance / per_row
     radius = torch.sqrt(-2.0 * torch.log(unseen))[row]
     cells = Cells(torch.arange(len(row), device=device), radius.new_zeros(dim, len(row)), radius.expand(dim, -1))
-    bound = _bounds(problem, cells)[0]
+    bound = bounds(problem, cells)[0]
     outside = row_totals(rows, row, 2.0 * dim * torch.erfc(radius / math.sqrt(2.0)) * bound)
     done: list[Cells] = []
     open_bounds: list[Tensor] = []
     while len(cells.frame):
-        bound, share, steepness = _bounds(problem, cells)
+        bound, share, steepness = bounds(problem, cells)
         here = row[cells.frame]
         negligible = bound <= unseen[here]
         outside += row_totals(rows, here[negligible], bound[negligible])

@@ -21,10 +21,11 @@ elementwise arithmetic: what else is in the batch does not change a bit of a row
 Near p = q, u comes from differences of parameters, as in `line`, and the tolerance is relative to the divergence.
 
 **Accuracy** observed on batches of two components against `spectral` (separations to 20 standard deviations, weights
-from 1e-9, scales to 1e3 apart, correlations of 0.999): errors below the tolerance asked for, usually a hundredth of it,
-at 1e-9 and 1e-12 in the plane (2.3e-12 for one of 48 thin pairs at 1e-12) and 1e-6 in space; the reported error covered
-94 to 100 % of each kind. Nodes, by the number of components: 1e5 (3 and 5) to 6e5 (16) in the plane; 6e5, 1e6 and 6e6
-in space. Sixteen components of correlation 0.999 turned at random in space need more than 4e7: the error says so.
+from 1e-9, scales to 1e3 apart, correlations of 0.999): errors below the tolerance asked for, usually by a factor of ten
+or more, at 1e-9 and 1e-12 in the plane (but 2.2e-12 for one of 48 pairs that were all of this at once) and 1e-6 in
+space; the reported error covered 98 to 100 % of each kind. Nodes for 3, 5 and 16 components of any covariance: 8e4,
+1.4e5 and 6e5 in the plane at 1e-9; 6e5, 1.3e6 and 7e6 in space at 1e-6. Thin ones at random angles (correlation 0.999)
+cost six times that with 5 in space, and more than 4e7 with 16: the error then says so.
 
 Reference for cells halved where null rules point: J. Berntsen, T. O. Espelid and A. Genz, "An adaptive algorithm for
 the approximate calculation of multiple integrals", ACM Transactions on Mathematical Software 17 (1991), 437-451.

@@ -20,7 +20,7 @@ __all__ = ["BLOCK", "Problem", "chunks", "evaluate", "moments"]
 # Elements per temporary: 1 MiB, so that a handful stays in the cache.
 BLOCK = 2**17
 # The errors of the boxes as estimated, times this: see `evaluate`.
-EXCESS = {2: 0.5, 3: 0.125}
+EXCESS = 0.5
 SQRT_2PI = math.sqrt(2.0 * math.pi)
 
 
@@ -167,7 +167,7 @@ def evaluate(problem: Problem, cells: Cells, n: int) -> tuple[Tensor, Tensor]:
         mass = torch.exp(problem.log_mass[chunk.frame])
         value[index] = mass * _integral(f, rule[1])
         top = f.flatten(0, dim - 1).amax(0)
-        scale = EXCESS[dim] * mass / torch.where(top > 0, top, 1.0)
+        scale = EXCESS * mass / torch.where(top > 0, top, 1.0)
         for i in range(dim):
             squares = _contracted(f, rule[2], i).square_() + _contracted(f, rule[3], i).square_()
             error[i, index] = scale * _integral(squares, rule[1])

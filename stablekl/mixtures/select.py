@@ -39,7 +39,15 @@ from .components import Components, broadcast_shape
 from .contour import contour_kl
 from .cubature import cubature_information, cubature_kl
 from .estimate import Bounds, KLEstimate
-from .information import CUBATURE, ENGINES, SPECTRAL_ERROR, Information, mixture_information
+from .information import (
+    ENGINES,
+    NODES_PER_POINT,
+    SPECTRAL_ERROR,
+    Information,
+    cubature_tolerance,
+    mixture_information,
+    replaced,
+)
 from .line import line_kl
 from .projection import projected, subspace
 from .reading import Mixture
@@ -176,7 +184,7 @@ def _information(method: Method, p: Components, goal: Tensor, max_points: int, s
     if method == "triple":
         return Information(*triple_information(p), method)
     if method == "cubature":
-        return Information(*cubature_information(p, atol=goal, max_points=max_points), method)
+        return Information(*cubature_information(p, atol=goal, max_points=NODES_PER_POINT * max_points), method)
     if method == "sobol":
         return Information(*adaptive_information(p, goal, max_points), method)
     return mixture_information(p, goal, max_points, slack)
@@ -227,7 +235,7 @@ def _mixture_kl(
     if method == "line":
         value, error = line_kl(p, q)
     elif method == "cubature":
-        value, error = cubature_kl(p, q, rtol=min(rtol, CUBATURE), max_points=max_points)
+        value, error = cubature_kl(p, q, rtol=rtol, max_points=NODES_PER_POINT * max_points)
     elif method == "contour":
         parts, part_error = contour_kl(p, q)
         mean_kl = weighted(p.log_weights, parts)
@@ -274,6 +282,18 @@ def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: 
     return Information(value, error + _EXACT_ERROR * (1 + value.detach()), "sobol")
 
 
+def _in_few_dimensions(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    """By cubature, and where its nodes do not suffice by what samples better."""
+    fine = min(rtol, float(cubature_tolerance(p).amax()) if p.loc.shape[0] else rtol)
+    value, error = cubature_kl(p, q, rtol=fine, max_points=NODES_PER_POINT * max_points)
+    missed = (error > rtol * (1 + value.detach())).nonzero().squeeze(-1)
+    if not missed.numel():
+        return Information(value, error, "cubature")
+    here_p, here_q = (Components(*(x.index_select(0, missed) for x in c)) for c in (p, q))
+    sampled = _sampled(here_p, here_q, rtol, max_points, slack)
+    return Information(*replaced(value, error, missed, sampled.value, sampled.error), "sobol")
+
+
 def _positive_where_small(
     difference: Information, p: Components, q: Components, rtol: float, max_points: int
 ) -> Information:
@@ -283,11 +303,8 @@ def _positive_where_small(
         return difference
     here_p, here_q = (Components(*(x.index_select(0, few) for x in c)) for c in (p, q))
     value, error = adaptive_kl(here_p, here_q, rtol, max_points)
-    better = error < difference.error[few]
-    value = torch.where(better, value, difference.value.index_select(0, few))
-    error = torch.where(better, error, difference.error[few])
-    method = "sobol" if bool(better.any()) else difference.method
-    return Information(difference.value.index_copy(0, few, value), difference.error.index_copy(0, few, error), method)
+    method = "sobol" if bool((error < difference.error[few]).any()) else difference.method
+    return Information(*replaced(difference.value, difference.error, few, value, error), method)
 
 
 def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
@@ -310,6 +327,8 @@ def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, sla
         method: Method = "line" if r <= 1 else "contour" if two else "cubature" if low else "sobol"
         if method == "sobol":
             result = _sampled(here_p, here_q, rtol, max_points, slack)
+        elif method == "cubature":
+            result = _in_few_dimensions(here_p, here_q, rtol, max_points, slack)
         else:
             result = _mixture_kl(method, here_p, here_q, rtol, max_points, slack)
         if method == "contour":

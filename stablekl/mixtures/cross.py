@@ -57,7 +57,7 @@ class _Controls:
         self.entropy = log_determinants(p) + 0.5 * p.loc.shape[-1] * (1 + math.log(2 * math.pi))
         self.index = _near_pairs(p, q, pairs)
         two = chosen_components(q, self.index)
-        weight = torch.logsumexp(two.log_weights, -1, keepdim=True)
+        weight = logsumexp(two.log_weights, -1).unsqueeze(-1)
         alive = weight > -torch.inf
         shares = torch.where(alive, two.log_weights - torch.where(alive, weight, 0.0), -math.log(2))
         every = Components(*(x.unsqueeze(p.log_weights.ndim - 1) for x in p))

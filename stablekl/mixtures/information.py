@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import is_eager
+from ..special import logsumexp
 from .adaptive import adaptive_information
 from .components import Components, chosen_components
 from .cubature import cubature_information
@@ -156,7 +157,7 @@ def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> tu
     for row, index in groups:
         whole = index.shape[-1] == k
         part = _rows(p, row) if whole else chosen_components(_rows(p, row), index)
-        log_weight = torch.logsumexp(part.log_weights, -1)
+        log_weight = logsumexp(part.log_weights, -1)
         alive = log_weight > -torch.inf
         if not whole:  # how much is said by the group itself; the weights within it then sum to one
             safe = torch.where(alive, log_weight, 0.0)

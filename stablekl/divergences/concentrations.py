@@ -1,0 +1,92 @@
+r"""Rényi and Jeffreys divergences of Gamma, Beta and Dirichlet distributions, composed of the gaps of `gamma_gaps`.
+
+=====================  ====================================================================================
+family                 D_alpha
+=====================  ====================================================================================
+Gamma, Chi2 and        ``perspective_gap`` of concentrations and rates, the mismatch of the means, plus
+InverseGamma           ``lgamma_gap`` of the concentrations
+Dirichlet, Beta        ``perspective_gap`` of concentrations and their sums, that of the mean vectors, plus
+                       ``lgamma_gap`` of each concentration, less ``lgamma_gap`` of the sums
+=====================  ====================================================================================
+
+Beyond alpha = 1 the integral exists where alpha p + (1 - alpha) q is positive in every parameter. The Jeffreys
+divergence is the sum of the two of order 1, whose terms are not negative.
+
+The gap of the sums is the only term subtracted. It is that of a single concentration of their size, along the same line
+segment: the terms add up to at most 3 times the divergence where all concentrations of at least 1 change by similar
+factors. Where only one, large, changes next to others whose sum s is small, they are 1/s times as large as the
+divergence (s = 1e-3: 3e-13 of it are lost).
+
+**Accuracy** (float64): Gamma 2e-15, Dirichlet 4e-15 relative, for concentrations from 1e-3 to 1e6, from 1e-12 apart to
+far, orders 0 to 3, means that agree to more digits than the parameters included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Beta, Dirichlet, Gamma, InverseGamma
+
+from .gamma_gaps import cross_ratio, excess, lgamma_gap, mixture, perspective_gap
+from .gaps import same
+
+__all__ = [
+    "beta_jeffreys",
+    "beta_renyi",
+    "dirichlet_jeffreys",
+    "dirichlet_renyi",
+    "gamma_jeffreys",
+    "gamma_renyi",
+]
+
+
+def gamma_renyi(p: Gamma | InverseGamma, q: Gamma | InverseGamma, alpha: Tensor) -> Tensor:
+    """By concentrations and rates; a transformation of both leaves it as it is."""
+    x, b, y, c, alpha = same(p.concentration, p.rate, q.concentration, q.rate, alpha)
+    mean = mixture(x, y, alpha)
+    exists = (mean > 0) & (mixture(b, c, alpha) > 0)
+    alpha, mean = torch.where(exists, alpha, 1.0), torch.where(exists, mean, x)
+    factor = (b / c).detach()
+    ratio = cross_ratio(x, y, b, c, factor, excess(x, y, factor), excess(b, c, factor))
+    value = perspective_gap(x, y, mean, ratio, alpha) + lgamma_gap(x, y, x - y, mean, alpha)
+    return torch.where(exists, value, torch.inf)
+
+
+def gamma_jeffreys(p: Gamma | InverseGamma, q: Gamma | InverseGamma) -> Tensor:
+    """KL in both directions."""
+    one = torch.ones_like(p.rate)
+    return gamma_renyi(p, q, one) + gamma_renyi(q, p, one)
+
+
+def dirichlet_renyi(p: Dirichlet, q: Dirichlet, alpha: Tensor) -> Tensor:
+    """By the concentrations."""
+    x, y, alpha = same(p.concentration, q.concentration, alpha.unsqueeze(-1))
+    mean = mixture(x, y, alpha)
+    exists = (mean > 0).all(-1, keepdim=True)
+    alpha, mean = torch.where(exists, alpha, 1.0), torch.where(exists, mean, x)
+    sum_x, sum_y = x.sum(-1, keepdim=True), y.sum(-1, keepdim=True)
+    # In units of q's concentrations times about the ratio of the sums: the rounding of the sums does not enter.
+    factor = (sum_x / sum_y).detach()
+    more = excess(x, y, factor)
+    ratio = cross_ratio(x, y, sum_x, sum_y, factor, more, more.sum(-1, keepdim=True))
+    d = x - y
+    terms = perspective_gap(x, y, mean, ratio, alpha) + lgamma_gap(x, y, d, mean, alpha)
+    sum_mean = mean.sum(-1, keepdim=True)
+    less = lgamma_gap(sum_x, sum_y, d.sum(-1, keepdim=True), sum_mean, alpha[..., :1])
+    return torch.where(exists, terms.sum(-1, keepdim=True) - less, torch.inf).squeeze(-1)
+
+
+def dirichlet_jeffreys(p: Dirichlet, q: Dirichlet) -> Tensor:
+    """KL in both directions."""
+    one = torch.ones_like(p.concentration[..., 0])
+    return dirichlet_renyi(p, q, one) + dirichlet_renyi(q, p, one)
+
+
+def beta_renyi(p: Beta, q: Beta, alpha: Tensor) -> Tensor:
+    """A Dirichlet's of two concentrations."""
+    return dirichlet_renyi(p._dirichlet, q._dirichlet, alpha)
+
+
+def beta_jeffreys(p: Beta, q: Beta) -> Tensor:
+    """KL in both directions."""
+    return dirichlet_jeffreys(p._dirichlet, q._dirichlet)

@@ -1,8 +1,9 @@
 r"""Divergences made of the integral of :math:`p^\alpha q^{1-\alpha}`, without cancellation for any order.
 
-Everything is the Rényi divergence :math:`D_\alpha`, which `gaps`, `gaussian`, `families`, `concentrations` and
-`laplace` form without dividing by 1 - alpha: Chernoff's distance is :math:`(1 - \alpha) D_\alpha`, Bhattacharyya's half of :math:`D_{1/2}`, and the
-squared Hellinger distance its ``-expm1(-x)``. All are computed in float64 (float32 on MPS) and rounded once.
+Everything is the Rényi divergence :math:`D_\alpha`, which `gaussian`, `families`, `concentrations` and `laplace` form
+without dividing by 1 - alpha: Chernoff's distance is :math:`(1 - \alpha) D_\alpha`, Bhattacharyya's half of
+:math:`D_{1/2}`, and the squared Hellinger distance its ``-expm1(-x)``. All are computed in float64 (float32 on MPS)
+and rounded once.
 
 **Accuracy** (float64, moderate parameters, p and q from 1 to 1e-12 apart): 1e-14 relative to the divergence itself; 0
 with gradient 0 at p = q. Details per family are in those modules.

@@ -43,12 +43,11 @@ __all__ = [
 def gamma_renyi(p: Gamma | InverseGamma, q: Gamma | InverseGamma, alpha: Tensor) -> Tensor:
     """By concentrations and rates; a transformation of both leaves it as it is."""
     x, b, y, c, alpha = same(p.concentration, p.rate, q.concentration, q.rate, alpha)
-    mean = mixture(x, y, alpha)
-    exists = (mean > 0) & (mixture(b, c, alpha) > 0)
-    alpha, mean = torch.where(exists, alpha, 1.0), torch.where(exists, mean, x)
+    exists = (mixture(x, y, x - y, alpha) > 0) & (mixture(b, c, b - c, alpha) > 0)
+    alpha = torch.where(exists, alpha, 1.0)
     factor = (b / c).detach()
     ratio = cross_ratio(x, y, b, c, factor, excess(x, y, factor), excess(b, c, factor))
-    value = perspective_gap(x, y, mean, ratio, alpha) + lgamma_gap(x, y, x - y, mean, alpha)
+    value = perspective_gap(x, b, y, c, ratio, alpha) + lgamma_gap(x, y, x - y, alpha)
     return torch.where(exists, value, torch.inf)
 
 
@@ -61,19 +60,18 @@ def gamma_jeffreys(p: Gamma | InverseGamma, q: Gamma | InverseGamma) -> Tensor:
 def dirichlet_renyi(p: Dirichlet, q: Dirichlet, alpha: Tensor) -> Tensor:
     """By the concentrations."""
     x, y, alpha = same(p.concentration, q.concentration, alpha.unsqueeze(-1))
-    mean = mixture(x, y, alpha)
-    exists = (mean > 0).all(-1, keepdim=True)
-    alpha, mean = torch.where(exists, alpha, 1.0), torch.where(exists, mean, x)
-    sum_x, sum_y = x.sum(-1, keepdim=True), y.sum(-1, keepdim=True)
-    # In units of q's concentrations times about the ratio of the sums: the rounding of the sums does not enter.
+    d = x - y
+    sum_x, sum_y, sum_d = (v.sum(-1, keepdim=True) for v in (x, y, d))
+    exists = (mixture(x, y, d, alpha) > 0).all(-1, keepdim=True)
+    exists = exists & (mixture(sum_x, sum_y, sum_d, alpha[..., :1]) > 0)
+    alpha = torch.where(exists, alpha, 1.0)
+    # In units of q's concentrations times about the ratio of the sums, where the rounding of the sums does not enter.
     factor = (sum_x / sum_y).detach()
     more = excess(x, y, factor)
     ratio = cross_ratio(x, y, sum_x, sum_y, factor, more, more.sum(-1, keepdim=True))
-    d = x - y
-    terms = perspective_gap(x, y, mean, ratio, alpha) + lgamma_gap(x, y, d, mean, alpha)
-    sum_mean = mean.sum(-1, keepdim=True)
-    less = lgamma_gap(sum_x, sum_y, d.sum(-1, keepdim=True), sum_mean, alpha[..., :1])
-    return torch.where(exists, terms.sum(-1, keepdim=True) - less, torch.inf).squeeze(-1)
+    terms = perspective_gap(x, sum_x, y, sum_y, ratio, alpha) + lgamma_gap(x, y, d, alpha)
+    value = terms.sum(-1, keepdim=True) - lgamma_gap(sum_x, sum_y, sum_d, alpha[..., :1])
+    return torch.where(exists, value, torch.inf).squeeze(-1)
 
 
 def dirichlet_jeffreys(p: Dirichlet, q: Dirichlet) -> Tensor:

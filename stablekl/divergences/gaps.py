@@ -42,10 +42,13 @@ __all__ = [
     "exp_gap",
     "log1p_over",
     "log_gap",
+    "log_gap_value",
+    "log_mean",
     "log_ratio",
     "minus_log1pmx",
     "over",
     "quadratic_ratio",
+    "quadratic_share",
     "same",
     "times",
     "weights",
@@ -78,7 +81,8 @@ def weights(alpha: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor, 
 
 def times(weight: Tensor, value: Tensor) -> Tensor:
     """The product, 0 where the weight is 0 and the value infinite."""
-    return torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, value))
+    nothing = (weight == 0) & value.isinf()
+    return torch.where(nothing, 0.0, weight * torch.where(nothing, 0.0, value))
 
 
 def over(value: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
@@ -91,6 +95,12 @@ def quadratic_ratio(remainder: Callable[[Tensor], Tensor], x: Tensor, cubic: flo
     """``remainder(x)/x`` for a remainder x^2/2 + cubic x^3 + ...; 0 at 0."""
     tiny = x.abs() < _TINY
     return torch.where(tiny, x * (0.5 + cubic * x), remainder(x) / torch.where(tiny, 1.0, x))
+
+
+def quadratic_share(remainder: Callable[[Tensor], Tensor], x: Tensor, cubic: float) -> Tensor:
+    """``remainder(x)/x^2``; 1/2 at 0."""
+    tiny = x.abs() < _TINY
+    return torch.where(tiny, 0.5 + cubic * x, quadratic_ratio(remainder, x, cubic) / torch.where(tiny, 1.0, x))
 
 
 def minus_log1pmx(x: Tensor) -> Tensor:
@@ -136,6 +146,12 @@ def _mean(ratio: Tensor, capped: Tensor, spare: Tensor) -> Tensor:
     return torch.where(ratio > 0, capped * shrunk + spare, capped + spare * shrunk)
 
 
+def log_mean(ratio: Tensor, capped: Tensor, spare: Tensor) -> Tensor:
+    """log(capped + spare e^ratio), of two numbers that sum to 1."""
+    mean = _mean(ratio, capped, spare)
+    return torch.log(torch.where(mean > 0, mean, 1.0)) + torch.where(ratio > 0, ratio, 0.0)
+
+
 def _tilt(ratio: Tensor, capped: Tensor, spare: Tensor) -> Tensor:
     """The w of the module's head, with no exponential that overflows."""
     change = expm1_value(_minus_size(ratio))
@@ -154,56 +170,50 @@ def _log_terms(ratio: Tensor, alpha: Tensor, rest: Tensor, again: bool) -> tuple
     w = _tilt(ratio, capped, spare)
     exists = (rest >= 0) | ((gap * w < 1) & ~w.isinf())
     ratio, w = torch.where(exists, ratio, 0.0), torch.where(exists & ~w.isinf(), w, 0.0)
-    mean = _mean(ratio, capped, spare)
-    log_mean = torch.log(torch.where(mean > 0, mean, 1.0)) + torch.where(ratio > 0, ratio, 0.0)
+    top = log_mean(ratio, capped, spare)
     first, second = capped * w, -gap * w
     far = first < -_FAR_LOG
-    by_log = over(first - (ratio - log_mean), capped, first)
+    by_log = over(first - (ratio - top), capped, first)
     one = torch.where(far, by_log, w * quadratic_ratio(remainder, torch.where(far, 0.0, first), -1 / 3))
     far = (second < -_FAR_LOG) & (rest > 0)
-    by_log = over(second + log_mean, gap, second)
+    by_log = over(second + top, gap, second)
     two = torch.where(far, by_log, -w * quadratic_ratio(remainder, torch.where(far, 0.0, second), -1 / 3))
     return one, two, w, exists
 
 
-def _log_gap_value(ratio: Tensor, alpha: Tensor, rest: Tensor) -> tuple[Tensor, ...]:
+def log_gap_value(ratio: Tensor, alpha: Tensor, rest: Tensor) -> Tensor:
+    """`log_gap` without its gradient; ``rest`` is 1 - alpha, which may be known to more digits than alpha leaves."""
     one, two, _, exists = _log_terms(ratio, alpha, rest, False)
     infinite = _tilt(ratio, weights(alpha, rest)[0], torch.where(rest > 0, rest, 0.0)).isinf()
-    return (torch.where(exists & ~infinite, one + two, torch.inf),)
+    return torch.where(exists & ~infinite, one + two, torch.inf)
 
 
 def _log_gap_gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
     # With the mean in the place of w's denominator, d/dl = max(alpha, 1) (e^l - 1)/(alpha + (1 - alpha) e^l).
-    ratio, alpha, rest = inputs
-    if saved is None:
-        rest = rest.detach() + (alpha.detach() - alpha)
-    one, two, w, _ = _log_terms(ratio, alpha, rest, saved is None and not torch.compiler.is_compiling())
-    capped, gap, excess = weights(alpha, rest)
-    inside = rest >= 0
-    mixture = torch.where(inside, torch.ones_like(w), 1 - gap * w)
+    ratio, alpha = inputs
+    one, two, w, _ = _log_terms(ratio, alpha, 1 - alpha, saved is None and not torch.compiler.is_compiling())
+    capped, gap, excess = weights(alpha)
+    mixture = torch.where(alpha <= 1, torch.ones_like(w), 1 - gap * w)
     half = 0.5 * w * w
     first, second = over(one, capped, half), over(two, gap, half)
-    by_alpha = torch.where(inside, second - first, w * w / mixture - second)
-    return excess * w / mixture, by_alpha, torch.zeros_like(rest)
+    return excess * w / mixture, torch.where(alpha <= 1, second - first, w * w / mixture - second)
 
 
-_log_gap = rowwise(_log_gap_value, _log_gap_gradient)
+_log_gap = rowwise(lambda ratio, alpha: (log_gap_value(ratio, alpha, 1 - alpha),), _log_gap_gradient)
 
 
-def log_gap(ratio: Tensor, alpha: Tensor, rest: Tensor | None = None) -> Tensor:
+def log_gap(ratio: Tensor, alpha: Tensor) -> Tensor:
     """D_alpha / min(alpha, 1) for F = -log, from log(y/x); +inf where alpha x + (1 - alpha) y <= 0.
 
     Args:
         ratio: log(y/x), float64, any shape. It should be known to its own relative accuracy.
         alpha: the order, not negative, broadcastable with ``ratio``.
-        rest: 1 - alpha, where it is known to more digits than alpha leaves; gradients take the way through ``alpha``.
 
     Returns:
         Non-negative values of the broadcast shape, 0 with gradient 0 at ratio = 0. The gradient is 0 where the value is
         infinite.
     """
-    rest = 1 - alpha if rest is None else rest
-    return _log_gap(*torch.broadcast_tensors(ratio, alpha, rest.detach()))
+    return _log_gap(*torch.broadcast_tensors(ratio, alpha))
 
 
 # ---- exp --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 r"""Rényi and Jeffreys divergences of Laplace distributions, whose integral is elementary.
 
-With the distance d of the locations, :math:`a = \alpha d/b_p` and :math:`b = (1 - \alpha) d/b_q`, the divergence is that
-of Exponential distributions with the rates 1/b_p, 1/b_q, which is all there is at d = 0, minus log R / (1 - alpha),
+With the distance d of the locations, :math:`a = \alpha d/b_p` and :math:`b = (1 - \alpha) d/b_q`, the divergence is
+that of Exponential distributions with the rates 1/b_p, 1/b_q, which is all there is at d = 0, less
+log R / (1 - alpha),
 
 .. math:: R = \frac{a e^{-b} - b e^{-a}}{a - b}.
 
@@ -30,7 +31,7 @@ from .gaps import log1p_over, log_gap, log_ratio, minus_log1pmx, over, quadratic
 __all__ = ["laplace_jeffreys", "laplace_renyi"]
 
 # From here on log R comes from its largest exponential.
-_FAR = 0.5
+_FAR = 1.0
 
 
 def _within(distance_p: Tensor, distance_q: Tensor, alpha: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def _beyond(distance_p: Tensor, distance_q: Tensor, alpha: Tensor) -> Tensor:
     """Log R / (alpha - 1) beyond alpha = 1, where a > -b."""
     gap = alpha - 1
     a, b = alpha * distance_p, gap * distance_q
-    far = b > 1
+    far = b > _FAR
     b_near = torch.where(far, 0.0, b)
     total = torch.where(a + b > 0, a + b, 1.0)
     # a E(b)/gap and b E(-a)/gap, which are finite where gap is 0
@@ -58,8 +59,8 @@ def _beyond(distance_p: Tensor, distance_q: Tensor, alpha: Tensor) -> Tensor:
     mean = (rising + falling) / total
     near = log1p_over(torch.where(far, 0.0, gap * mean), gap, mean)
     share = torch.where(far, b / total, 0.0)
-    by_log = b + torch.log1p(-share * (1 - torch.exp(-torch.where(far, total, 0.0))))
-    return torch.where(far, over(by_log, gap, near), near)
+    by_log = torch.log1p(-share * (1 - torch.exp(-torch.where(far, total, 0.0))))
+    return torch.where(far, distance_q + over(by_log, gap, near), near)
 
 
 def laplace_renyi(p: Laplace, q: Laplace, alpha: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ Gradients are written by hand from differences of g' = digamma - log and of log,
 autograd through the sums above loses up to x/y of the digits where x >> y.
 
 **Accuracy** (float64): 2e-15 relative for x and y from 1e-3 to 1e6, from 1e-12 apart to far, and orders 0 to 3; the
-series stops 8e-18 short. Subnormal arguments are beyond it.
+series stops 8e-18 short. Beyond alpha = 1 an x that is r times the mixture costs r times that. Subnormal arguments are
+out of reach.
 
 References: the recurrence and Stirling's series are 5.5.1 and 5.11.1 of the NIST Digital Library of Mathematical
 Functions; C. Loader, "Fast and accurate computation of binomial probabilities" (2000), has the split into deviance and

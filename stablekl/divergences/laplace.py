@@ -16,7 +16,8 @@ of the remainders of `gaps`, and beyond it, where b < 0,
 
 all terms are non-negative. The definition of R itself divides 0 by 0 where a = b, and is 1 up to d^2.
 
-**Accuracy** (float64): 2e-15 relative, for scales and distances from 1e-12 apart to ratios of 1e6, orders 0 to 3.
+**Accuracy** (float64): 1e-15 relative, for scales and distances from 1e-12 apart to ratios of 1e6, orders 0 to 3;
+gradients 2e-14.
 """
 
 from __future__ import annotations

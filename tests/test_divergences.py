@@ -289,6 +289,39 @@ def geometric(p: mp.mpf, q: mp.mpf) -> Callable[[mp.mpf], mp.mpf]:
     return log_integral
 
 
+def jensen(normaliser: Callable[[list[mp.mpf]], mp.mpf]) -> Callable[[Tensor, Tensor], Callable[[mp.mpf], mp.mpf]]:
+    """Of an exponential family whose log-normaliser is a function of its parameters."""
+
+    def log_integral_of(p: Tensor, q: Tensor) -> Callable[[mp.mpf], mp.mpf]:
+        x, y = ([mp.mpf(v) for v in side.reshape(-1).tolist()] for side in (p, q))
+
+        def log_integral(a: mp.mpf) -> mp.mpf:
+            mixed = [a * u + (1 - a) * v for u, v in zip(x, y, strict=True)]
+            return normaliser(mixed) - a * normaliser(x) - (1 - a) * normaliser(y) if min(mixed) > 0 else mp.inf
+
+        return log_integral
+
+    return log_integral_of
+
+
+gamma = jensen(lambda v: mp.loggamma(v[0]) - v[0] * mp.log(v[1]))
+dirichlet = jensen(lambda v: mp.fsum(map(mp.loggamma, v)) - mp.loggamma(mp.fsum(v)))
+
+
+def laplace(p: Tensor, q: Tensor) -> Callable[[mp.mpf], mp.mpf]:
+    (mean_p, scale_p), (mean_q, scale_q) = ([mp.mpf(v) for v in side.tolist()] for side in (p, q))
+
+    def log_integral(a: mp.mpf) -> mp.mpf:
+        u, v, d = a / scale_p, (1 - a) / scale_q, abs(mean_p - mean_q)
+        if u + v <= 0:
+            return mp.inf
+        between = d * mp.exp(-u * d) if u == v else (mp.exp(-v * d) - mp.exp(-u * d)) / (u - v)
+        tails = (mp.exp(-u * d) + mp.exp(-v * d)) / (u + v)
+        return mp.log(tails + between) - a * mp.log(2 * scale_p) - (1 - a) * mp.log(2 * scale_q)
+
+    return log_integral
+
+
 def exact(x: Tensor) -> mp.mpf:
     return mp.mpf(float(x))
 
@@ -329,6 +362,42 @@ OTHERS = {
     "Geometric, rare": Other(td.Geometric, lambda p, q: geometric(exact(p), exact(q)), scalar(1e-9), scalar(0.9)),
     "Geometric, logits": Other(
         lambda x: td.Geometric(logits=x), lambda p, q: geometric(sigmoid(p), sigmoid(q)), scalar(-1.0), scalar(1.5)
+    ),
+    "Gamma": Other(
+        lambda x: td.Gamma(x[..., 0], x[..., 1]),
+        gamma,
+        torch.tensor([1.3, 0.7], dtype=F64),
+        torch.tensor([4.1, 1.9], dtype=F64),
+    ),
+    "Chi2": Other(
+        td.Chi2,
+        lambda p, q: gamma(*(0.5 * torch.stack([x, x / x]) for x in (p, q))),
+        scalar(3.0),
+        scalar(40.0),
+    ),
+    "InverseGamma": Other(
+        lambda x: td.InverseGamma(x[..., 0], x[..., 1]),
+        gamma,
+        torch.tensor([30.0, 0.7], dtype=F64),
+        torch.tensor([50.0, 9.0], dtype=F64),
+    ),
+    "Beta": Other(
+        lambda x: td.Beta(x[..., 0], x[..., 1]),
+        dirichlet,
+        torch.tensor([0.9, 1.7], dtype=F64),
+        torch.tensor([2.5, 0.6], dtype=F64),
+    ),
+    "Dirichlet": Other(
+        td.Dirichlet,
+        dirichlet,
+        torch.tensor([0.4, 1.7, 12.0], dtype=F64),
+        torch.tensor([2.5, 0.6, 8.0], dtype=F64),
+    ),
+    "Laplace": Other(
+        lambda x: td.Laplace(x[..., 0], x[..., 1]),
+        laplace,
+        torch.tensor([-0.4, 0.7], dtype=F64),
+        torch.tensor([1.5, 1.1], dtype=F64),
     ),
     "Categorical": Other(
         td.Categorical,
@@ -446,7 +515,9 @@ def test_derivatives(name, same):
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.999, 1.2])
-@pytest.mark.parametrize("name", ["Independent", "scale_tril", "Poisson", "Categorical", "Geometric"])
+@pytest.mark.parametrize(
+    "name", ["Independent", "scale_tril", "Poisson", "Categorical", "Geometric", "Gamma", "Beta", "Laplace"]
+)
 def test_derivatives_by_the_order(name, alpha):
     build, first, second = BUILDS[name]
     p, q = build(*first), build(*second)
@@ -549,7 +620,10 @@ def test_float32_near_equality():
         assert torch.allclose(divergence(p, q).double(), divergence(*wide), rtol=2e-7, atol=0), what
 
 
-@pytest.mark.parametrize("name", ["Independent", "scale_tril", "low rank", "Bernoulli", "Categorical", "Poisson"])
+@pytest.mark.parametrize(
+    "name",
+    ["Independent", "scale_tril", "low rank", "Bernoulli", "Categorical", "Poisson", "Gamma", "Dirichlet", "Laplace"],
+)
 def test_vmap(name):
     build, first, second = BUILDS[name]
     stacked = [torch.stack((x, y)) for x, y in zip(first, second, strict=True)]
@@ -572,7 +646,7 @@ def test_vmap(name):
         td.Distribution.set_default_validate_args(True)
 
 
-@pytest.mark.parametrize("name", ["Independent", "scale_tril", "Categorical"])
+@pytest.mark.parametrize("name", ["Independent", "scale_tril", "Categorical", "Gamma", "Laplace"])
 def test_compile(name):
     build, first, second = BUILDS[name]
     n = len(first)

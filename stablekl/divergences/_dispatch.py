@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 from torch.distributions import (
     Bernoulli,
+    Beta,
     Binomial,
     Categorical,
+    Dirichlet,
     Distribution,
     Exponential,
+    Gamma,
     Geometric,
     Independent,
+    InverseGamma,
+    Laplace,
     OneHotCategorical,
     Poisson,
 )
@@ -22,7 +27,7 @@ from torch.distributions import (
 from .._autograd import is_plain
 from ..distributions._base import widened
 from ..distributions._gaussian import Gaussian, as_gaussian
-from . import families
+from . import concentrations, families, laplace
 
 __all__ = ["Family", "chosen", "gaussians", "inner", "order", "parameter", "rounded"]
 
@@ -37,11 +42,16 @@ class Family(NamedTuple):
 
 _FAMILIES = (
     Family(Bernoulli, families.bernoulli_renyi, families.bernoulli_jeffreys),
+    Family(Beta, concentrations.beta_renyi, concentrations.beta_jeffreys),
     Family(Binomial, families.binomial_renyi, families.binomial_jeffreys),
     Family(Categorical, families.categorical_renyi, families.categorical_jeffreys),
     Family(OneHotCategorical, families.categorical_renyi, families.categorical_jeffreys),
+    Family(Dirichlet, concentrations.dirichlet_renyi, concentrations.dirichlet_jeffreys),
     Family(Exponential, families.exponential_renyi, families.exponential_jeffreys),
+    Family(Gamma, concentrations.gamma_renyi, concentrations.gamma_jeffreys),
     Family(Geometric, families.geometric_renyi, families.geometric_jeffreys),
+    Family(InverseGamma, concentrations.gamma_renyi, concentrations.gamma_jeffreys),
+    Family(Laplace, laplace.laplace_renyi, laplace.laplace_jeffreys),
     Family(Poisson, families.poisson_renyi, families.poisson_jeffreys),
 )
 
@@ -84,8 +94,7 @@ def chosen(p: Distribution, q: Distribution, what: str) -> Family:
     known = ", ".join(f.host.__name__ for f in _FAMILIES)
     raise NotImplementedError(
         f"no closed form of the {what} of {type(p).__name__} and {type(q).__name__} is known here: there is one for "
-        f"two Gaussians of any class, for two members of one of {known}, and for Independent products of these. "
-        "Gamma, Beta and Dirichlet have one that needs the Jensen gap of lgamma without cancellation, which is missing"
+        f"two Gaussians of any class, for two members of one of {known}, and for Independent products of these"
     )
 
 
@@ -116,7 +125,11 @@ def parameter(distribution: Distribution) -> Tensor:
         return parameter(distribution.base_dist)
     if isinstance(distribution, OneHotCategorical):
         distribution = distribution._categorical
-    names = ("loc", "probs", "logits", "rate")
+    if isinstance(distribution, Beta):
+        distribution = distribution._dirichlet
+    if isinstance(distribution, InverseGamma):
+        distribution = distribution.base_dist
+    names = ("loc", "probs", "logits", "rate", "concentration")
     found = [distribution.__dict__[name] for name in names if name in distribution.__dict__]
     return found[0] if found else torch.empty(())
 

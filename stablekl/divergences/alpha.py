@@ -1,8 +1,9 @@
 r"""Divergences made of the integral of :math:`p^\alpha q^{1-\alpha}`, without cancellation for any order.
 
-Everything is the Rényi divergence :math:`D_\alpha`, which `gaps`, `gaussian` and `families` form without dividing by
-1 - alpha: Chernoff's distance is :math:`(1 - \alpha) D_\alpha`, Bhattacharyya's half of :math:`D_{1/2}`, and the
-squared Hellinger distance its ``-expm1(-x)``. All are computed in float64 (float32 on MPS) and rounded once.
+Everything is the Rényi divergence :math:`D_\alpha`, which `gaussian`, `families`, `concentrations` and `laplace` form
+without dividing by 1 - alpha: Chernoff's distance is :math:`(1 - \alpha) D_\alpha`, Bhattacharyya's half of
+:math:`D_{1/2}`, and the squared Hellinger distance its ``-expm1(-x)``. All are computed in float64 (float32 on MPS)
+and rounded once.
 
 **Accuracy** (float64, moderate parameters, p and q from 1 to 1e-12 apart): 1e-14 relative to the divergence itself; 0
 with gradient 0 at p = q. Details per family are in those modules.
@@ -45,8 +46,9 @@ def renyi_divergence(p: Distribution, q: Distribution, alpha: float | Tensor) ->
 
     Known pairs: Gaussians of any class and parameterisation (`Normal`, ``Independent(Normal, 1)``,
     `MultivariateNormal`, `LowRankMultivariateNormal`, torch's and stablekl's, mixed), and two members of one of
-    Bernoulli, Binomial (equal counts), Categorical, OneHotCategorical, Exponential, Geometric, Poisson; Independent
-    products of all these. Low-rank covariances are treated as full ones, in :math:`O(D^3)`.
+    Bernoulli, Beta, Binomial (equal counts), Categorical, Chi2, Dirichlet, Exponential, Gamma, Geometric, InverseGamma,
+    Laplace, OneHotCategorical, Poisson; Independent products of all these. Low-rank covariances are treated as full
+    ones, in :math:`O(D^3)`.
 
     Args:
         p: the first distribution.

@@ -4,7 +4,7 @@ r"""Rényi and Jeffreys divergences of other exponential families, composed of t
 family                 D_alpha / min(alpha, 1), or D_alpha
 =====================  ====================================================================================
 Poisson                ``exp_gap``
-Exponential            ``log_gap`` of the rates, those of q and p exchanged
+Exponential            ``log_gap`` of the rates
 Categorical, one-hot   the gaps g_j of Poisson distributions with rates p_j, q_j sum to 1 - integral p^alpha
                        q^(1-alpha), up to a factor: D = S log1p(x)/x with S = min(alpha, 1) sum g_j and
                        x = (alpha - 1) S
@@ -34,8 +34,19 @@ from torch.nn.functional import softplus
 
 from .._autograd import is_plain
 from ..distributions._base import widened
-from ..special import expm1_value, log1pmx, logsumexp
-from .gaps import exp_gap, log_gap, log_ratio, over, quadratic_ratio, weights
+from ..special import expm1_value, logsumexp
+from .gaps import (
+    exp_gap,
+    log1p_over,
+    log_gap,
+    log_ratio,
+    minus_log1pmx,
+    over,
+    quadratic_ratio,
+    same,
+    times,
+    weights,
+)
 
 __all__ = [
     "bernoulli_jeffreys",
@@ -52,24 +63,8 @@ __all__ = [
     "poisson_renyi",
 ]
 
-# The largest |x| for which log1p(x)/x comes from its remainder: a Taylor series would end there, too.
+# The largest |x| for which a log1p comes from x itself.
 _NEAR = 0.5
-
-
-def _same(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Float64 (float32 on MPS), of one shape."""
-    return tuple(torch.broadcast_tensors(*(widened(x) for x in tensors)))
-
-
-def _minus_log1pmx(x: Tensor) -> Tensor:
-    return -log1pmx(x)
-
-
-def _log1p_over(x: Tensor, factor: Tensor, x_over_factor: Tensor) -> Tensor:
-    """log1p(x)/factor, from x/factor where x is small: the factor may be 0."""
-    far = x.abs() > _NEAR
-    near = x_over_factor * (1 - quadratic_ratio(_minus_log1pmx, torch.where(far, 0.0, x), -1 / 3))
-    return torch.where(far, torch.log1p(torch.where(far, x, 1.0)) / torch.where(far, factor, 1.0), near)
 
 
 # ---- rates ------------------------------------------------------------------------------------------------------
@@ -122,30 +117,25 @@ def _mass_jeffreys(m: Masses) -> Tensor:
 
 def poisson_renyi(p: Poisson, q: Poisson, alpha: Tensor) -> Tensor:
     """By the rates; a rate of 0 is the point mass at 0."""
-    rate_p, rate_q, alpha = _same(p.rate, q.rate, alpha)
+    rate_p, rate_q, alpha = same(p.rate, q.rate, alpha)
     value, infinite = _mass_renyi(_masses(rate_p, rate_q), alpha)
     return torch.where(infinite, torch.inf, value)
 
 
 def poisson_jeffreys(p: Poisson, q: Poisson) -> Tensor:
     """By the rates."""
-    return _mass_jeffreys(_masses(*_same(p.rate, q.rate)))
+    return _mass_jeffreys(_masses(*same(p.rate, q.rate)))
 
 
 def exponential_renyi(p: Exponential, q: Exponential, alpha: Tensor) -> Tensor:
     """By the rates; infinite where alpha rate_p + (1 - alpha) rate_q <= 0."""
-    rate_p, rate_q, alpha = _same(p.rate, q.rate, alpha)
-    return _times(weights(alpha)[0], log_gap(log_ratio(rate_q, rate_p), alpha))
-
-
-def _times(weight: Tensor, value: Tensor) -> Tensor:
-    """The product, 0 where the weight is 0 and the value infinite."""
-    return torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, value))
+    rate_p, rate_q, alpha = same(p.rate, q.rate, alpha)
+    return times(weights(alpha)[0], log_gap(log_ratio(rate_q, rate_p), alpha))
 
 
 def exponential_jeffreys(p: Exponential, q: Exponential) -> Tensor:
     """(a - b)^2/(a b) of the rates."""
-    a, b = _same(p.rate, q.rate)
+    a, b = same(p.rate, q.rate)
     return (a - b) / a * ((a - b) / b)
 
 
@@ -162,7 +152,7 @@ def _category_renyi(m: Masses, alpha: Tensor) -> Tensor:
     total, factor = masses.sum(-1), alpha - 1
     x = factor * total
     far = x.abs() > _NEAR
-    near = _log1p_over(torch.where(far, 0.0, x), factor, torch.where(far, 0.0, total))
+    near = log1p_over(torch.where(far, 0.0, x), factor, torch.where(far, 0.0, total))
     logs = torch.where(m.both, column * m.log_p + (1 - column) * m.log_q, -torch.inf)
     by_sum = logsumexp(logs, -1) / torch.where(far, factor, 1.0)
     return torch.where(infinite.any(-1), torch.inf, torch.where(far, by_sum, near))
@@ -187,13 +177,13 @@ def _log(x: Tensor) -> Tensor:
 def _categories(p: Distribution, q: Distribution) -> Masses:
     (name_p, x), (name_q, y) = _given(p), _given(q)
     if name_p == name_q == "probs":
-        x, y = _same(x, y)
+        x, y = same(x, y)
         m = _masses(x, y)
         sum_p, sum_q = x.sum(-1, keepdim=True), y.sum(-1, keepdim=True)
         between = torch.log1p((x - y).sum(-1, keepdim=True) / sum_q)
         log_p, log_q = m.log_p - sum_p.log(), m.log_q - sum_q.log()
         return Masses(log_p, log_q, m.ratio - between, m.both, m.only_p / sum_p, m.only_q / sum_q)
-    x, y = _same(*(_log(v) if name == "probs" else v for name, v in ((name_p, x), (name_q, y))))
+    x, y = same(*(_log(v) if name == "probs" else v for name, v in ((name_p, x), (name_q, y))))
     log_p, log_q = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
     has_p, has_q = x > -torch.inf, y > -torch.inf
     both = has_p & has_q
@@ -242,7 +232,7 @@ def _outcomes(p: Distribution, q: Distribution) -> tuple[Masses, Masses]:
     """Success and failure."""
     (name_p, x), (name_q, y) = _given(p), _given(q)
     if name_p == name_q == "probs":
-        x, y = _same(x, y)
+        x, y = same(x, y)
         success = _masses(x, y)
         has_p, has_q = x < 1, y < 1
         both = has_p & has_q
@@ -254,7 +244,7 @@ def _outcomes(p: Distribution, q: Distribution) -> tuple[Masses, Masses]:
         ratio = torch.where(close, torch.log1p(torch.where(close, change, 0.0)), log_a - log_b)
         only_p, only_q = torch.where(has_p & ~has_q, 1 - x, 0.0), torch.where(has_q & ~has_p, 1 - y, 0.0)
         return success, Masses(log_a, log_b, ratio, both, only_p, only_q)
-    x, y = _same(*(torch.logit(v) if name == "probs" else v for name, v in ((name_p, x), (name_q, y))))
+    x, y = same(*(torch.logit(v) if name == "probs" else v for name, v in ((name_p, x), (name_q, y))))
     finite = x.isfinite() & y.isfinite()
     change = torch.where(finite, x, 0.0) - torch.where(finite, y, 0.0)
     close = finite & (change.abs() < 1)
@@ -293,7 +283,7 @@ def bernoulli_jeffreys(p: Distribution, q: Distribution) -> Tensor:
 
 
 def _count(p: Binomial, q: Binomial) -> Tensor:
-    n, m = _same(p.total_count, q.total_count)
+    n, m = same(p.total_count, q.total_count)
     if is_plain((n, m)) and not bool((n == m).all()):
         index = (n != m).nonzero()[0].tolist()
         raise NotImplementedError(
@@ -305,12 +295,12 @@ def _count(p: Binomial, q: Binomial) -> Tensor:
 
 def binomial_renyi(p: Binomial, q: Binomial, alpha: Tensor) -> Tensor:
     """The Bernoulli's, times the number of trials."""
-    return _times(_count(p, q), bernoulli_renyi(p, q, alpha))
+    return times(_count(p, q), bernoulli_renyi(p, q, alpha))
 
 
 def binomial_jeffreys(p: Binomial, q: Binomial) -> Tensor:
     """The Bernoulli's, times the number of trials."""
-    return _times(_count(p, q), bernoulli_jeffreys(p, q))
+    return times(_count(p, q), bernoulli_jeffreys(p, q))
 
 
 def geometric_renyi(p: Geometric, q: Geometric, alpha: Tensor) -> Tensor:
@@ -329,12 +319,12 @@ def geometric_renyi(p: Geometric, q: Geometric, alpha: Tensor) -> Tensor:
     inside = alpha <= 1
     by_rate = capped * log_gap(-success.ratio, capped)
     mean = capped * torch.exp(success.log_p) + (1 - capped) * torch.exp(success.log_q)
-    below = _log1p_over(gap * total / mean, gap, total / mean)
+    below = log1p_over(gap * total / mean, gap, total / mean)
     change = total / torch.exp(success.log_p)
     y = torch.where(inside, 0.0, expm1_value(-success.ratio) + change)
     exists = gap * y < 1
     y = torch.where(exists, y, 0.0)
-    above = change - y * quadratic_ratio(_minus_log1pmx, -gap * y, -1 / 3)
+    above = change - y * quadratic_ratio(minus_log1pmx, -gap * y, -1 / 3)
     value = by_rate + torch.where(inside, below, above)
     return torch.where(infinite | ~exists, torch.inf, value)
 

@@ -9,7 +9,7 @@ which divides a difference of large terms by a number that may be 0. Both functi
 :math:`D_\alpha / \min(\alpha, 1)`, finite at alpha = 0, 1 and everywhere between and beyond. With a = min(alpha, 1),
 c = \|1 - alpha\| and the remainders :math:`L(x) = x - \log(1 + x)`, :math:`E(x) = e^x - 1 - x`:
 
-* `log_gap`, F = -log and l = log(x/y): with :math:`w = (e^l - 1)/(a + (1 - a) e^l)`, the difference of x and y in
+* `log_gap`, F = -log and l = log(y/x): with :math:`w = (e^l - 1)/(a + (1 - a) e^l)`, the difference of x and y in
   units of their mean,
 
   .. math:: \frac{L(a w)}{a} + \frac{L(-c w)}{c};
@@ -35,22 +35,54 @@ import torch
 from torch import Tensor
 
 from .._autograd import rowwise
+from ..distributions._base import widened
 from ..special import expm1_value, expm1mx, expm1mx_value, log1pmx, log1pmx_value
 
-__all__ = ["exp_gap", "log_gap", "log_ratio", "over", "quadratic_ratio", "weights"]
+__all__ = [
+    "exp_gap",
+    "log1p_over",
+    "log_gap",
+    "log_gap_value",
+    "log_mean",
+    "log_ratio",
+    "minus_log1pmx",
+    "over",
+    "quadratic_ratio",
+    "quadratic_share",
+    "same",
+    "times",
+    "weights",
+]
 
 # Below it x/2 is L(x)/x and E(x)/x to 2^-53 even before the quadratic term, and x * x would soon underflow.
 _TINY = 1e-100
 # Beyond it the remainder is taken from the logarithms or exponentials themselves, at a cost of 6 eps at most.
 _FAR_LOG, _FAR_EXP = 0.5, 1.0
+# The largest |x| for which log1p(x)/x comes from its remainder: a Taylor series would end there, too.
+_NEAR = 0.5
 
 
-def weights(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``min(alpha, 1)``, ``|1 - alpha|`` and ``max(alpha, 1)``, with the derivatives of alpha < 1 at alpha = 1."""
+def same(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Float64 (float32 on MPS), of one shape."""
+    return tuple(torch.broadcast_tensors(*(widened(x) for x in tensors)))
+
+
+def weights(alpha: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``min(alpha, 1)``, ``|1 - alpha|`` and ``max(alpha, 1)``, with the derivatives of alpha < 1 at alpha = 1.
+
+    ``rest`` is 1 - alpha where that is known to more digits than alpha leaves.
+    """
+    rest = 1 - alpha if rest is None else rest
     one = torch.ones_like(alpha)
-    inside = alpha <= 1
+    inside = rest >= 0
     capped = torch.where(inside, alpha, one)
-    return capped, torch.where(inside, 1 - alpha, alpha - 1), torch.where(inside, one, alpha)
+    return capped, torch.where(inside, rest, -rest), torch.where(inside, one, alpha)
+
+
+def times(weight: Tensor, value: Tensor) -> Tensor:
+    """The product, 0 where the weight is 0 and the value infinite."""
+    nothing = (weight == 0) & value.isinf()
+    return torch.where(nothing, 0.0, weight * torch.where(nothing, 0.0, value))
 
 
 def over(value: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
@@ -63,6 +95,24 @@ def quadratic_ratio(remainder: Callable[[Tensor], Tensor], x: Tensor, cubic: flo
     """``remainder(x)/x`` for a remainder x^2/2 + cubic x^3 + ...; 0 at 0."""
     tiny = x.abs() < _TINY
     return torch.where(tiny, x * (0.5 + cubic * x), remainder(x) / torch.where(tiny, 1.0, x))
+
+
+def quadratic_share(remainder: Callable[[Tensor], Tensor], x: Tensor, cubic: float) -> Tensor:
+    """``remainder(x)/x^2``; 1/2 at 0."""
+    tiny = x.abs() < _TINY
+    return torch.where(tiny, 0.5 + cubic * x, quadratic_ratio(remainder, x, cubic) / torch.where(tiny, 1.0, x))
+
+
+def minus_log1pmx(x: Tensor) -> Tensor:
+    """The remainder L of the module's head."""
+    return -log1pmx(x)
+
+
+def log1p_over(x: Tensor, factor: Tensor, x_over_factor: Tensor) -> Tensor:
+    """log1p(x)/factor, from x/factor where x is small: the factor may be 0."""
+    far = x.abs() > _NEAR
+    near = x_over_factor * (1 - quadratic_ratio(minus_log1pmx, torch.where(far, 0.0, x), -1 / 3))
+    return torch.where(far, torch.log1p(torch.where(far, x, 1.0)) / torch.where(far, factor, 1.0), near)
 
 
 def log_ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -90,49 +140,58 @@ def _minus_size(x: Tensor) -> Tensor:
     return torch.where(x > 0, -x, x)
 
 
-def _tilt(ratio: Tensor, capped: Tensor) -> Tensor:
+def _mean(ratio: Tensor, capped: Tensor, spare: Tensor) -> Tensor:
+    """``capped + spare e^ratio`` in units of the larger of 1 and ``e^ratio``."""
+    shrunk = torch.exp(_minus_size(ratio))
+    return torch.where(ratio > 0, capped * shrunk + spare, capped + spare * shrunk)
+
+
+def log_mean(ratio: Tensor, capped: Tensor, spare: Tensor) -> Tensor:
+    """log(capped + spare e^ratio), of two numbers that sum to 1."""
+    mean = _mean(ratio, capped, spare)
+    return torch.log(torch.where(mean > 0, mean, 1.0)) + torch.where(ratio > 0, ratio, 0.0)
+
+
+def _tilt(ratio: Tensor, capped: Tensor, spare: Tensor) -> Tensor:
     """The w of the module's head, with no exponential that overflows."""
-    below = _minus_size(ratio)
-    shrunk, change = torch.exp(below), expm1_value(below)
-    rising, falling = capped * shrunk + (1 - capped), capped + (1 - capped) * shrunk
-    return torch.where(ratio > 0, -change / rising, change / falling)
+    change = expm1_value(_minus_size(ratio))
+    return torch.where(ratio > 0, -change, change) / _mean(ratio, capped, spare)
 
 
-def _log_terms(ratio: Tensor, alpha: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _log_terms(ratio: Tensor, alpha: Tensor, rest: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The two terms, w, and where the integral exists (the others see a ratio of 0)."""
     minus_l = log1pmx if again else log1pmx_value
 
     def remainder(x: Tensor) -> Tensor:
         return -minus_l(x)
 
-    capped, gap, _ = weights(alpha)
-    w = _tilt(ratio, capped)
-    exists = (alpha <= 1) | ((gap * w < 1) & ~w.isinf())
+    capped, gap, _ = weights(alpha, rest)
+    spare = torch.where(rest > 0, rest, 0.0)
+    w = _tilt(ratio, capped, spare)
+    exists = (rest >= 0) | ((gap * w < 1) & ~w.isinf())
     ratio, w = torch.where(exists, ratio, 0.0), torch.where(exists & ~w.isinf(), w, 0.0)
-    shrunk = torch.exp(_minus_size(ratio))
-    rising = ratio > 0
-    rest = torch.where(rising, capped * shrunk + (1 - capped), capped + (1 - capped) * shrunk)
-    log_mean = torch.log(torch.where(rest > 0, rest, 1.0)) + torch.where(rising, ratio, 0.0)
+    top = log_mean(ratio, capped, spare)
     first, second = capped * w, -gap * w
     far = first < -_FAR_LOG
-    by_log = over(first - (ratio - log_mean), capped, first)
+    by_log = over(first - (ratio - top), capped, first)
     one = torch.where(far, by_log, w * quadratic_ratio(remainder, torch.where(far, 0.0, first), -1 / 3))
-    far = (second < -_FAR_LOG) & (alpha < 1)
-    by_log = over(second + log_mean, gap, second)
+    far = (second < -_FAR_LOG) & (rest > 0)
+    by_log = over(second + top, gap, second)
     two = torch.where(far, by_log, -w * quadratic_ratio(remainder, torch.where(far, 0.0, second), -1 / 3))
     return one, two, w, exists
 
 
-def _log_gap_value(ratio: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
-    one, two, _, exists = _log_terms(ratio, alpha, False)
-    infinite = _tilt(ratio, weights(alpha)[0]).isinf()
-    return (torch.where(exists & ~infinite, one + two, torch.inf),)
+def log_gap_value(ratio: Tensor, alpha: Tensor, rest: Tensor) -> Tensor:
+    """`log_gap` without its gradient; ``rest`` is 1 - alpha, which may be known to more digits than alpha leaves."""
+    one, two, _, exists = _log_terms(ratio, alpha, rest, False)
+    infinite = _tilt(ratio, weights(alpha, rest)[0], torch.where(rest > 0, rest, 0.0)).isinf()
+    return torch.where(exists & ~infinite, one + two, torch.inf)
 
 
 def _log_gap_gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
     # With the mean in the place of w's denominator, d/dl = max(alpha, 1) (e^l - 1)/(alpha + (1 - alpha) e^l).
     ratio, alpha = inputs
-    one, two, w, _ = _log_terms(ratio, alpha, saved is None and not torch.compiler.is_compiling())
+    one, two, w, _ = _log_terms(ratio, alpha, 1 - alpha, saved is None and not torch.compiler.is_compiling())
     capped, gap, excess = weights(alpha)
     mixture = torch.where(alpha <= 1, torch.ones_like(w), 1 - gap * w)
     half = 0.5 * w * w
@@ -140,14 +199,14 @@ def _log_gap_gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | No
     return excess * w / mixture, torch.where(alpha <= 1, second - first, w * w / mixture - second)
 
 
-_log_gap = rowwise(_log_gap_value, _log_gap_gradient)
+_log_gap = rowwise(lambda ratio, alpha: (log_gap_value(ratio, alpha, 1 - alpha),), _log_gap_gradient)
 
 
 def log_gap(ratio: Tensor, alpha: Tensor) -> Tensor:
-    """D_alpha / min(alpha, 1) for F = -log, from log(x/y); +inf where alpha x + (1 - alpha) y <= 0.
+    """D_alpha / min(alpha, 1) for F = -log, from log(y/x); +inf where alpha x + (1 - alpha) y <= 0.
 
     Args:
-        ratio: log(x/y), float64, any shape. It should be known to its own relative accuracy.
+        ratio: log(y/x), float64, any shape. It should be known to its own relative accuracy.
         alpha: the order, not negative, broadcastable with ``ratio``.
 
     Returns:

@@ -1,6 +1,6 @@
 r"""Symmetric divergences with forms of their own: Jeffreys' divergence and the 2-Wasserstein distance.
 
-The formulas and their accuracy are in `gaussian`, `transport` and `families`.
+The formulas and their accuracy are in `gaussian`, `transport`, `families`, `concentrations` and `laplace`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def jeffreys_divergence(p: Distribution, q: Distribution) -> Tensor:
 
     Evaluated as a sum of squares for Gaussians,
     :math:`\frac12 \|L_p^{-1}(\Sigma_p - \Sigma_q) L_q^{-\top}\|_F^2 + \frac12 |L_p^{-1} d|^2 + \frac12 |L_q^{-1} d|^2`,
-    and as a product of parameter differences for the other families, not as the sum of two KL divergences: no logarithm
-    of a determinant enters, since they cancel.
+    and as a product of parameter differences for families over rates and probabilities, not as the sum of two KL
+    divergences: no logarithm of a determinant enters, since they cancel. Gamma, Beta, Dirichlet and Laplace
+    distributions take the sum, whose terms are positive.
 
     Args:
         p: the first distribution; the pairs known are those of `renyi_divergence`.

@@ -74,8 +74,10 @@ def test_drop_in(name, weights):
     given = {weights: T([0.25, 0.75])}
     ours, theirs = (c(Categorical(**given), FAMILIES[name]()) for c in (MixtureSameFamily, TorchMixture))
     assert isinstance(ours, TorchMixture)
-    for attribute in ("batch_shape", "event_shape", "has_rsample"):
+    for attribute in ("batch_shape", "event_shape"):
         assert getattr(ours, attribute) == getattr(theirs, attribute)
+    assert ours.has_rsample == (name in ("normal", "independent", "mvn", "low rank"))
+    assert not theirs.has_rsample
     assert repr(ours) == repr(theirs)
     torch.manual_seed(0)
     x = theirs.sample((5,))

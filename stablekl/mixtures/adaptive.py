@@ -15,12 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 from .._autograd import is_dual, is_eager
 from .components import Components
+from .cross import sobol_cross
 from .sobol import sobol_information, sobol_kl
+from .weights import label_entropy
 
-__all__ = ["adaptive_information", "adaptive_kl"]
+__all__ = ["FIRST_BUDGET", "adaptive_cross", "adaptive_information", "adaptive_kl"]
 
 REPLICATES = 16
 FIRST_POINTS = 256  # per component and replicate; doubled from here
+FIRST_BUDGET = REPLICATES * FIRST_POINTS
 FIXED_POINTS = 512  # where the data may not be looked at
 # Points x (dimensions + components) of one chunk of rows, and of one that is recorded for the backward. Measured on a
 # CPU: the fastest of 2**18 ... 2**24, and the memory is theirs; another device needs more to be busy.
@@ -60,6 +63,19 @@ def adaptive_kl(p: Components, q: Components, rtol: float, max_points: int) -> t
     if not is_eager(*p, *q):
         return _fixed(engine, (*p, *q), max_points)
     return _adaptive(engine, (*p, *q), p.log_weights.shape[:-1], lambda value: rtol * (1 + value), max_points)
+
+
+def adaptive_cross(p: Components, q: Components, rtol: float, max_points: int) -> tuple[Tensor, Tensor]:
+    """``sum_k w_k KL(p_k || q)``, and the half-width of a 95 % interval; eager mode only."""
+
+    def engine(tensors: Sequence[Tensor], n: int) -> tuple[Tensor, Tensor]:
+        p, q = Components(*tensors[:3]), Components(*tensors[3:])
+        return sobol_cross(p, q, num_points=n, num_replicates=REPLICATES)
+
+    spread = label_entropy(p.log_weights).detach().reshape(-1)
+    return _adaptive(
+        engine, (*p, *q), p.log_weights.shape[:-1], lambda value: rtol * (1 + (value - spread).clamp(min=0)), max_points
+    )
 
 
 def _fixed(engine: Engine, tensors: Sequence[Tensor], max_points: int) -> tuple[Tensor, Tensor]:

@@ -50,15 +50,14 @@ from .overlaps import component_pairs, log_determinants, overlaps
 from .reading import Mixture
 from .spectral import label_entropy_given_sample
 from .triple import triple_term
+from .weights import label_entropy, weighted
 
 __all__ = [
     "closed_bounds",
     "information_bounds",
-    "label_entropy",
     "pair_bounds",
     "pairwise_kl",
     "refined_bounds",
-    "weighted",
 ]
 
 # Rounding errors allowed for, in eps of the terms.
@@ -67,12 +66,6 @@ ROUNDING = 64.0
 ITERATIONS = 20
 # Components up to which triples are integrated for the bounds.
 TRIPLES_UP_TO = 5
-
-
-def weighted(log_weights: Tensor, terms: Tensor) -> Tensor:
-    """sum_k w_k terms_k, where a weight of 0 counts nothing even beside an infinite term."""
-    w = log_weights.exp()
-    return (w * torch.where(w > 0, terms, 0.0)).sum(-1)
 
 
 def pairwise_kl(p: Mixture, q: Mixture) -> Tensor:
@@ -85,11 +78,6 @@ def pairwise_kl(p: Mixture, q: Mixture) -> Tensor:
 def _rounded(lower: Tensor, upper: Tensor, size: Tensor) -> Bounds:
     slack = ROUNDING * torch.finfo(size.dtype).eps * (1 + size.detach().abs())
     return Bounds(lower - slack, upper + slack)
-
-
-def label_entropy(log_weights: Tensor) -> Tensor:
-    """H(w), of the batch shape."""
-    return -weighted(log_weights, torch.where(log_weights > -torch.inf, log_weights, 0.0))
 
 
 def _soft_minimum(log_weights: Tensor, distance: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from .components import Components, chosen_components
 from .contour import contour_kl
 from .controls import fit
 from .density import component_log_probs
-from .overlaps import component_pairs, log_determinants
+from .overlaps import component_pairs, divergences, log_determinants
 from .sobol import PILOT, blocks, points, summary
 
 __all__ = ["sobol_cross"]
@@ -50,13 +50,14 @@ def _near_pairs(p: Components, q: Components, pairs: Tensor) -> Tensor:
 class _Controls:
     """The controls for one pair of mixtures: exact means ``batch_shape + (K_p, C)`` and values at points."""
 
-    def __init__(self, p: Components, q: Components, pairs: Tensor) -> None:
+    def __init__(self, p: Components, q: Components) -> None:
         """Choose the pairs and compute the means."""
         self.p, self.q = p, q
+        pairs = divergences(p, q)
         self.entropy = log_determinants(p) + 0.5 * p.loc.shape[-1] * (1 + math.log(2 * math.pi))
         self.index = _near_pairs(p, q, pairs)
         two = chosen_components(q, self.index)
-        weight = torch.logsumexp(two.log_weights, -1, keepdim=True)
+        weight = logsumexp(two.log_weights, -1).unsqueeze(-1)
         alive = weight > -torch.inf
         shares = torch.where(alive, two.log_weights - torch.where(alive, weight, 0.0), -math.log(2))
         every = Components(*(x.unsqueeze(p.log_weights.ndim - 1) for x in p))
@@ -84,14 +85,13 @@ class _Controls:
 
 
 def sobol_cross(
-    p: Components, q: Components, pairs: Tensor, *, num_points: int = 2048, num_replicates: int = 8
+    p: Components, q: Components, *, num_points: int = 2048, num_replicates: int = 8
 ) -> tuple[Tensor, Tensor]:
     r"""``sum_k w_k KL(p_k || q)`` by scrambled Sobol points of each component, less control variates.
 
     Args:
         p: the first mixture, float64.
         q: the second, with the same batch shape.
-        pairs: KL(p_k || q_j), ``batch_shape + (K_p, K_q)``.
         num_points: points per component of p and replicate; a power of two.
         num_replicates: independent scrambles, at least 2.
 
@@ -99,7 +99,7 @@ def sobol_cross(
         The value and the half-width of its 95 % confidence interval, both of the batch shape.
     """
     z = sobol_normals(p.loc.shape[-1], num_points, num_replicates, p.loc.device)
-    controls = _Controls(p, q, pairs)
+    controls = _Controls(p, q)
     one = torch.ones_like(p.log_weights[..., :1])
     total = torch.zeros((num_replicates, *p.loc.shape[:-2]), dtype=p.loc.dtype, device=p.loc.device)
     for k in range(p.loc.shape[-2]):

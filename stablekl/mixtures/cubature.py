@@ -4,12 +4,32 @@ Each mass is integrated in the coordinates of its own component (`cubature_cells
 components and u = log(p/q), or s = p for the information, r the posterior of the label,
 
 .. math::
-    KL(p \| q) &= \sum_j \int s_j F(u)\,dx, \qquad F = \frac{p u - p + q}{p + q} = h \tanh h + (h - \tanh h), \quad h = u/2\\
+    KL(p \| q) &= \sum_j \int s_j F\,dx, \qquad F = \frac{p u - p + q}{p + q} = h \tanh h + (h - \tanh h),\ h = u/2\\
     I(X; Z) &= \sum_j \int s_j KL(r \| w)\,dx,
 
-so that a factor of every integrand is a standard normal density on a fixed ball, the other is bounded (by -log min w)
-or grows like u, and the mass of every box is known beforehand: boxes that cannot matter are left out, and what they
-could have held counts as error.
+so that one factor of every integrand is a standard normal density, the other is bounded (by -log min w) or grows like
+u, and the mass of every box is known beforehand: boxes that cannot matter are left out, and what they could have held
+counts as error. The textbook way, boxes in the caller's coordinates, is cheaper where many components overlap, but cuts
+a thin component at an angle into thousands, and loses digits to distance: here a component 1e12 standard deviations
+from the next costs nothing.
+
+Boxes are first halved until none is much wider than a component that it may contain, so that nothing narrow is
+overlooked, then wherever the estimated error is more than its share (Gauss-Legendre rules of 8 to 10 nodes per axis;
+last Legendre coefficients as in `line`). All rows of a batch are refined together, each on its own tolerance and by
+elementwise arithmetic: what else is in the batch does not change a bit of a row, on a CPU.
+
+Near p = q, u comes from differences of parameters, as in `line`, and the tolerance is relative to the divergence.
+
+**Accuracy** observed for the information of two components against `spectral` (separations to 20 standard deviations,
+weights from 1e-9, scales to 1e3 apart, correlations of 0.999), on problems that no constant was chosen on: errors below
+1e-12 and 1e-9 in the plane, where that was asked for, covered by the reported error in 99 to 100 % of each kind. The
+divergence of 1 to 5 from 1 to 3 components in space, to 1e-6 (1 + S): 3.3e-7 at most, 23 or 24 of 24 covered. Nodes for
+3, 5 and 16 components of any covariance: 8e4, 1.4e5 and 6e5 in the plane at 1e-9; about 1e6, 2e6 and 1e7 in space at
+1e-6. Thin ones at random angles (correlation 0.999) cost six times that with 5 in space, and more than 4e7 with 16:
+then the error says so.
+
+Reference for cells halved where null rules point: J. Berntsen, T. O. Espelid and A. Genz, "An adaptive algorithm for
+the approximate calculation of multiple integrals", ACM Transactions on Mathematical Software 17 (1991), 437-451.
 """
 
 from __future__ import annotations
@@ -24,31 +44,15 @@ from torch.utils.checkpoint import checkpoint
 
 from .._autograd import custom, is_dual
 from .components import Components
-from .cubature_cells import (
-    BLOCK,
-    Cells,
-    Frame,
-    Problem,
-    evaluate,
-    frames,
-    maps,
-    chunks,
-    moments,
-    pair_maps,
-    positions,
-)
+from .cubature_cells import REACH, bounds, first_boxes, refined, row_totals
+from .cubature_frames import Cells, Frame, frames, maps, pair_maps
+from .cubature_nodes import BLOCK, Problem, chunks, evaluate, moments
 from .density_terms import inverse_factor, living, parameter_gradients
 
 __all__ = ["cubature_information", "cubature_kl"]
 
-# Boxes are at first at most so wide, in the standard deviation of any component in reach, given the other coordinates.
-WIDTH = 6.0
-# A component matters where it is less than so many standard deviations away.
-REACH = 9.0
 # Narrower than 1/THIN of another component, and THIN times longer than wide: worth turning the axes for.
 THIN = 3.0
-# Share of the tolerance that a box may cost unseen.
-UNSEEN = 1e-4
 # p and q are near each other where parameters differ by less, in standard deviations.
 NEAR = 0.05
 # Elements per temporary where every operation is recorded.
@@ -59,165 +63,20 @@ ROUNDING = 16.0
 ROWS = 2**12
 
 
-def _nodes(dim: int, tolerance: float) -> int:
-    """Nodes per axis and box."""
-    if dim == 2:
-        return 8 if tolerance > 1e-8 else 12
-    return 6 if tolerance > 1e-8 else 9
-
-
-def _bounds(problem: Problem, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
-    """What a box may hold at most, (C,); nearest distances of components (K, C) and their widths on each axis."""
-    d, z, slope = positions(problem.seen, cells)
-    identity = torch.eye(z.shape[1], dtype=z.dtype, device=z.device).unsqueeze(-1)
-    steepness = (slope + identity).square().sum(1).sqrt()  # 1/width given the other coordinates, (K, D, C)
-    spread = (steepness * cells.half).sum(1)
-    distance = z.square().sum(1).sqrt()
-    nearest = (distance - spread).clamp(min=0.0)
-    lw = problem.seen.log_weights
-    if problem.split:
-        constant = (problem.seen.constant + lw).index_select(-1, cells.frame)
-        most = (constant - 0.5 * nearest * nearest)[: problem.split].amax(0) + math.log(problem.split)
-        least = (constant - 0.5 * (distance + spread) ** 2)[problem.split :].amax(0)
-        factor = 2.0 * torch.clamp(most - least, min=1.0)
-    else:
-        factor = -torch.where(torch.isinf(lw), 0.0, lw).amin(0)[cells.frame]
-    mass = problem.log_mass[cells.frame].exp()
-    for y, half in zip(cells.centre.abs(), cells.half, strict=True):
-        density = torch.exp(-0.5 * (y - half).clamp(min=0.0) ** 2) * (2.0 / math.sqrt(2.0 * math.pi))
-        mass = mass * torch.clamp(density * half, max=1.0)
-    return mass * factor, nearest, steepness
-
-
-def _add(rows: int, index: Tensor, values: Tensor) -> Tensor:
-    return values.new_zeros(rows).index_add_(0, index, values)
-
-
-def _split(cells: Cells, axis: int, mask: Tensor, *rest: Tensor) -> tuple[Cells, list[Tensor]]:
-    """The boxes with those of the mask cut in two across the axis; ``rest`` goes along."""
-    kept, cut = cells.take(~mask), cells.take(mask)
-    half = cut.half.clone()
-    half[axis] *= 0.5
-    step = torch.zeros_like(half)
-    step[axis] = half[axis]
-    parts = (kept, cut._replace(centre=cut.centre - step, half=half), cut._replace(centre=cut.centre + step, half=half))
-    joined = Cells(*(torch.cat(x, -1) for x in zip(*parts, strict=True)))
-    return joined, [torch.cat((x[..., ~mask], x[..., mask], x[..., mask]), -1) for x in rest]
-
-
-def _first_boxes(problem: Problem, row: Tensor, tolerance: Tensor, most: int) -> tuple[Cells, Tensor, Tensor]:
-    """Boxes no wider than the components that they may contain.
-
-    Returns:
-        The boxes; what may be missed in each, where there were too many of them; and in each row, outside of all.
-    """
-    dim, rows = problem.seen.shift.shape[1], len(tolerance)
-    device = row.device
-    per_row = _add(rows, row, torch.ones_like(problem.log_mass))
-    unseen = UNSEEN * tolerance / per_row
-    radius = torch.sqrt(-2.0 * torch.log(unseen))[row]
-    cells = Cells(torch.arange(len(row), device=device), radius.new_zeros(dim, len(row)), radius.expand(dim, -1))
-    bound = _bounds(problem, cells)[0]
-    outside = _add(rows, row, 2.0 * dim * torch.erfc(radius / math.sqrt(2.0)) * bound)
-    done: list[Cells] = []
-    open_bounds: list[Tensor] = []
-    while len(cells.frame):
-        bound, nearest, steepness = _bounds(problem, cells)
-        here = row[cells.frame]
-        negligible = bound <= unseen[here]
-        outside += _add(rows, here[negligible], bound[negligible])
-        m_half = cells.half
-        relevant = (nearest < REACH) & (problem.seen.log_weights.index_select(-1, cells.frame) > -math.inf)
-        wide = (2.0 * m_half * steepness > WIDTH) & relevant.unsqueeze(1)
-        cut = wide.any(0) & ~negligible
-        count = _add(rows, here, torch.pow(2.0, cut.sum(0)))
-        for c in done:
-            count = count + _add(rows, row[c.frame], torch.ones_like(c.centre[0]))
-        exhausted = (count > most)[here] & ~negligible
-        final = (~cut.any(0) | exhausted) & ~negligible
-        done.append(cells.take(final))
-        open_bounds.append(torch.where(cut.any(0), bound, 0.0)[final])
-        going = ~final & ~negligible
-        cells, cut = cells.take(going), cut[:, going]
-        for axis in range(dim):
-            cells, (cut,) = _split(cells, axis, cut[axis], cut)
-    return Cells(*(torch.cat(x, -1) for x in zip(*done, strict=True))), torch.cat(open_bounds), outside
-
-
-def _refined(
-    problem: Problem, row: Tensor, rows: int, n: int, tolerance: Callable[[Tensor], Tensor], max_points: int
-) -> tuple[Cells, Tensor, Tensor]:
-    """The final boxes, in the order of the rows, the value and the error."""
-    most = max(1, max_points // n ** problem.seen.shift.shape[1])
-    zero = problem.log_mass.new_zeros(rows)
-    cells, missed, outside = _first_boxes(problem, row, tolerance(zero), most)
-    value, error = evaluate(problem, cells, n)
-    used = _add(rows, row[cells.frame], torch.ones_like(value))
-    frozen = torch.zeros(rows, dtype=torch.bool, device=row.device)
-    while True:
-        here = row[cells.frame]
-        total = _add(rows, here, error.sum(0) + missed) + outside
-        goal = tolerance(_add(rows, here, value))
-        count = _add(rows, here, torch.ones_like(value))
-        active = (total > goal) & ~frozen
-        worst, axis = error.max(0)
-        chosen = active[here] & (error.sum(0) > (goal / count)[here])
-        chosen &= _within(here, worst, chosen, ((most - used) / 2).floor())
-        frozen |= _add(rows, here, chosen.to(value.dtype)) == 0
-        if not bool(chosen.any()):
-            break
-        used += 2.0 * _add(rows, here, chosen.to(value.dtype))
-        children = cells.take(chosen)
-        half, step = children.half.clone(), torch.zeros_like(children.half)
-        cut = axis[chosen].unsqueeze(0)
-        half.scatter_(0, cut, 0.5 * half.gather(0, cut))
-        step.scatter_(0, cut, half.gather(0, cut))
-        pair = [children._replace(centre=children.centre + s * step, half=half) for s in (-1.0, 1.0)]
-        children = Cells(*(torch.cat(x, -1) for x in zip(*pair, strict=True)))
-        new_value, new_error = evaluate(problem, children, n)
-        kept = cells.take(~chosen)
-        cells = Cells(*(torch.cat(x, -1) for x in zip(kept, children, strict=True)))
-        value = torch.cat((value[~chosen], new_value))
-        error = torch.cat((error[:, ~chosen], new_error), -1)
-        missed = torch.cat((missed[~chosen], 0.5 * missed[chosen].repeat(2)))
-    order = torch.argsort(row[cells.frame], stable=True)
-    cells, value = cells.take(order), value[order]
-    value = _sums(value, row[cells.frame], rows)
-    return cells, value, total
-
-
-def _within(row: Tensor, worst: Tensor, chosen: Tensor, most: Tensor) -> Tensor:
-    """The worst boxes of each row, as many as it may have."""
-    if bool((_add(len(most), row, chosen.to(worst.dtype)) <= most).all()):
-        return torch.ones_like(chosen)
-    order = torch.argsort(torch.where(chosen, worst, -1.0), descending=True, stable=True)
-    order = order[torch.argsort(row[order], stable=True)]
-    start = torch.searchsorted(row[order], torch.arange(len(most), device=row.device))
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(row), device=row.device) - start[row[order]]
-    return rank < most[row]
-
-
-def _sums(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Sums over the elements of each row, which are neighbours, two by two: the same bits whatever the other rows are."""
-    while len(values):
-        start = torch.searchsorted(row, torch.arange(rows, device=row.device))
-        odd = (torch.arange(len(row), device=row.device) - start[row]) % 2 == 1
-        if not bool(odd.any()):
-            break
-        partner = torch.zeros_like(values)
-        partner[:-1] = torch.where(odd[1:], values[1:], 0.0)
-        values, row = (values + partner)[~odd], row[~odd]
-    return values.new_zeros(rows).index_copy_(0, row, values)
+def _nodes(dim: int, tolerance: Tensor) -> Tensor:
+    """Nodes per axis and box for each row."""
+    loose, tight, from_here = (8, 9, 1e-10) if dim == 2 else (8, 10, 1e-8)
+    return torch.where(tolerance > from_here, loose, tight)
 
 
 def _near(split: int, log_weights: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     """The rows (B,) where the parameters of p are near those of q."""
     kp, kq = split, log_weights.shape[-1] - split
-    (lw, mp, sp), (lv, mq, sq) = ((x[:, i] for x in (log_weights, loc, scale)) for i in (slice(kp), slice(kp, None)))
+    lw, mp, sp = (x[:, :kp] for x in (log_weights, loc, scale))
+    lv, mq, sq = (x[:, kp:] for x in (log_weights, loc, scale))
     right = torch.cat((sp - sq, (mp - mq).unsqueeze(-1)), -1)
     sq = sq.expand(*right.shape[:-1], -1)
-    change = torch.linalg.solve_triangular(sq, right, upper=False).abs().amax((-1, -2, -3))
+    change: Tensor = torch.linalg.solve_triangular(sq, right, upper=False).abs().amax((-1, -2, -3))
     if kp == kq:
         both_zero = torch.isinf(lw) & torch.isinf(lv)
         weight = torch.where(both_zero, 0.0, lw) - torch.where(both_zero, 0.0, lv)
@@ -274,9 +133,6 @@ def _known(split: int, n: int) -> Callable[..., Tensor]:
     def value(*inputs: Tensor) -> tuple[Tensor]:
         return (inputs[3].clone(),)
 
-    def partials(inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [*_gradient(split, n, inputs), *(torch.zeros_like(x) for x in inputs[3:4])]
-
     def vjp(
         grad: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor] | None, needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
@@ -297,17 +153,23 @@ def _known(split: int, n: int) -> Callable[..., Tensor]:
 
 
 def _integrate(
-    split: int, tensors: Sequence[Tensor], tolerance: Callable[[Tensor, Tensor], Tensor], max_points: int, n: int
+    split: int, tensors: Sequence[Tensor], tolerance: Callable[[Tensor, Tensor], Tensor], max_points: int
 ) -> tuple[Tensor, Tensor]:
     """Value and error of rows (B,), a few at a time; ``tolerance(index, value)``."""
     rows, k = tensors[0].shape
-    results = []
-    for index in torch.arange(rows, device=tensors[0].device).split(max(1, ROWS // (k * k))):
-        part = [x.index_select(0, index) for x in tensors]
-        results.append(_rows(split, part, lambda v, i=index: tolerance(i, v), max_points, n))
+    dim, device = tensors[1].shape[-1], tensors[0].device
+    goal = tolerance(torch.arange(rows, device=device), tensors[0].new_zeros(rows))
+    n_by_row = _nodes(dim, goal)
+    results, indices = [], []
+    for n in n_by_row.unique().tolist():
+        for index in (n_by_row == n).nonzero()[:, 0].split(max(1, ROWS // (k * k))):
+            part = [x.index_select(0, index) for x in tensors]
+            results.append(_rows(split, part, functools.partial(tolerance, index), max_points, n))
+            indices.append(index)
     if not results:
         return tensors[0].sum(-1), tensors[0].detach().sum(-1)
-    value, error = (torch.cat(x) for x in zip(*results, strict=True))
+    order = torch.cat(indices).argsort()
+    value, error = (torch.cat(x).index_select(0, order) for x in zip(*results, strict=True))
     return value, error
 
 
@@ -324,7 +186,25 @@ def _rows(
         by_row = _near(split, log_weights, loc, scale)
         near = by_row[row] if bool(by_row.any()) else None
     problem = _problem(frame, split, log_weights, loc, scale, near)
-    cells, value, error = _refined(problem, row, rows, n, tolerance, max_points)
+    if near is not None:
+        # Near p = q the tolerance is relative to the divergence, of which a bound and then a first look give the size.
+        zero = torch.zeros_like(log_weights[:, 0])
+        whole = Cells(
+            torch.arange(len(row), device=row.device),
+            torch.zeros_like(frame.loc.mT),
+            torch.full_like(frame.loc.mT, 12.0),
+        )
+        size = row_totals(rows, row, bounds(problem, whole)[0])
+        finest = torch.where(by_row & (size > 0.0) & (size < 1.0), 1e-8 * size, 1.0) * tolerance(zero)
+        cells, _, _ = first_boxes(problem, row, finest, max_points // n ** loc.shape[-1])
+        look = row_totals(rows, row[cells.frame], evaluate(problem, cells, n)[0])
+        look = torch.where(by_row & (look > 0.0), look, 0.0)
+        wide = tolerance
+
+        def tolerance(value: Tensor) -> Tensor:
+            return torch.where(look > 0.0, look * wide(torch.zeros_like(value)), wide(value))
+
+    cells, value, error = refined(problem, row, rows, n, tolerance, max_points)
     relative = value if near is None else torch.where(by_row, 0.0, value)
     error = error + ROUNDING * EPS * (value.abs() + (8.0 if split else 1.0) * relative.abs().sqrt())
     if (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)) or is_dual(tensors):
@@ -346,18 +226,82 @@ def _flat(c: Components) -> tuple[Tensor, Tensor, Tensor]:
     return c.log_weights.reshape(-1, k), loc.reshape(-1, k, d), scale.reshape(-1, k, d, d)
 
 
+def _checked(name: str, tolerance: Tensor, max_points: int) -> None:
+    bad = ~(tolerance > 0.0)
+    if bool(bad.any()):
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} must be positive, got {float(tolerance[where])} at batch index {where}; boxes would be halved "
+            "until the points run out. 1e-9 in two dimensions and 1e-6 in three take milliseconds"
+        )
+    if max_points < 1:
+        raise ValueError(f"max_points must be at least 1, got {max_points}; 2**22 is usual")
+
+
 def cubature_kl(p: Components, q: Components, *, rtol: float, max_points: int) -> tuple[Tensor, Tensor]:
-    r"""``KL(p || q) = \int q phi(log(p/q)) dx``, ``phi(u) = u e^u - e^u + 1``, in two or three dimensions."""
-    (kp, d), batch = p.loc.shape[-2:], p.log_weights.shape[:-1]
+    r"""``KL(p || q) = \int q phi(log(p/q)) dx``, ``phi(u) = u e^u - e^u + 1``, in two or three dimensions.
+
+    Looks at the data: not for vmap, torch.compile or CUDA graphs. Weights are taken as they are; where they do not sum
+    to one this is the divergence of measures, as in `line_kl`.
+
+    Args:
+        p: the first mixture, D = 2 or 3, float64, ``batch_shape + (K,)``.
+        q: the second, with the same batch shape and any number of components.
+        rtol: the error aimed at, relative to 1 + KL; to KL itself where every parameter of p is within 0.05 standard
+            deviations of its counterpart in q (with as many components, or one).
+        max_points: most nodes in each row; at least one box per component is evaluated all the same.
+
+    Returns:
+        The divergence, differentiable any number of times, and its estimated error (not differentiable), both of the
+        batch shape. Where the points did not suffice the error is larger than asked for, and honest.
+
+    Raises:
+        ValueError: for other dimensions, or a tolerance that is not positive.
+
+    Example:
+        >>> two = torch.tensor([[0.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
+        >>> p = Components(torch.tensor([0.5, 0.5], dtype=torch.float64).log(), two, torch.ones_like(two))
+        >>> q = Components(p.log_weights, 2 * two, torch.ones_like(two))
+        >>> value, error = cubature_kl(p, q, rtol=1e-9, max_points=2**20)
+        >>> f"{float(value):.6f}", float(error) < 1e-8
+        ('2.424301', True)
+    """
+    kp, batch = p.loc.shape[-2], p.log_weights.shape[:-1]
+    _checked("rtol", torch.tensor(rtol), max_points)
     tensors = [torch.cat(x, 1) for x in zip(_flat(p), _flat(q), strict=True)]
-    value, error = _integrate(kp, tensors, lambda i, v: rtol * (1.0 + v), max_points, _nodes(d, rtol))
+    value, error = _integrate(kp, tensors, lambda i, v: rtol * (1.0 + v), max_points)
     return value.reshape(batch), error.reshape(batch)
 
 
 def cubature_information(p: Components, *, atol: float | Tensor, max_points: int) -> tuple[Tensor, Tensor]:
-    """I."""
+    r"""Information of a mixture's point and label, ``I = \int m KL(posterior of the label || w) dx``.
+
+    ``KL(p || q) = S - I`` for a single density q, S the mean divergence of the components; ``0 <= I <= H(w)``. Looks at
+    the data: not for vmap, torch.compile or CUDA graphs.
+
+    Args:
+        p: the mixture, D = 2 or 3, float64, ``batch_shape + (K,)``.
+        atol: the error aimed at, a number or of the batch shape; rtol (1 + S) for a relative error of S - I.
+        max_points: most nodes in each row; at least one box per component is evaluated all the same.
+
+    Returns:
+        I, differentiable any number of times, and its estimated error (not differentiable), both of the batch shape.
+        Exactly 0, with a gradient of 0, where all components are the same; where they are near each other the error
+        stays absolute, a few eps. The derivative with respect to a log-weight is w_k KL(p_k || m).
+
+    Raises:
+        ValueError: for other dimensions, or a tolerance that is not positive.
+
+    Example:
+        >>> two = torch.tensor([[0.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
+        >>> p = Components(torch.tensor([0.5, 0.5], dtype=torch.float64).log(), two, torch.ones_like(two))
+        >>> value, error = cubature_information(p, atol=1e-9, max_points=2**20)
+        >>> f"{float(value):.6f}", float(error) <= 1e-9
+        ('0.632720', True)
+    """
     batch = p.log_weights.shape[:-1]
-    goal = torch.as_tensor(atol, dtype=p.loc.dtype, device=p.loc.device).detach().expand(batch).reshape(-1)
-    n = _nodes(p.loc.shape[-1], float(goal.amin()) if goal.numel() else 1.0)
-    value, error = _integrate(0, _flat(p), lambda i, v: goal[i].expand_as(v), max_points, n)
+    goal = torch.as_tensor(atol, dtype=p.loc.dtype, device=p.loc.device).detach().expand(batch)
+    _checked("atol", goal, max_points)
+    goal = goal.reshape(-1)
+    value, error = _integrate(0, _flat(p), lambda i, v: goal[i].expand_as(v), max_points)
     return value.reshape(batch), error.reshape(batch)

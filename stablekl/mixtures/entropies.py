@@ -23,13 +23,14 @@ from torch.distributions import Distribution
 
 from .._autograd import is_eager
 from ..distributions._gaussian import Gaussian
-from .bounds import closed_bounds, information_bounds, pairwise_kl, weighted
+from .bounds import closed_bounds, information_bounds, pairwise_kl
 from .components import Components, broadcast_shape
 from .estimate import Bounds, KLEstimate, requested, warn_of_excess
 from .information import ENGINES, Information, mixture_information
 from .overlaps import log_determinants
 from .reading import Mixture, as_mixture, check_same_space, simplified
 from .select import CERTAIN, evaluate_kl, slack_for
+from .weights import weighted
 
 __all__ = [
     "cross_entropy",
@@ -96,7 +97,7 @@ def mutual_information_estimate(
         1.0986, log 3 = 1.0986
     """
     asked = requested(rtol, max_points)
-    m = simplified(as_mixture(p))
+    m = simplified(as_mixture(p, "mutual information"))
     return _information(m.widened(), *asked)[1].rounded(m.dtype)
 
 
@@ -127,7 +128,7 @@ def entropy_estimate(p: Distribution, *, rtol: float | None = None, max_points: 
         ValueError: a tolerance or budget without sense.
     """
     asked = requested(rtol, max_points)
-    given = simplified(as_mixture(p))
+    given = simplified(as_mixture(p, "entropy"))
     m = given.widened()
     components, found = _information(m, *asked)
     own = _component_entropies(m, components)
@@ -161,7 +162,7 @@ def cross_entropy_estimate(
         ValueError: event shapes that differ, or a tolerance or budget without sense.
     """
     asked = requested(rtol, max_points)
-    given_p, given_q = simplified(as_mixture(p)), simplified(as_mixture(q))
+    given_p, given_q = (simplified(as_mixture(x, "cross-entropy")) for x in (p, q))
     check_same_space(p, q, given_p, given_q)
     m_p, m_q = given_p.widened(), given_q.widened()
     # each component of p by itself against q: one more batch dimension
@@ -247,7 +248,7 @@ def jensen_shannon_estimate(
         1.250000e-09
     """
     asked = requested(rtol, max_points)
-    given_p, given_q = simplified(as_mixture(p)), simplified(as_mixture(q))
+    given_p, given_q = (simplified(as_mixture(x, "the Jensen-Shannon divergence")) for x in (p, q))
     check_same_space(p, q, given_p, given_q)
     m_p, m_q = given_p.widened(), given_q.widened()
     m = _mean_of(m_p, m_q)

@@ -93,7 +93,7 @@ class Accuracy(NamedTuple):
         max_points: most quasi-random points per component that may be spent on it.
     """
 
-    rtol: float = 1e-2
+    rtol: float = 1e-4
     max_points: int = 2**16
 
 
@@ -156,7 +156,7 @@ def accuracy(*, rtol: float | None = None, max_points: int | None = None) -> Ite
     """Ask for another accuracy of sampled mixture divergences inside a ``with`` block.
 
     Args:
-        rtol: double the points until the 95% half-width is below ``rtol * (1 + KL)``. Default 1e-2.
+        rtol: double the points until the 95% half-width is below ``rtol * (1 + KL)``. Default 1e-4.
         max_points: stop doubling at this many points per component, and warn. Default 65536.
 
     Raises:

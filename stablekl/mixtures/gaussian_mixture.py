@@ -24,6 +24,7 @@ class GaussianMixture(MixtureSameFamily):
 
     A `MixtureSameFamily` with a `Categorical` and a `MultivariateNormal` inside: ``.mixture_distribution``,
     ``.component_distribution.loc``, ``.component_distribution.scale_tril`` and so on are where torch has them.
+    Samples are differentiable in all parameters, the weights included (`rsample`).
 
     Args:
         logits: unnormalised log-weights, ``batch_shape + (K,)``; -inf switches a component off. Give this or ``probs``.

@@ -20,12 +20,19 @@ from ..distributions._base import Movable
 from ..distributions._gaussian import Gaussian, as_gaussian
 from ..special import logsumexp
 from .components import Components, gaussian_components
+from .cumulative import cumulative, log_cumulative
 from .density import component_log_probs, mixture_log_prob
+from .entropies import entropy_estimate
+from .estimate import warn_of_excess
 from .interior import interior_point
 from .operations import GaussianOperations, gaussian_distribution
+from .quantile import quantile
+from .sampling import one_per_component, reparameterised
 from .weights import given_weights, normalised_log_weights
 
 __all__ = ["MixtureSameFamily"]
+
+_NO_SHAPE = torch.Size()
 
 
 class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
@@ -33,7 +40,8 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
 
     The density is :math:`m(x) = \sum_k w_k p_k(x)`. Weights of exactly 0 contribute nothing, as read from what the
     Categorical was given (torch clamps its logits). No N x K x D tensor is built for Gaussian components, forward or
-    backward.
+    backward. Distribution functions and quantiles are in log space too, and samples of Gaussian mixtures can be
+    differentiated (`rsample`, `stratified_sample`).
 
     Args:
         mixture_distribution: the weights, batch shape broadcasting with the component's but for its last dimension.
@@ -244,14 +252,87 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
         """Where some component has its support; torch's asks for all of them, which refuses samples."""
         return _Union(self._component_distribution.support)  # type: ignore[no-untyped-call]
 
+    def entropy(self) -> Tensor:
+        """Differential entropy in nats of a mixture of Gaussians, ``batch_shape``; see `stablekl.entropy_estimate`.
+
+        Raises:
+            NotImplementedError: components of another family.
+
+        Warns:
+            AccuracyWarning: in eager mode, where the estimated error exceeds the tolerance of `stablekl.accuracy`.
+        """
+        estimate = entropy_estimate(self)
+        warn_of_excess(estimate, "entropy", stacklevel=2)
+        return estimate.value
+
     def cdf(self, value: Tensor) -> Tensor:
-        """Cumulative distribution function of scalar events, ``sample_shape + batch_shape``."""
-        component, padded, inside = self._component_distribution, self._pad(value), self._inside(value)
-        # Outside a component's support, an interval, its formula may raise: there it is 0 or 1.
-        interior = interior_point(component, padded)
-        cdf = component.cdf(torch.where(inside, padded, interior))
-        cdf = torch.where(inside, cdf, (padded > interior).to(cdf.dtype))
-        return (cdf * self.log_weights.exp()).sum(-1)
+        """Distribution function P(X <= x), ``sample_shape + batch_shape``; of vectors, and errors, as `log_cdf`."""
+        return cumulative(self, value)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        r"""Log of the distribution function, :math:`\log P(X \le x)`, ``sample_shape + batch_shape``.
+
+        Of vectors with independent normal coordinates, the joint one, :math:`\sum_k w_k \prod_i F_{ki}(x_i)`. Normal
+        components keep their relative accuracy at any distance in both tails; of other families it is the log of the
+        component's ``cdf``, which for most of torch's has nothing below eps.
+
+        Raises:
+            NotImplementedError: events are vectors that are not diagonal Gaussians, or the family has no ``cdf``.
+        """
+        return log_cumulative(self, value)
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        r"""Log of the survival function, :math:`\log P(X > x)`, ``sample_shape + batch_shape``; otherwise as `log_cdf`.
+
+        Of vectors, the joint one: every coordinate exceeds its own of x, which is not the complement of the `cdf`.
+        """
+        return log_cumulative(self, value, upper=True)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        r"""Quantile function of scalar events, ``sample_shape + batch_shape``, differentiable in everything.
+
+        Normal components: to the conditioning of x, in both tails (u from 1e-300 in float64 to the last below 1). Other
+        families: by their own ``cdf`` and ``icdf``, and as accurate as these. 0 and 1 give the ends of the support.
+
+        Raises:
+            ValueError: a value is NaN or outside [0, 1] (says where; inside transforms the result is NaN).
+            NotImplementedError: events are vectors, or the family has no ``cdf`` or no ``icdf``.
+        """
+        return quantile(self, value)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether `rsample` can differentiate samples: the components are Gaussian."""
+        return as_gaussian(self._component_distribution) is not None
+
+    def rsample(self, sample_shape: _size = _NO_SHAPE) -> Tensor:
+        """The points that `sample` draws, ``sample_shape + batch_shape + event_shape``, with implicit derivatives.
+
+        Weights, means and scales all receive the gradient of E[f(X)] through the point alone; see `mixtures.implicit`.
+
+        Raises:
+            NotImplementedError: the components are not Gaussian.
+        """
+        return reparameterised(self, self.sample(torch.Size(sample_shape)))  # type: ignore[no-untyped-call]
+
+    def stratified_sample(self, sample_shape: _size = _NO_SHAPE) -> Tensor:
+        r"""A point of every component, ``sample_shape + (K,) + batch_shape + event_shape``.
+
+        For :math:`E[f(X)] = \sum_k w_k E[f(X_k)]` with an exact sum over k: no variance from the labels, and the
+        gradient with respect to the weights is that of the sum. Points are differentiable where the component has
+        ``rsample``; where a weight is 0 the point is one of the heaviest component, so that 0 f stays 0. With a batch
+        shape, the weights to multiply by are ``log_weights.exp().movedim(-1, 0)``.
+
+        Example:
+            >>> import torch, stablekl
+            >>> q = stablekl.GaussianMixture(torch.zeros(3, requires_grad=True), loc=torch.randn(3, 2),
+            ...                              scale_diag=torch.ones(3, 2))
+            >>> x = q.stratified_sample((64,))  # (64, 3, 2)
+            >>> log_joint = stablekl.MultivariateNormal(torch.zeros(2), torch.eye(2)).log_prob
+            >>> elbo = (q.log_weights.exp() * (log_joint(x) - q.log_prob(x))).sum(-1).mean()
+            >>> elbo.backward()
+        """
+        return one_per_component(self, torch.Size(sample_shape))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(\n  {self.mixture_distribution},\n  {self.component_distribution})"

@@ -27,18 +27,17 @@ from torch.distributions import (
     Uniform,
     VonMises,
 )
-from torch.distributions import MixtureSameFamily as TorchMixtureSameFamily
 
 from .._autograd import is_plain
-from ..distributions._base import common_dtype, widened
+from ..distributions._base import common_dtype
 from ..distributions._gaussian import Gaussian, as_gaussian
 from ..distributions.low_rank import LowRankMultivariateNormal
 from ..distributions.multivariate_normal import MultivariateNormal
 from ..distributions.normal import Normal
 from ..special import logsumexp
 from .algebra import condition, log_overlap, marginal, matched, positions, product, take
+from .reading import as_mixture
 from .reduction import merged
-from .weights import categorical_log_weights
 
 __all__ = ["GaussianOperations", "Reduction", "gaussian_distribution"]
 
@@ -70,28 +69,6 @@ def gaussian_distribution(g: Gaussian, validate_args: bool | None, *, scalar: bo
         return LowRankMultivariateNormal(g.loc, g.cov_factor, g.scale, validate_args=validate_args)
     parameter: dict[str, Any] = {g.kind: g.scale}
     return MultivariateNormal(g.loc, validate_args=validate_args, **parameter)
-
-
-def _weighted_gaussians(distribution: Distribution, method: str) -> tuple[Tensor, Gaussian]:
-    """Log-weights in working precision, and the components; a Gaussian is a mixture of one."""
-    mixture = distribution if isinstance(distribution, TorchMixtureSameFamily) else None
-    component = distribution if mixture is None else mixture.component_distribution
-    g = as_gaussian(component)
-    if g is None:
-        kind = "" if mixture is None else "mixtures of "
-        name = type(component).__name__
-        if isinstance(component, Independent):
-            name = f"{name}({type(component.base_dist).__name__}, {component.reinterpreted_batch_ndims})"
-        raise NotImplementedError(
-            f"{method} is not available for {kind}{name}: components must be Normal, Independent(Normal, 1), "
-            "MultivariateNormal or LowRankMultivariateNormal"
-        )
-    if mixture is None:
-        return widened(g.loc.new_zeros((*g.loc.shape[:-1], 1))), g.unsqueeze(-1)
-    dtype = widened(g.loc).dtype
-    if isinstance(mixture, GaussianOperations):
-        return mixture._log_weights(dtype), g
-    return categorical_log_weights(mixture.mixture_distribution, dtype), g
 
 
 class GaussianOperations:
@@ -152,7 +129,7 @@ class GaussianOperations:
                 parameters = {name: getattr(base, name).expand(base.batch_shape) for name in names}
                 picked = {name: take(x, places, -1) for name, x in parameters.items()}
                 return self._rebuilt(Independent(type(base)(**picked, validate_args=self._validate_args), 1))
-        _weighted_gaussians(self, "marginal")  # type: ignore[arg-type]
+        as_mixture(self, "marginal")  # type: ignore[arg-type]
         raise NotImplementedError
 
     def condition(self, dims: Sequence[int], value: Tensor) -> Any:
@@ -187,7 +164,7 @@ class GaussianOperations:
             >>> m.condition([0], torch.tensor([1.0])).mean
             tensor([0.5036])
         """
-        log_weights, g = _weighted_gaussians(self, "condition")  # type: ignore[arg-type]
+        log_weights, g, _ = as_mixture(self, "condition")  # type: ignore[arg-type]
         places = positions(dims, self._over_vectors("condition"))
         if len(places) == g.loc.shape[-1]:
             raise ValueError("dims names every coordinate, so none is left; log_prob(value) is their density")
@@ -282,7 +259,7 @@ class GaussianOperations:
 
     def _pairs(self, other: Distribution, method: str) -> tuple[Tensor, Gaussian, Gaussian, torch.dtype]:
         """Log-weights of all pairs with their overlaps, (..., K1, K2), and both sides with two component dimensions."""
-        (lw_p, p), (lw_q, q) = (_weighted_gaussians(m, method) for m in (self, other))  # type: ignore[arg-type]
+        (lw_p, p, _), (lw_q, q, _) = (as_mixture(m, method) for m in (self, other))  # type: ignore[arg-type]
         if self.event_shape != other.event_shape:
             raise ValueError(
                 f"{method} needs distributions over the same space, but the event shapes are "
@@ -312,7 +289,7 @@ class GaussianOperations:
             tensor([[1.0000e+00, 0.0000e+00],
                     [1.0000e+00, 1.4142e-12]])
         """
-        log_weights, g = _weighted_gaussians(self, "to_mvn")  # type: ignore[arg-type]
+        log_weights, g, _ = as_mixture(self, "to_mvn")  # type: ignore[arg-type]
         result = matched(log_weights, g).to(g.dtype)
         return gaussian_distribution(result, self._validate_args, scalar=not self._event_ndims)
 
@@ -345,7 +322,7 @@ class GaussianOperations:
             >>> print(smaller.mixture_distribution.probs, f"{kl_bound:.5f}")
             tensor([0.6000, 0.4000]) 0.00075
         """
-        log_weights, g = _weighted_gaussians(self, "reduce")  # type: ignore[arg-type]
+        log_weights, g, _ = as_mixture(self, "reduce")  # type: ignore[arg-type]
         k = log_weights.shape[-1]
         if not 1 <= num_components <= k:
             raise ValueError(

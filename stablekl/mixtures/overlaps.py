@@ -30,9 +30,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributions._gaussian import Gaussian, Kind, gaussian_kl
 from .components import Components
 
-__all__ = ["Overlaps", "component_pairs", "geometric_overlaps", "log_determinants", "overlaps", "whitened"]
+__all__ = [
+    "Overlaps",
+    "component_pairs",
+    "divergences",
+    "geometric_overlaps",
+    "log_determinants",
+    "overlaps",
+    "whitened",
+]
 
 
 class Overlaps(NamedTuple):
@@ -79,6 +88,13 @@ def overlaps(a: Components, b: Components) -> Overlaps:
         -0.5 * square - log_root - half_dim * math.log(2 * math.pi),
         log_chernoff.clamp(max=0.0),  # it is; rounding may say otherwise for equal Gaussians
     )
+
+
+def divergences(a: Components, b: Components) -> Tensor:
+    """KL(a_j || b_k), ``batch_shape + (K_a, K_b)``."""
+    kinds: tuple[Kind, Kind] = tuple("scale_diag" if c.is_diagonal else "scale_tril" for c in (a, b))  # type: ignore[assignment]
+    first, second = (Gaussian(kind, c.loc, c.scale) for kind, c in zip(kinds, (a, b), strict=True))
+    return gaussian_kl(first.unsqueeze(-1), second.unsqueeze(-2))
 
 
 def component_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -42,11 +42,13 @@ class Subspace(NamedTuple):
     """Where the components of each row differ.
 
     Attributes:
+        origin: a point near the means, ``(rows, D)``.
         rank: its dimension, shape ``(rows,)``; MOST + 1 where it has more than MOST.
         basis: rows of the map from the space to the subspace, ``(rows, MOST, D)``, in the order of their weight.
         loss: bound on the information left outside, in nats, ``(rows,)``.
     """
 
+    origin: Tensor
     rank: Tensor
     basis: Tensor
     loss: Tensor
@@ -100,8 +102,10 @@ def subspace(p: Components, tolerance: float) -> Subspace:
     basis = directions[..., :MOST].mT
     basis = torch.nn.functional.pad(basis, (0, 0, 0, MOST - basis.shape[-2]))
     if p.is_diagonal:
-        return Subspace(rank, basis / unit, loss)
-    return Subspace(rank, torch.linalg.solve_triangular(unit.squeeze(1), basis, upper=False, left=False), loss)
+        return Subspace(origin.squeeze(1), rank, basis / unit, loss)
+    return Subspace(
+        origin.squeeze(1), rank, torch.linalg.solve_triangular(unit.squeeze(1), basis, upper=False, left=False), loss
+    )
 
 
 def _left_outside(u: Tensor, shift: Tensor, excess: Tensor) -> Tensor:
@@ -129,10 +133,15 @@ def _left_outside(u: Tensor, shift: Tensor, excess: Tensor) -> Tensor:
     return 0.5 * means + 0.5 * across.square().sum((-2, -1)) / torch.maximum(smallest, floor) + 0.25 * rest
 
 
-def projected(p: Components, basis: Tensor) -> Components:
-    """The mixtures' images under ``basis``, ``(rows, r, D)``, a constant: r-dimensional, with Cholesky factors."""
-    centre = p.loc.detach().mean(-2, keepdim=True)
-    loc = (p.loc - centre) @ basis.mT
+def projected(p: Components, basis: Tensor, origin: Tensor) -> Components:
+    """The mixtures' images under the map ``basis (x - origin)``: r-dimensional, with Cholesky factors.
+
+    Args:
+        p: mixtures of batch shape ``(rows,)``.
+        basis: ``(rows, r, D)``, a constant.
+        origin: ``(rows, D)``, a constant near the means, the same for mixtures that are to be compared.
+    """
+    loc = (p.loc - origin.unsqueeze(-2)) @ basis.mT
     mapped = basis.unsqueeze(1)
     mapped = mapped * p.scale.unsqueeze(-2) if p.is_diagonal else mapped @ p.scale
     if basis.shape[-2] == 1:

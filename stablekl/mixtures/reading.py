@@ -13,7 +13,6 @@ from .._autograd import is_eager
 from ..distributions._base import widened
 from ..distributions._gaussian import Gaussian, as_gaussian
 from .components import Components, gaussian_components
-from .mixture_same_family import MixtureSameFamily
 from .weights import categorical_log_weights
 
 __all__ = ["Mixture", "as_mixture", "check_same_space", "simplified"]
@@ -59,8 +58,12 @@ def _class_name(distribution: Distribution) -> str:
     return name
 
 
-def as_mixture(distribution: Distribution) -> Mixture:
+def as_mixture(distribution: Distribution, what: str = "a KL rule") -> Mixture:
     """Read a mixture of Gaussians, torch's or ours, or a Gaussian as a mixture of one.
+
+    Args:
+        distribution: to be read.
+        what: it is read for, as the error names it.
 
     Raises:
         NotImplementedError: it is neither; names the class.
@@ -69,22 +72,21 @@ def as_mixture(distribution: Distribution) -> Mixture:
     component = distribution if mixture is None else mixture.component_distribution
     gaussian = as_gaussian(component)
     if gaussian is None:
-        kind = "between a mixture and" if mixture is None else "for mixtures of"
+        kind = "" if mixture is None else "mixtures of "
         raise NotImplementedError(
-            f"no KL rule {kind} {_class_name(component)} ({component}): it must be Normal, Independent(Normal, 1), "
-            "MultivariateNormal or LowRankMultivariateNormal. Estimate the divergence from samples, or register a rule "
-            "with torch.distributions.register_kl"
+            f"{what} is not available for {kind}{_class_name(component)} ({component}): it must be Normal, "
+            "Independent(Normal, 1), MultivariateNormal or LowRankMultivariateNormal. Estimate what you need from "
+            "samples, or register a rule with torch.distributions.register_kl"
         )
     if mixture is None:
         single = gaussian.loc.new_zeros((*gaussian.loc.shape[:-1], 1))
         return Mixture(single, gaussian.unsqueeze(-1), gaussian.loc.dtype)
     dtype = widened(gaussian.loc).dtype
     weights = mixture.mixture_distribution
-    # In working precision: rounded log-weights would be off by their size in units of the caller's eps.
-    if isinstance(mixture, MixtureSameFamily):
-        log_weights = mixture._log_weights(dtype)
-    else:
-        log_weights = categorical_log_weights(weights, dtype)
+    # In working precision: rounded log-weights would be off by their size in units of the caller's eps. Our class
+    # keeps the weights as they were given; torch's has to be asked what it was built from.
+    ours = getattr(mixture, "_log_weights", None)
+    log_weights = categorical_log_weights(weights, dtype) if ours is None else ours(dtype)
     return Mixture(log_weights, gaussian, torch.promote_types(gaussian.loc.dtype, weights._param.dtype))
 
 

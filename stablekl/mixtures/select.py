@@ -33,18 +33,27 @@ from torch import Tensor
 
 from .._autograd import is_eager
 from ..distributions._gaussian import gaussian_kl
-from .adaptive import adaptive_information, adaptive_kl
-from .bounds import closed_bounds, label_entropy, pairwise_kl, weighted
+from .adaptive import FIRST_BUDGET, adaptive_cross, adaptive_information, adaptive_kl
+from .bounds import closed_bounds, pairwise_kl
 from .components import Components, broadcast_shape
 from .contour import contour_kl
 from .cubature import cubature_information, cubature_kl
 from .estimate import Bounds, KLEstimate
-from .information import CUBATURE, ENGINES, SPECTRAL_ERROR, Information, mixture_information
+from .information import (
+    ENGINES,
+    NODES_PER_POINT,
+    SPECTRAL_ERROR,
+    Information,
+    cubature_tolerance,
+    mixture_information,
+    replaced,
+)
 from .line import line_kl
 from .projection import projected, subspace
 from .reading import Mixture
 from .spectral import label_information
 from .triple import triple_information
+from .weights import label_entropy, weighted
 
 __all__ = ["CERTAIN", "Method", "check_method", "evaluate_kl", "slack_for"]
 
@@ -175,7 +184,7 @@ def _information(method: Method, p: Components, goal: Tensor, max_points: int, s
     if method == "triple":
         return Information(*triple_information(p), method)
     if method == "cubature":
-        return Information(*cubature_information(p, atol=goal, max_points=max_points), method)
+        return Information(*cubature_information(p, atol=goal, max_points=NODES_PER_POINT * max_points), method)
     if method == "sobol":
         return Information(*adaptive_information(p, goal, max_points), method)
     return mixture_information(p, goal, max_points, slack)
@@ -226,7 +235,7 @@ def _mixture_kl(
     if method == "line":
         value, error = line_kl(p, q)
     elif method == "cubature":
-        value, error = cubature_kl(p, q, rtol=min(rtol, CUBATURE), max_points=max_points)
+        value, error = cubature_kl(p, q, rtol=rtol, max_points=NODES_PER_POINT * max_points)
     elif method == "contour":
         parts, part_error = contour_kl(p, q)
         mean_kl = weighted(p.log_weights, parts)
@@ -243,6 +252,48 @@ def _mixture_kl(
 _ORDER = (*ENGINES[:4], "contour", *ENGINES[4:])
 
 
+def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    """By positive terms where that is accurate enough at once or better, else as the difference of S and I.
+
+    The integrand of the first has no control variate and its error goes with KL; that of the second is far more
+    accurate but absolute.
+    """
+    value, error = adaptive_kl(p, q, rtol, min(FIRST_BUDGET, max_points))
+    hard = (error > rtol * (1 + value.detach())).nonzero().squeeze(-1)
+    if not hard.numel():
+        return Information(value, error, "sobol")
+    here_p, here_q = (Components(*(x.index_select(0, hard) for x in c)) for c in (p, q))
+    with torch.no_grad():
+        by_difference = adaptive_cross(here_p, here_q, rtol, min(FIRST_BUDGET, max_points))[1] < error[hard]
+    for difference in (False, True):
+        chosen = (by_difference == difference).nonzero().squeeze(-1)
+        if not chosen.numel():
+            continue
+        part_p, part_q = (Components(*(x.index_select(0, chosen) for x in c)) for c in (here_p, here_q))
+        if difference:
+            mean_kl, part_error = adaptive_cross(part_p, part_q, 0.5 * rtol, max_points)
+            goal = 0.5 * rtol * (1 + (mean_kl.detach() - label_entropy(part_p.log_weights)).clamp(min=0))
+            found = mixture_information(part_p, goal, max_points, slack)
+            part, part_error = mean_kl - found.value, part_error + found.error
+        else:
+            part, part_error = adaptive_kl(part_p, part_q, rtol, max_points)
+        value = value.index_copy(0, hard[chosen], part)
+        error = error.index_copy(0, hard[chosen], part_error)
+    return Information(value, error + _EXACT_ERROR * (1 + value.detach()), "sobol")
+
+
+def _in_few_dimensions(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    """By cubature, and where its nodes do not suffice by what samples better."""
+    fine = min(rtol, float(cubature_tolerance(p).amax()) if p.loc.shape[0] else rtol)
+    value, error = cubature_kl(p, q, rtol=fine, max_points=NODES_PER_POINT * max_points)
+    missed = (error > rtol * (1 + value.detach())).nonzero().squeeze(-1)
+    if not missed.numel():
+        return Information(value, error, "cubature")
+    here_p, here_q = (Components(*(x.index_select(0, missed) for x in c)) for c in (p, q))
+    sampled = _sampled(here_p, here_q, rtol, max_points, slack)
+    return Information(*replaced(value, error, missed, sampled.value, sampled.error), "sobol")
+
+
 def _positive_where_small(
     difference: Information, p: Components, q: Components, rtol: float, max_points: int
 ) -> Information:
@@ -252,11 +303,8 @@ def _positive_where_small(
         return difference
     here_p, here_q = (Components(*(x.index_select(0, few) for x in c)) for c in (p, q))
     value, error = adaptive_kl(here_p, here_q, rtol, max_points)
-    better = error < difference.error[few]
-    value = torch.where(better, value, difference.value.index_select(0, few))
-    error = torch.where(better, error, difference.error[few])
-    method = "sobol" if bool(better.any()) else difference.method
-    return Information(difference.value.index_copy(0, few, value), difference.error.index_copy(0, few, error), method)
+    method = "sobol" if bool((error < difference.error[few]).any()) else difference.method
+    return Information(*replaced(difference.value, difference.error, few, value, error), method)
 
 
 def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
@@ -274,9 +322,15 @@ def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, sla
         here_p, here_q = (Components(*(x.index_select(0, index) for x in c)) for c in (flat_p, flat_q))
         low = r <= (1 if two else 3)  # the contour is as exact as a cubature and takes a tenth of the time
         if low and max(r, 1) < p.loc.shape[-1]:
-            here_p, here_q = (projected(c, found.basis[index, : max(r, 1)]) for c in (here_p, here_q))
+            basis, origin = found.basis[index, : max(r, 1)], found.origin[index]
+            here_p, here_q = projected(here_p, basis, origin), projected(here_q, basis, origin)
         method: Method = "line" if r <= 1 else "contour" if two else "cubature" if low else "sobol"
-        result = _mixture_kl(method, here_p, here_q, rtol, max_points, slack)
+        if method == "sobol":
+            result = _sampled(here_p, here_q, rtol, max_points, slack)
+        elif method == "cubature":
+            result = _in_few_dimensions(here_p, here_q, rtol, max_points, slack)
+        else:
+            result = _mixture_kl(method, here_p, here_q, rtol, max_points, slack)
         if method == "contour":
             result = _positive_where_small(result, here_p, here_q, rtol, max_points)
         loss = torch.where(found.loss[index].isfinite(), found.loss[index], 0.0) if low else 0.0

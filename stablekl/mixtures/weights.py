@@ -13,7 +13,14 @@ from torch.distributions.utils import probs_to_logits
 
 from .._autograd import rowwise
 
-__all__ = ["categorical_log_weights", "given_weights", "log_probability", "normalised_log_weights"]
+__all__ = [
+    "categorical_log_weights",
+    "given_weights",
+    "label_entropy",
+    "log_probability",
+    "normalised_log_weights",
+    "weighted",
+]
 
 
 def _value(p: Tensor) -> tuple[Tensor]:
@@ -73,3 +80,14 @@ def given_weights(mixture: Categorical) -> tuple[Tensor | None, Tensor | None]:
 def categorical_log_weights(mixture: Categorical, dtype: torch.dtype | None = None) -> Tensor:
     """Normalised log-weights of a Categorical, torch's own, ``batch_shape + (K,)``; -inf for a probability of 0."""
     return normalised_log_weights(*given_weights(mixture), dtype)
+
+
+def weighted(log_weights: Tensor, terms: Tensor) -> Tensor:
+    """sum_k w_k terms_k, where a weight of 0 counts nothing even beside an infinite term."""
+    w = log_weights.exp()
+    return (w * torch.where(w > 0, terms, 0.0)).sum(-1)
+
+
+def label_entropy(log_weights: Tensor) -> Tensor:
+    """H(w), of the batch shape."""
+    return -weighted(log_weights, torch.where(log_weights > -torch.inf, log_weights, 0.0))

@@ -29,6 +29,7 @@ from .mixture_integrals import Float, Table, Value, integral, mean_divergence, p
 Rng = np.random.Generator
 
 SEPARATIONS = (0.0, 0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0)
+ROUNDING = 1e-16  # of a truth in float64, relative to 1 + S
 DENSE = 1e-13  # what the rounding of a dense map may cost, relative to 1 + S
 
 
@@ -143,7 +144,8 @@ def single(rng: Rng, p: Table, grid: float) -> Table:
 
 
 def _definition(p: Table, q: Table) -> Value:
-    return integral(p, q, dtype=np.float64 if len(p.weights) * len(q.weights) > 15 and p.dim > 1 else Float)
+    many = len(p.weights) * len(q.weights) > 3 and p.dim > 1
+    return integral(p, q, dtype=np.float64 if many else Float)
 
 
 def _mild(tables: list[Table]) -> bool:
@@ -159,7 +161,8 @@ def _problem(family: str, p: list[Table], q: list[Table], dim: int, rng: Rng) ->
     truth, slack = sum(x.value for x in parts), sum(x.error for x in parts)
     scale = sum(mean_divergence(a, b) for a, b in zip(p, q, strict=True))
     seed = int(rng.integers(2**31))
-    return Problem(family, p, q, dim, float(truth), max(scale, 0.0), float(slack), _mild([*p, *q]), seed)
+    slack = float(slack) + ROUNDING * (1 + scale)
+    return Problem(family, p, q, dim, max(float(truth), 0.0), max(scale, 0.0), slack, _mild([*p, *q]), seed)
 
 
 def _shape(family: str, dim: int) -> tuple[int, int]:
@@ -215,7 +218,7 @@ def _groups(rng: Rng, k: int, dim: int) -> Problem:
     size = int(rng.choice([2, 3]))
     sizes = [size] * (k // size) + ([k % size] if k % size else [])
     a = int(rng.choice([1, 2]))
-    radial = dim - a if dim - a <= 8 and rng.random() < 0.5 else 0
+    radial = dim - 1 if a == 1 and dim <= 8 and rng.random() < 0.5 else 0
     places = rng.permutation(np.arange(-4, 4))[: len(sizes)]
     heights = weights(rng, len(sizes), str(rng.choice(["even", "uneven"]))).astype(Float)
     heights /= heights.sum()
@@ -234,7 +237,7 @@ def _groups(rng: Rng, k: int, dim: int) -> Problem:
     q = single(rng, p._replace(weights=p.weights.astype(float)), 2.0**-8)
     scale = mean_divergence(p, q)
     truth += _exact_mean(p, q)
-    return Problem("groups", [p], [q], dim, float(truth), scale, float(slack), False, int(rng.integers(2**31)))
+    return Problem("groups", [p], [q], dim, float(truth), scale, float(slack) + ROUNDING * (1 + scale), False, int(rng.integers(2**31)))
 
 
 def _exact_mean(p: Table, q: Table) -> np.longdouble:

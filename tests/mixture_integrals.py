@@ -21,8 +21,9 @@ Array = np.ndarray
 
 NODES = 14
 REACH = 11.0  # standard deviations: a mass of 1e-27 is outside
-NEAR, WIDE = 8.0, 4.0  # a cell as close as this to a component and as wide, in its standard deviations, is split
+NEAR, WIDE = 8.0, 6.0  # a cell as close as this to a component and as wide, in its standard deviations, is split
 MOST_CELLS = 40_000
+CHUNK = 2**16  # numbers in an array
 AGREE = 1e-15  # of a cell with its parts, relative to 1 + S
 
 
@@ -163,8 +164,9 @@ def _evaluate(p: Table, numerator: str, q: Table, k: Array, centre: Array, half:
     """w_k times the integrals over cells, (C,)."""
     nodes, weights = (x.astype(centre.dtype) for x in _rule(NODES, centre.shape[1]))
     a, results = p.loc.shape[1], []
-    for start in range(0, len(k), 256):
-        here = slice(start, start + 256)
+    chunk = max(1, CHUNK // (len(weights) * max(len(p.weights), len(q.weights))))
+    for start in range(0, len(k), chunk):
+        here = slice(start, start + chunk)
         z = centre[here, None] + half[here, None] * nodes
         x = _position(p, k[here], z)
         if numerator == "mixture":
@@ -214,7 +216,9 @@ def _quarters(k: Array, centre: Array, half: Array) -> tuple[Array, Array, Array
     return cells
 
 
-def integral(p: Table, q: Table, numerator: str = "mixture", dtype: type = Float) -> Value:
+def integral(
+    p: Table, q: Table, numerator: str = "mixture", *, dtype: type = Float, agree: float = AGREE
+) -> Value:
     """``sum_k w_k E_{p_k} log(p/q)``, with p_k in place of p for the numerator "component"."""
     scale = 1 + max(mean_divergence(p, q), 0.0)
     p, q = p.extended(dtype), q.extended(dtype)
@@ -251,7 +255,7 @@ def integral(p: Table, q: Table, numerator: str = "mixture", dtype: type = Float
         fine = _evaluate(p, numerator, q, *finer)
         evaluated += len(fine)
         gap = abs(coarse - fine.reshape(-1, len(k)).sum(0))
-        bad = gap > AGREE * scale
+        bad = gap > agree * scale
         total += fine.reshape(-1, len(k))[:, ~bad].sum()
         error += gap[~bad].sum()
         again = np.tile(bad, len(fine) // len(k))

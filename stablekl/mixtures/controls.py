@@ -39,8 +39,9 @@ from .spectral import label_entropy_given_sample
 
 __all__ = ["Controls", "Fit", "fit"]
 
-# Pairs whose entropy is used: those that overlap most. Each costs a logarithm at every point.
-PAIRS = 128
+# Pairs whose entropy is used: all of up to ALL components, else those that overlap most. Each costs a logarithm at
+# every point.
+ALL, PAIRS = 16, 64
 # Triples: K over 3 factorisations once. Above this many components the pairs and the geometric mean have to do.
 TRIPLES_UP_TO = 20
 # Relative to the variances of the controls: one that is a combination of the others shares its coefficient with them.
@@ -50,9 +51,8 @@ TRUST = 8.0
 
 
 def _entropy_term(r: Tensor) -> Tensor:
-    """``r log r``, 0 with gradient 0 at 0."""
-    positive = r > 0
-    return r * torch.where(positive, r, 1.0).log()
+    """``r log r``, 0 with a finite gradient at 0."""
+    return r * r.clamp(min=torch.finfo(r.dtype).tiny).log()
 
 
 class Controls:
@@ -73,7 +73,8 @@ class Controls:
         self.log_weights = torch.where(live, lw, 0.0)
         weights = torch.exp(lw)
         chernoff = 0.5 * (lw[..., first] + lw[..., second]) + overlaps(p, p).log_chernoff[..., first, second]
-        if len(first) > PAIRS:
+        self.all = k <= ALL
+        if not self.all:
             chosen = torch.topk(chernoff.detach(), PAIRS, dim=-1).indices
             self.first, self.second = first[chosen], second[chosen]
         else:
@@ -99,11 +100,16 @@ class Controls:
         k = r.shape[-1]
         single = _entropy_term(r)
         pairs = torch.zeros_like(r[..., 0])
-        lead = r.shape[: r.ndim - self.first.ndim]
-        for start in range(0, self.first.shape[-1], k):  # k at a time: no more memory than the posterior takes
-            i, j = (x[..., start : start + k].expand(*lead, *x.shape[:-1], -1) for x in (self.first, self.second))
-            both = _entropy_term(r.gather(-1, i) + r.gather(-1, j))
-            pairs = pairs + (both - single.gather(-1, i) - single.gather(-1, j)).sum(-1)
+        if self.all:
+            for n in range(1, k):
+                pairs = pairs + _entropy_term(r[..., n - 1 : n] + r[..., n:]).sum(-1)
+            pairs = pairs - (k - 1) * single.sum(-1)
+        else:
+            lead = r.shape[: r.ndim - self.first.ndim]
+            for start in range(0, self.first.shape[-1], k):  # k at a time: no more memory than the posterior takes
+                i, j = (x[..., start : start + k].expand(*lead, *x.shape[:-1], -1) for x in (self.first, self.second))
+                both = _entropy_term(r.gather(-1, i) + r.gather(-1, j))
+                pairs = pairs + (both - single.gather(-1, i) - single.gather(-1, j)).sum(-1)
         roots = torch.exp(0.5 * log_posterior).sum(-1)
         values = [
             (r * self.log_weights).sum(-1),

@@ -42,7 +42,6 @@ from .estimate import Bounds, KLEstimate
 from .information import (
     ENGINES,
     NODES_PER_POINT,
-    SPECTRAL_ERROR,
     Information,
     cubature_tolerance,
     mixture_information,
@@ -158,6 +157,9 @@ def _to_one(
     if method in ("auto", "line") and p.dim == 1:
         return _on_the_line(p, q), pairs.detach()
     components = p.components()
+    if p.num_components == 2 and method in ("auto", "spectral"):  # nothing to ask for, and no time to lose
+        value = mean_kl - label_information(components)
+        return Information(value, _EXACT_ERROR * (1 + mean_kl.detach().expand_as(value)), "spectral"), pairs.detach()
     with torch.no_grad():
         # what is sampled is sampled once for all q that share a p: to the tolerance of the smallest divergence
         goal = rtol * (1 + (mean_kl - label_entropy(p.log_weights)).clamp(min=0))
@@ -179,8 +181,6 @@ def _least(x: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _information(method: Method, p: Components, goal: Tensor, max_points: int, slack: float) -> Information:
-    if method == "spectral":
-        return Information(label_information(p), torch.full_like(goal, SPECTRAL_ERROR), method)
     if method == "triple":
         return Information(*triple_information(p), method)
     if method == "cubature":

@@ -216,9 +216,7 @@ def _quarters(k: Array, centre: Array, half: Array) -> tuple[Array, Array, Array
     return cells
 
 
-def integral(
-    p: Table, q: Table, numerator: str = "mixture", *, dtype: type = Float, agree: float = AGREE
-) -> Value:
+def integral(p: Table, q: Table, numerator: str = "mixture", *, dtype: type = Float, agree: float = AGREE) -> Value:
     """``sum_k w_k E_{p_k} log(p/q)``, with p_k in place of p for the numerator "component"."""
     scale = 1 + max(mean_divergence(p, q), 0.0)
     p, q = p.extended(dtype), q.extended(dtype)
@@ -241,9 +239,7 @@ def integral(
         for axis in range(centre.shape[1]):
             cut = hidden[:, axis]
             parts = _halves(k[cut], centre[cut], half[cut], axis)
-            k, centre, half = (
-                np.concatenate([x[~cut], y]) for x, y in zip((k, centre, half), parts, strict=True)
-            )
+            k, centre, half = (np.concatenate([x[~cut], y]) for x, y in zip((k, centre, half), parts, strict=True))
             hidden = np.concatenate([hidden[~cut], np.tile(hidden[cut], (2, 1))])
         if len(k) > MOST_CELLS:
             raise RuntimeError("too many cells")

@@ -102,13 +102,16 @@ def sobol_cross(
     controls = _Controls(p, q)
     one = torch.ones_like(p.log_weights[..., :1])
     total = torch.zeros((num_replicates, *p.loc.shape[:-2]), dtype=p.loc.dtype, device=p.loc.device)
+    raw = torch.zeros_like(total)
     for k in range(p.loc.shape[-2]):
         f, c = controls.at(k, z[:, :PILOT])
         beta, _ = fit([(f, c)], one, controls.means[..., k, :])
-        mean = (f - (c * beta).sum(-1)).sum(1)
+        mean, plain = (f - (c * beta).sum(-1)).sum(1), f.detach().sum(1)
         for block in blocks(p, z[:, PILOT:]):
             f, c = controls.at(k, block)
-            mean = mean + (f - (c * beta).sum(-1)).sum(1)
+            mean, plain = mean + (f - (c * beta).sum(-1)).sum(1), plain + f.detach().sum(1)
         log_q = mean / num_points + (controls.means[..., k, :] * beta).sum(-1)
-        total = total + torch.exp(p.log_weights[..., k]) * (-controls.entropy[..., k] - log_q)
-    return summary(total)
+        weight = torch.exp(p.log_weights[..., k])
+        total = total + weight * (-controls.entropy[..., k] - log_q)
+        raw = raw + weight * plain / num_points
+    return summary(total, raw)

@@ -40,6 +40,8 @@ from .contour import contour_kl
 from .cubature import cubature_information, cubature_kl
 from .estimate import Bounds, KLEstimate
 from .information import (
+    CAUTION,
+    CUBATURE_ERROR,
     ENGINES,
     NODES_PER_POINT,
     Information,
@@ -286,6 +288,7 @@ def _in_few_dimensions(p: Components, q: Components, rtol: float, max_points: in
     """By cubature, and where its nodes do not suffice by what samples better."""
     fine = min(rtol, float(cubature_tolerance(p).amax()) if p.loc.shape[0] else rtol)
     value, error = cubature_kl(p, q, rtol=fine, max_points=NODES_PER_POINT * max_points)
+    error = CAUTION * error + 1e2 * CUBATURE_ERROR * value.detach()
     missed = (error > rtol * (1 + value.detach())).nonzero().squeeze(-1)
     if not missed.numel():
         return Information(value, error, "cubature")

@@ -104,7 +104,7 @@ def sobol_cross(
     total = torch.zeros((num_replicates, *p.loc.shape[:-2]), dtype=p.loc.dtype, device=p.loc.device)
     for k in range(p.loc.shape[-2]):
         f, c = controls.at(k, z[:, :PILOT])
-        beta, _ = fit([(f, c)], one, controls.means[..., k, :])
+        beta = fit([(f, c)], one, controls.means[..., k, :]).beta
         mean = (f - (c * beta).sum(-1)).sum(1)
         for block in blocks(p, z[:, PILOT:]):
             f, c = controls.at(k, block)

@@ -105,7 +105,7 @@ def sobol_cross(
     raw = torch.zeros_like(total)
     for k in range(p.loc.shape[-2]):
         f, c = controls.at(k, z[:, :PILOT])
-        beta, _ = fit([(f, c)], one, controls.means[..., k, :])
+        beta = fit([(f, c)], one, controls.means[..., k, :]).beta
         mean, plain = (f - (c * beta).sum(-1)).sum(1), f.detach().sum(1)
         for block in blocks(p, z[:, PILOT:]):
             f, c = controls.at(k, block)

@@ -49,8 +49,13 @@ class Bounds(NamedTuple):
         if dtype == self.lower.dtype:
             return self
         info = torch.finfo(dtype)
-        lower = self.lower - info.eps * self.lower.detach().abs()
-        upper = self.upper + info.eps * self.upper.detach().abs()
+        # a step besides: half precision has no eps left below 6e-5
+        step = info.eps * info.smallest_normal
+        lower, upper = (
+            x + sign * torch.where(x == 0, 0.0, info.eps * x.detach().abs() + step)
+            for x, sign in ((self.lower, -1), (self.upper, 1))
+        )
+        lower = torch.where(self.lower > 0, lower.clamp(min=0), lower)
         lower = torch.where(lower.isinf(), lower, lower.clamp(max=info.max))
         return Bounds(lower.to(dtype), upper.to(dtype))
 

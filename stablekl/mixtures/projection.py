@@ -12,7 +12,7 @@ complement may still know is, by the chain rule, at most
 .. math::
     \sum_k w_k \tfrac12 \bigl[|d_{k,v}|^2 + |C_{k,vu} C_{k,uu}^{-1/2}|_F^2 + \tfrac12 |G_{k,vv}|_F^2\bigr]
 
-(v: the complement; leading order in what is left there). It is quadratic: rounding errors of 1e-12 in the
+(v: the complement, C = I + G; leading order in what is left there, which is small where it is used). It is quadratic: rounding errors of 1e-12 in the
 covariances cost 1e-24, and the derivative with respect to any parameter is 0. So the gradient of the projected problem,
 the map being a constant, is the gradient of the whole. Second derivatives lack the complement's quadratic term.
 
@@ -65,6 +65,11 @@ def _select(x: Tensor, index: Tensor) -> Tensor:
     return torch.stack([x[i, j : j + 1] for i, j in enumerate(index.tolist())])
 
 
+def _instead(where: Tensor, x: Tensor, other: Tensor) -> Tensor:
+    """``other`` in place of what ``where`` names by the leading dimensions of ``x``."""
+    return torch.where(where.reshape(*where.shape, *(1,) * (x.ndim - where.ndim)), other, x)
+
+
 def subspace(p: Components, tolerance: float) -> Subspace:
     """The smallest subspace outside of which at most ``tolerance`` nats are left.
 
@@ -74,29 +79,35 @@ def subspace(p: Components, tolerance: float) -> Subspace:
     """
     p = Components(*(x.detach() for x in p))
     rows, k, dim = p.loc.shape
-    widest = log_determinants(p).argmax(-1)
+    live = p.log_weights > -torch.inf
+    widest = torch.where(live, log_determinants(p), -torch.inf).argmax(-1)
     origin, unit = _select(p.loc, widest), _select(p.scale, widest)
+    # a weight of 0 is no reason for a dimension
+    loc, scale = _instead(~live, p.loc, origin), _instead(~live, p.scale, unit)
     test = _test_matrix(k, dim, p.loc.device)
     columns, means = test[:, :dim], test[:, dim:]
-    shift = (p.loc - origin).unsqueeze(-1)
+    shift = (loc - origin).unsqueeze(-1)
     if p.is_diagonal:
         shift = shift / unit.unsqueeze(-1)
-        relative = (p.scale - unit) / unit
+        factor, relative = scale / unit, (scale - unit) / unit
         excess = relative * (2 + relative)
         sketch = (excess.unsqueeze(-1) * columns + shift * means).sum(1)
     else:
-        shift = torch.linalg.solve_triangular(unit, shift, upper=False)
-        relative = torch.linalg.solve_triangular(unit, p.scale - unit, upper=False)
+        shift, factor, relative = (
+            torch.linalg.solve_triangular(unit, x, upper=False) for x in (shift, scale, scale - unit)
+        )
         # (I + W)(I + W)' - I without forming 1 + W
         excess = relative + relative.mT + relative @ relative.mT
         sketch = (excess @ columns + shift * means).sum(1)
-    usable = sketch.isfinite().all(-1).all(-1)  # scales 1e160 times apart
+    # not for scales 1e160 times apart: their squares overflow
+    usable = sketch.isfinite().flatten(1).all(-1) & factor.isfinite().flatten(1).all(-1)
+    shift, factor, excess = (_instead(~usable, x, torch.zeros_like(x)) for x in (shift, factor, excess))
     directions = torch.linalg.svd(torch.where(usable[:, None, None], sketch, 0.0), full_matrices=False).U
     weights = torch.exp(p.log_weights)
     rank = torch.full((rows,), MOST + 1, device=p.loc.device)
     loss = torch.full((rows,), torch.inf, dtype=p.loc.dtype, device=p.loc.device)
     for r in range(min(MOST, directions.shape[-1], dim), -1, -1):
-        left = (weights * _left_outside(directions[..., :r].unsqueeze(1), shift, excess)).sum(-1)
+        left = (weights * _left_outside(directions[..., :r].unsqueeze(1), shift, factor, excess)).sum(-1)
         enough = usable & (left <= tolerance)
         rank, loss = torch.where(enough, r, rank), torch.where(enough, left, loss)
     basis = directions[..., :MOST].mT
@@ -108,29 +119,37 @@ def subspace(p: Components, tolerance: float) -> Subspace:
     )
 
 
-def _left_outside(u: Tensor, shift: Tensor, excess: Tensor) -> Tensor:
+def _left_outside(u: Tensor, shift: Tensor, factor: Tensor, excess: Tensor) -> Tensor:
     """For each component the divergence left in the complement of the columns of ``u``, ``(rows, K)``."""
-    dim = shift.shape[-2]
+    dim, r = u.shape[-2:]
     means = (shift - u @ (u.mT @ shift)).square().sum((-2, -1))
     if excess.ndim == shift.ndim:  # a matrix
         outside = excess - u @ (u.mT @ excess)
-        across, inside = outside @ u, u.mT @ excess @ u
-        rest = (outside - across @ u.mT).square().sum((-2, -1))
+        across = outside @ u
+        outside = outside - across @ u.mT
+        rest, trace = outside.square().sum((-2, -1)), outside.diagonal(dim1=-2, dim2=-1).sum(-1)
+        mapped, log_det = factor.mT @ u, factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     else:
         # the projector P is dense: |P diag(g) P|^2 <= |P diag(g)|^2. Its columns' norms are not 1 - |u_j|^2, whose
         # rounding error eps a large g would multiply, but computed: eps^2
         projector = torch.eye(dim, dtype=u.dtype, device=u.device) - u @ u.mT
         across = excess.unsqueeze(-1) * u
         across = across - u @ (u.mT @ across)
-        inside = u.mT @ (excess.unsqueeze(-1) * u)
-        rest = (excess * torch.linalg.vector_norm(projector, dim=-1)).square().sum(-1)
-    r = u.shape[-1]
-    if r == 0:
-        return 0.5 * means + 0.25 * rest
-    smallest = torch.linalg.eigvalsh(inside + torch.eye(r, dtype=u.dtype, device=u.device))[..., 0]
-    # rounding: the smallest variance is not known to better
-    floor = dim * torch.finfo(u.dtype).eps * (1 + inside.abs().amax((-2, -1)))
-    return 0.5 * means + 0.5 * across.square().sum((-2, -1)) / torch.maximum(smallest, floor) + 0.25 * rest
+        norms = torch.linalg.vector_norm(projector, dim=-1)
+        rest, trace = (excess * norms).square().sum(-1), (excess * norms.square()).sum(-1)
+        mapped, log_det = factor.unsqueeze(-1) * u, factor.log().sum(-1)
+    near = 0.5 * means + 0.25 * rest
+    log_inside = torch.zeros_like(means)
+    if r > 0:
+        # standard deviations in U: of a needle, I + U'GU would leave 1e-16 at best for the variance
+        inside = torch.linalg.svdvals(mapped)
+        # rounding: the smallest is not known to better
+        inside = torch.maximum(inside, dim * torch.finfo(u.dtype).eps * inside[..., :1])
+        near = near + 0.5 * across.square().sum((-2, -1)) / inside[..., -1].square()
+        log_inside = inside.log().sum(-1)
+    # where the leading order is no bound, of a component far narrower than the widest, the divergence itself
+    far = 0.5 * (means + trace) - log_det + log_inside
+    return torch.where(rest > 0.01, torch.maximum(near, far), near)
 
 
 def projected(p: Components, basis: Tensor, origin: Tensor) -> Components:

@@ -315,7 +315,9 @@ def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, sla
     batch = p.log_weights.shape[:-1]
     rows = math.prod(batch)
     flat_p, flat_q = (Components(*(x.reshape(rows, *x.shape[len(batch) :]) for x in c)) for c in (p, q))
-    joined = Components(*(torch.cat(x, 1) for x in zip(flat_p, flat_q, strict=True)))
+    # a component of q, however rare, may be all of q where p is: it counts in full
+    every_q = flat_q._replace(log_weights=torch.where(flat_q.log_weights > -torch.inf, 0.0, -torch.inf))
+    joined = Components(*(torch.cat(x, 1) for x in zip(flat_p, every_q, strict=True)))
     found = subspace(joined, slack)
     two = q.log_weights.shape[-1] == 2
     parts: list[tuple[Tensor, Information]] = []

@@ -128,7 +128,8 @@ def warn_of_excess(estimate: KLEstimate, what: str, stacklevel: int) -> None:
     if estimate.method not in ("sobol", "cubature") or not is_eager(estimate.value):
         return
     rtol = requested_accuracy().rtol
-    excess = estimate.error / (1 + estimate.value.detach().abs())
+    # an infinite divergence has an infinite error, and is what it is
+    excess = (estimate.error / (1 + estimate.value.detach().abs())).nan_to_num(nan=0.0)
     if not bool((excess > rtol).any()):
         return
     worst = int(excess.argmax())

@@ -162,7 +162,14 @@ def cross_entropy_estimate(
         NotImplementedError: a component family without a rule (named).
         ValueError: event shapes that differ, or a tolerance or budget without sense.
     """
-    asked = requested(rtol, max_points)
+    return _cross_entropy(p, q, *requested(rtol, max_points))[0]
+
+
+def _cross_entropy(p: Distribution, q: Distribution, rtol: float, max_points: int) -> tuple[KLEstimate, Tensor]:
+    """The estimate, and the mean of KL(p_k || q), which the tolerance is relative to.
+
+    Not to the cross-entropy: that may be 0 in one unit of length and 100 in another.
+    """
     given_p, given_q = (simplified(as_mixture(x, "cross-entropy")) for x in (p, q))
     check_same_space(p, q, given_p, given_q)
     m_p, m_q = given_p.widened(), given_q.widened()
@@ -171,17 +178,18 @@ def cross_entropy_estimate(
         log_weights=torch.zeros_like(m_p.log_weights).unsqueeze(-1), gaussian=m_p.gaussian.unsqueeze(-1)
     )
     whole = m_q._replace(log_weights=m_q.log_weights.unsqueeze(-2), gaussian=m_q.gaussian.unsqueeze(-2))
-    kl = evaluate_kl("auto", alone, whole, *asked)
+    kl = evaluate_kl("auto", alone, whole, rtol, max_points)
     own = _component_entropies(m_p, m_p.components())
     lw = m_p.log_weights
     rounding = 4 * torch.finfo(lw.dtype).eps * weighted(lw, own.abs() + m_p.dim + kl.value).detach()
-    return KLEstimate(
+    estimate = KLEstimate(
         weighted(lw, own + kl.value),
         weighted(lw, kl.error).detach() + rounding,
         weighted(lw, own + kl.lower).detach() - rounding,
         weighted(lw, own + kl.upper).detach() + rounding,
         kl.method,
-    ).rounded(torch.promote_types(given_p.dtype, given_q.dtype))
+    )
+    return estimate.rounded(torch.promote_types(given_p.dtype, given_q.dtype)), weighted(lw, kl.value)
 
 
 def cross_entropy(p: Distribution, q: Distribution) -> Tensor:
@@ -190,8 +198,8 @@ def cross_entropy(p: Distribution, q: Distribution) -> Tensor:
     Warns:
         AccuracyWarning: in eager mode, where the estimated error exceeds the tolerance of `accuracy`.
     """
-    estimate = cross_entropy_estimate(p, q)
-    warn_of_excess(estimate, "cross-entropy", stacklevel=2)
+    estimate, size = _cross_entropy(p, q, *requested(None, None))
+    warn_of_excess(estimate, "cross-entropy", stacklevel=2, size=size)
     return estimate.value
 
 

@@ -18,12 +18,10 @@ dimensions                             integrand
 anything else                          "sobol": replicated quasi-random points       asked for, estimated
 =====================================  ============================================  ==========================
 
-Near p = q a difference leaves few digits, and the directions that a projection leaves out may be the very ones in which
-p and q differ: there the problem is given to an engine of positive terms, or seen in more directions.
-
-Everything is computed in float64 where the device has it, and rounded once. Engines and the numbers of points are
-chosen from the data, for each batch element, only in eager mode; under vmap, torch.compile and CUDA graph capture they
-follow from the numbers of components and dimensions.
+Near p = q a difference leaves few digits, and the directions that a projection leaves out may be those in which p and q
+differ: there the terms are made positive, or more directions kept. Everything is computed in float64 where the device
+has it, and rounded once. Engines and the numbers of points are chosen from the data, for each batch element, only in
+eager mode; under vmap, torch.compile and CUDA graph capture they follow from the numbers of components and dimensions.
 """
 
 from __future__ import annotations
@@ -71,6 +69,8 @@ CERTAIN = ("closed form", "line", "spectral", "triple", "contour")
 LOSSY, TIGHTER, ROUNDING = 1e6, 1e-6, 1e-28
 # A divergence below this many times the error of a difference is computed again by positive terms.
 FEW_DIGITS = 1e3
+# Near p = q a cubature in space that is relative to the divergence costs seconds at 3e-7, a few tenths of one at this.
+NEARBY = 1e-5
 
 
 def slack_for(dtype: torch.dtype) -> float:
@@ -305,9 +305,8 @@ def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: 
     return Information(value, error + _EXACT_ERROR * (1 + value.detach()), "sobol")
 
 
-def _by_cubature(p: Components, q: Components, rtol: float, max_points: int) -> Information:
+def _by_cubature(p: Components, q: Components, tolerance: Tensor, max_points: int) -> Information:
     value, error = torch.zeros_like(p.log_weights[:, 0]), torch.zeros_like(p.log_weights[:, 0].detach())
-    tolerance = cubature_tolerance(p).clamp(max=rtol)
     for fine in tolerance.unique().tolist():  # each row its own, whatever else is in the batch
         index = (tolerance == fine).nonzero().squeeze(-1)
         here = _rows(p, index), _rows(q, index)
@@ -318,7 +317,7 @@ def _by_cubature(p: Components, q: Components, rtol: float, max_points: int) -> 
 
 def _in_few_dimensions(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
     """By cubature, and where its nodes do not suffice by what samples better."""
-    found = _by_cubature(p, q, rtol, max_points)
+    found = _by_cubature(p, q, cubature_tolerance(p).clamp(max=rtol), max_points)
     missed = (found.error > rtol * (1 + found.value.detach())).nonzero().squeeze(-1)
     if not missed.numel():
         return found
@@ -346,7 +345,8 @@ def _positive_where_small(
         else:
             if rank < p.loc.shape[-1]:
                 here_p, here_q = (projected(c, seen.basis[few, :rank], seen.origin[few]) for c in (here_p, here_q))
-            other = _by_cubature(here_p, here_q, rtol, max_points)
+            fine = cubature_tolerance(here_p).clamp(min=NEARBY if rank == 3 else 0.0)
+            other = _by_cubature(here_p, here_q, fine, max_points)
             other = other._replace(error=other.error + seen.loss[few])
         found = _improved(found, few, other)
     return found

@@ -9,8 +9,9 @@ All follow from the divergences of Gaussians and the information between point a
 
 the last by the chain rule: a component's label tells which of the two it belongs to. Two Gaussians have no I of their
 own, and in one dimension JS is half the sum of the divergences to the mean, positive integrals both; so it is wherever
-the difference would leave fewer than three digits. The cross-entropy does not go through KL(m || q), whose I would
-cancel.
+the difference would leave fewer than three digits. Against the mean each component of p is taken in two halves, so that
+every one has a counterpart: p near q keeps its relative accuracy, and p = q gives 0. The cross-entropy does not go
+through KL(m || q), whose I would cancel.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..distributions._gaussian import Gaussian
 from .bounds import closed_bounds, information_bounds, pairwise_kl
 from .components import Components, broadcast_shape
 from .estimate import Bounds, KLEstimate, requested, warn_of_excess
-from .information import ENGINES, Information, mixture_information
+from .information import Information, least_exact, mixture_information, replaced
 from .overlaps import log_determinants
 from .reading import Mixture, as_mixture, check_same_space, simplified
 from .select import CERTAIN, evaluate_kl, slack_for
@@ -161,7 +162,14 @@ def cross_entropy_estimate(
         NotImplementedError: a component family without a rule (named).
         ValueError: event shapes that differ, or a tolerance or budget without sense.
     """
-    asked = requested(rtol, max_points)
+    return _cross_entropy(p, q, *requested(rtol, max_points))[0]
+
+
+def _cross_entropy(p: Distribution, q: Distribution, rtol: float, max_points: int) -> tuple[KLEstimate, Tensor]:
+    """The estimate, and the mean of KL(p_k || q), which the tolerance is relative to.
+
+    Not to the cross-entropy: that may be 0 in one unit of length and 100 in another.
+    """
     given_p, given_q = (simplified(as_mixture(x, "cross-entropy")) for x in (p, q))
     check_same_space(p, q, given_p, given_q)
     m_p, m_q = given_p.widened(), given_q.widened()
@@ -170,17 +178,18 @@ def cross_entropy_estimate(
         log_weights=torch.zeros_like(m_p.log_weights).unsqueeze(-1), gaussian=m_p.gaussian.unsqueeze(-1)
     )
     whole = m_q._replace(log_weights=m_q.log_weights.unsqueeze(-2), gaussian=m_q.gaussian.unsqueeze(-2))
-    kl = evaluate_kl("auto", alone, whole, *asked)
+    kl = evaluate_kl("auto", alone, whole, rtol, max_points)
     own = _component_entropies(m_p, m_p.components())
     lw = m_p.log_weights
     rounding = 4 * torch.finfo(lw.dtype).eps * weighted(lw, own.abs() + m_p.dim + kl.value).detach()
-    return KLEstimate(
+    estimate = KLEstimate(
         weighted(lw, own + kl.value),
         weighted(lw, kl.error).detach() + rounding,
         weighted(lw, own + kl.lower).detach() - rounding,
         weighted(lw, own + kl.upper).detach() + rounding,
         kl.method,
-    ).rounded(torch.promote_types(given_p.dtype, given_q.dtype))
+    )
+    return estimate.rounded(torch.promote_types(given_p.dtype, given_q.dtype)), weighted(lw, kl.value)
 
 
 def cross_entropy(p: Distribution, q: Distribution) -> Tensor:
@@ -189,8 +198,8 @@ def cross_entropy(p: Distribution, q: Distribution) -> Tensor:
     Warns:
         AccuracyWarning: in eager mode, where the estimated error exceeds the tolerance of `accuracy`.
     """
-    estimate = cross_entropy_estimate(p, q)
-    warn_of_excess(estimate, "cross-entropy", stacklevel=2)
+    estimate, size = _cross_entropy(p, q, *requested(None, None))
+    warn_of_excess(estimate, "cross-entropy", stacklevel=2, size=size)
     return estimate.value
 
 
@@ -205,18 +214,46 @@ def _mean_of(p: Mixture, q: Mixture) -> Mixture:
     return Mixture(lw - LOG2, gaussian, torch.promote_types(p.dtype, q.dtype))
 
 
-def _js_by_divergences(p: Mixture, q: Mixture, m: Mixture, rtol: float, max_points: int) -> Information:
+def _rows(m: Mixture, batch: torch.Size, index: Tensor) -> Mixture:
+    """The batch elements of these flat indices."""
+    c = m.components().expand(batch)
+    lw, loc, scale = (x.reshape(-1, *x.shape[len(batch) :]).index_select(0, index) for x in c)
+    return m._replace(log_weights=lw, gaussian=Gaussian("scale_diag" if c.is_diagonal else "scale_tril", loc, scale))
+
+
+def _js_by_divergences(p: Mixture, q: Mixture, rtol: float, max_points: int) -> Information:
+    m = _mean_of(p, q)
+    if p.num_components == q.num_components:
+        p, q = _mean_of(p, p), _mean_of(q, q)
     parts = [evaluate_kl("auto", x, m, rtol, max_points) for x in (p, q)]
-    method = max((x.method for x in parts), key=(*ENGINES, "contour").index)
-    return Information(0.5 * (parts[0].value + parts[1].value), 0.5 * (parts[0].error + parts[1].error), method)
+    return Information(
+        0.5 * (parts[0].value + parts[1].value),
+        0.5 * (parts[0].error + parts[1].error),
+        least_exact(*[x.method for x in parts]),
+    )
 
 
 def _js_by_information(p: Mixture, q: Mixture, m: Mixture, rtol: float, max_points: int) -> Information:
     total, *own = (_information(x, rtol, max_points)[1] for x in (m, p, q))
-    method = max((x.method for x in (total, *own)), key=ENGINES.index)
     return Information(
-        total.value - 0.5 * (own[0].value + own[1].value), total.error + 0.5 * (own[0].error + own[1].error), method
+        total.value - 0.5 * (own[0].value + own[1].value),
+        total.error + 0.5 * (own[0].error + own[1].error),
+        least_exact(*[x.method for x in (total, *own)]),
     )
+
+
+def _positive_where_small(found: Information, p: Mixture, q: Mixture, rtol: float, max_points: int) -> Information:
+    """Rows where the difference leaves fewer than three digits, anew by positive integrals."""
+    batch = found.value.shape
+    value, error = found.value.reshape(-1), found.error.expand(batch).reshape(-1)
+    few = (value.detach() < 1e3 * error).nonzero().squeeze(-1)
+    if not few.numel():
+        return found
+    other = _js_by_divergences(_rows(p, batch, few), _rows(q, batch, few), rtol, max_points)
+    better = bool((other.error < error[few]).any())
+    value, error = replaced(value, error, few, other.value, other.error)
+    method = least_exact(found.method, other.method) if better else found.method
+    return Information(value.reshape(batch), error.reshape(batch), method)
 
 
 def jensen_shannon_estimate(
@@ -254,21 +291,18 @@ def jensen_shannon_estimate(
     m = _mean_of(m_p, m_q)
     single = m_p.num_components == m_q.num_components == 1
     if m.dim == 1 and not single:
-        found = _js_by_divergences(m_p, m_q, m, *asked)
+        found = _js_by_divergences(m_p, m_q, *asked)
     else:
         found = _js_by_information(m_p, m_q, m, *asked)
-        few = found.value.detach() < 1e3 * found.error
-        if not single and is_eager(found.value) and bool(few.any()):
-            positive = _js_by_divergences(m_p, m_q, m, *asked)
-            better = few & (positive.error < found.error)
-            value = torch.where(better, positive.value, found.value)
-            error = torch.where(better, positive.error, found.error)
-            found = Information(value, error, positive.method if bool(better.any()) else found.method)
+        if not single and is_eager(found.value):
+            found = _positive_where_small(found, m_p, m_q, *asked)
     with torch.no_grad():
         parts = [closed_bounds(x, m, pairwise_kl(x, m)) for x in (m_p, m_q)]
         lower, upper = (0.5 * (a + b) for a, b in zip(*parts, strict=True))
-    bounds = Bounds(lower, upper.clamp(max=LOG2 * (1 + 4 * torch.finfo(upper.dtype).eps)))
-    return _narrowed(found.value, found.error, bounds, found.method).rounded(m.dtype)
+    bounds = Bounds(lower.clamp(max=LOG2), upper.clamp(max=LOG2 * (1 + 4 * torch.finfo(upper.dtype).eps)))
+    estimate = _narrowed(found.value, found.error, bounds, found.method)
+    most = Bounds(estimate.lower, torch.full_like(estimate.upper, LOG2))  # rounding may say more
+    return estimate._replace(value=most.clipped(estimate.value)).rounded(m.dtype)
 
 
 def jensen_shannon(p: Distribution, q: Distribution) -> Tensor:

@@ -128,12 +128,21 @@ def requested(rtol: float | None, max_points: int | None) -> Accuracy:
     )
 
 
-def warn_of_excess(estimate: KLEstimate, what: str, stacklevel: int) -> None:
-    """AccuracyWarning, in eager mode, where a refined value has not reached the tolerance in force."""
+def warn_of_excess(estimate: KLEstimate, what: str, stacklevel: int, size: Tensor | None = None) -> None:
+    """AccuracyWarning, in eager mode, where a refined value has not reached the tolerance in force.
+
+    Args:
+        estimate: the value and its error.
+        what: it is called.
+        stacklevel: as for `warnings.warn`, 1 being the caller of this function.
+        size: the tolerance is relative to 1 and this; default the value's.
+    """
     if estimate.method not in ("sobol", "cubature") or not is_eager(estimate.value):
         return
     rtol = requested_accuracy().rtol
-    excess = estimate.error / (1 + estimate.value.detach().abs())
+    # an infinite divergence has an infinite error, and is what it is
+    size = estimate.value.detach().abs() if size is None else size.detach()
+    excess = (estimate.error / (1 + size)).nan_to_num(nan=0.0)
     if not bool((excess > rtol).any()):
         return
     worst = int(excess.argmax())

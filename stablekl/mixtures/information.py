@@ -21,7 +21,8 @@ any other                                `sobol`: the error is estimated, and ma
 =======================================  ==============================================================
 
 The data decide, for each row of a batch on its own, in eager mode only. Under vmap, torch.compile and CUDA graph
-capture two components go to `spectral` and more to `sobol` with a fixed number of points.
+capture two components go to `spectral`, more in one dimension to `line`, three to `triple`, whose nodes do not depend
+on the data, and any other to `sobol` with a fixed number of points.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ __all__ = [
     "SPECTRAL_ERROR",
     "Information",
     "cubature_tolerance",
+    "least_exact",
     "line_information",
     "mixture_information",
     "replaced",
@@ -70,8 +72,13 @@ PLANE, PLANE_SHARED, SPACE = 1e-9, 1e-13, 3e-7
 CAUTION, CUBATURE_ERROR = 2.0, 1e-14
 # Nodes of a cubature per point that may be sampled: a node takes a hundredth of a point's time.
 NODES_PER_POINT = 128
-# Engines, the least exact last.
-ENGINES = ("closed form", "line", "spectral", "triple", "cubature", "sobol")
+# Engines, the least exact last. (`contour` is for divergences only.)
+ENGINES = ("closed form", "line", "spectral", "triple", "contour", "cubature", "sobol")
+
+
+def least_exact(*methods: str) -> str:
+    """The last of these in `ENGINES`."""
+    return ENGINES[max([ENGINES.index(x) for x in methods])]  # torch.compile knows no max with a key
 
 
 class Information(NamedTuple):
@@ -122,7 +129,8 @@ def mixture_information(p: Components, atol: Tensor, max_points: int, slack: flo
     if k == 2:
         return Information(label_information(p), torch.full_like(atol, SPECTRAL_ERROR), "spectral")
     if not is_eager(*p):
-        return Information(*adaptive_information(p, atol, max_points), "sobol")
+        name = "line" if p.loc.shape[-1] == 1 else "triple" if k == 3 else "sobol"
+        return Information(*_evaluate(name, p, atol, max_points)[:2], name)
     batch = atol.shape
     rows = math.prod(batch)
     flat = Components(*(x.reshape(rows, *x.shape[len(batch) :]) for x in p))
@@ -186,7 +194,7 @@ def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> tu
         value = value.index_add(0, row, weight * inside)
         error = error.index_add(0, row, (weight * inside_error).detach())
         methods |= used
-    return value, error, max(methods, key=ENGINES.index)
+    return value, error, least_exact(*methods)
 
 
 def _rows(p: Components, row: Tensor) -> Components:
@@ -199,8 +207,8 @@ def _group_information(p: Components, atol: Tensor, max_points: int, slack: floa
     if n == 2:
         return label_information(p), torch.full_like(atol, SPECTRAL_ERROR), {"spectral"}
     if dim == 1:
-        scale = p.scale if p.is_diagonal else p.scale.squeeze(-1)
-        return *line_information(p._replace(scale=scale)), {"line"}
+        value, error, name = _evaluate("line", p, atol, max_points)
+        return value, error, {name}
     found = subspace(p, slack)
     rank = found.rank.tolist()
     results: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -210,8 +218,7 @@ def _group_information(p: Components, atol: Tensor, max_points: int, slack: floa
         part, goal, loss = _rows(p, index), atol[index], found.loss[index].nan_to_num(posinf=0.0)
         if 0 < r < min(dim, 4):
             part = projected(part, found.basis[index, :r], found.origin[index])
-        name = _engine_for(n, r)
-        value, error = _evaluate(name, part, goal, max_points)
+        value, error, name = _evaluate(_engine_for(n, r), part, goal, max_points)
         results.append((index, value, error + loss))
         used.add(name)
     order = torch.cat([index for index, _, _ in results]).argsort()
@@ -244,20 +251,22 @@ def _engine_for(n: int, rank: int) -> str:
     return "cubature" if rank <= 3 else "sobol"
 
 
-def _evaluate(name: str, p: Components, atol: Tensor, max_points: int) -> tuple[Tensor, Tensor]:
+def _evaluate(name: str, p: Components, atol: Tensor, max_points: int) -> tuple[Tensor, Tensor, str]:
+    """Value, error, and the engine: another where the one that was asked for did not suffice."""
     if name == "line":
-        return line_information(p)
+        return *line_information(p._replace(scale=p.scale if p.is_diagonal else p.scale.squeeze(-1))), name
     if name == "triple":
-        return triple_information(p)
+        return *triple_information(p), name
     if name == "cubature":
         goal = torch.minimum(atol, cubature_tolerance(p))
         value, error = cubature_information(p, atol=goal, max_points=NODES_PER_POINT * max_points)
         error = CAUTION * error + CUBATURE_ERROR
         missed = (error > atol).nonzero().squeeze(-1)
         if not missed.numel():
-            return value, error
+            return value, error, name
         other, other_error = adaptive_information(_rows(p, missed), atol[missed], max_points)
-        return replaced(value, error, missed, other, other_error)
+        name = "sobol" if bool((other_error < error[missed]).any()) else name
+        return *replaced(value, error, missed, other, other_error), name
     if name == "sobol":
-        return adaptive_information(p, atol, max_points)
-    return 0 * p.log_weights.sum(-1), torch.zeros_like(atol)  # components that are all the same
+        return *adaptive_information(p, atol, max_points), name
+    return 0 * p.log_weights.sum(-1), torch.zeros_like(atol), name  # components that are all the same

@@ -18,9 +18,10 @@ dimensions                             integrand
 anything else                          "sobol": replicated quasi-random points       asked for, estimated
 =====================================  ============================================  ==========================
 
-Everything is computed in float64 where the device has it, and rounded once. Engines and the numbers of points are
-chosen from the data, for each batch element, only in eager mode; under vmap, torch.compile and CUDA graph capture they
-follow from the numbers of components and dimensions.
+Near p = q a difference leaves few digits, and the directions that a projection leaves out may be those in which p and q
+differ: there the terms are made positive, or more directions kept. Everything is computed in float64 where the device
+has it, and rounded once. Engines and the numbers of points are chosen from the data, for each batch element, only in
+eager mode; under vmap, torch.compile and CUDA graph capture they follow from the numbers of components and dimensions.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ from .estimate import Bounds, KLEstimate
 from .information import (
     CAUTION,
     CUBATURE_ERROR,
-    ENGINES,
     NODES_PER_POINT,
     Information,
     cubature_tolerance,
+    least_exact,
     mixture_information,
     replaced,
 )
 from .line import line_kl
-from .projection import projected, subspace
+from .projection import Subspace, projected, subspace
 from .reading import Mixture
 from .spectral import label_information
 from .triple import triple_information
 from .weights import label_entropy, weighted
 
-__all__ = ["CERTAIN", "Method", "check_method", "evaluate_kl", "slack_for"]
+__all__ = ["CERTAIN", "Method", "applies", "check_method", "evaluate_kl", "slack_for"]
 
 Method = Literal["auto", "closed form", "line", "spectral", "triple", "contour", "cubature", "sobol"]
 
@@ -64,17 +65,27 @@ Method = Literal["auto", "closed form", "line", "spectral", "triple", "contour",
 _EXACT_ERROR = 4e-14
 # Engines whose error is a bound rather than an estimate.
 CERTAIN = ("closed form", "line", "spectral", "triple", "contour")
+# A divergence below this many times what a projection may have lost is computed again, with 1e-6 of that left out, down
+# to the rounding errors of a well-conditioned problem. (The gradient misses the root of what the value does.)
+LOSSY, TIGHTER, ROUNDING = 1e6, 1e-6, 1e-28
+# A divergence below this many times the error of a difference is computed again by positive terms.
+FEW_DIGITS = 1e3
+# Near p = q a cubature in space that is relative to the divergence costs seconds at 3e-7, a few tenths of one at this.
+NEARBY = 1e-5
 
 
 def slack_for(dtype: torch.dtype) -> float:
-    """What a projection may leave out, in nats: the rounding of parameters of the caller's precision."""
+    """What a projection may leave out, in nats: the rounding of parameters of the caller's precision.
+
+    A gradient may miss the root of twice that, in units of the widest component: 1.4e-7 and 4e-5 (observed 2e-8 in
+    float64), where components are that near to being alike in a direction, and not quite.
+    """
     return 1e-14 if dtype == torch.float64 else 1e-9
 
 
-def check_method(method: Method, p: Mixture, q: Mixture) -> None:
-    """ValueError where an engine does not exist or does not apply."""
+def _possible(p: Mixture, q: Mixture) -> dict[str, bool]:
     k_p, k_q, d = p.num_components, q.num_components, p.dim
-    possible = {
+    return {
         "auto": True,
         "closed form": k_p == k_q == 1,
         "line": d == 1,
@@ -84,13 +95,23 @@ def check_method(method: Method, p: Mixture, q: Mixture) -> None:
         "cubature": d in (2, 3),
         "sobol": True,
     }
+
+
+def applies(method: Method, p: Mixture, q: Mixture) -> bool:
+    """Whether this engine can take the whole problem."""
+    return _possible(p, q).get(method, False)
+
+
+def check_method(method: Method, p: Mixture, q: Mixture) -> None:
+    """ValueError where an engine does not exist or does not apply."""
+    possible = _possible(p, q)
     if method not in possible:
         names = ", ".join(map(repr, get_args(Method)[1:]))
         raise ValueError(f"method must be 'auto' or one of {names}; got {method!r}")
     if not possible[method]:
         raise ValueError(
-            f"method {method!r} does not apply to {k_p} against {k_q} components in {d} dimensions; method='auto' "
-            "takes the most exact one that does"
+            f"method {method!r} does not apply to {p.num_components} against {q.num_components} components in {p.dim} "
+            "dimensions; method='auto' takes the most exact one that does"
         )
 
 
@@ -212,7 +233,8 @@ def _to_many(
         result = _by_subspace(c_p, c_q, rtol, max_points, slack)
     else:
         if method == "auto":
-            method = "contour" if q.num_components == 2 and p.num_components <= 2 else "sobol"
+            # also for many p_k: the information is bounded by H(w), and its error with it, which KL's is not
+            method = "contour" if q.num_components == 2 else "sobol"
         result = _mixture_kl(method, c_p, c_q, rtol, max_points, slack)
     if p.num_components != q.num_components:
         return result, pairs
@@ -244,14 +266,15 @@ def _mixture_kl(
         goal = rtol * (1 + (mean_kl.detach() - label_entropy(p.log_weights)).clamp(min=0))
         found = mixture_information(p, goal, max_points, slack)
         error = weighted(p.log_weights, part_error) + found.error + _EXACT_ERROR * (1 + mean_kl.detach())
-        return Information(mean_kl - found.value, error, max(method, found.method, key=_ORDER.index))
+        return Information(mean_kl - found.value, error, least_exact(method, found.method))
     else:
         value, error = adaptive_kl(p, q, rtol, max_points)
         error = error + _EXACT_ERROR * (1 + value.detach())
     return Information(value, error, method)
 
 
-_ORDER = (*ENGINES[:4], "contour", *ENGINES[4:])
+def _rows(c: Components, index: Tensor) -> Components:
+    return Components(*(x.index_select(0, index) for x in c))
 
 
 def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
@@ -264,14 +287,14 @@ def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: 
     hard = (error > rtol * (1 + value.detach())).nonzero().squeeze(-1)
     if not hard.numel():
         return Information(value, error, "sobol")
-    here_p, here_q = (Components(*(x.index_select(0, hard) for x in c)) for c in (p, q))
+    here_p, here_q = _rows(p, hard), _rows(q, hard)
     with torch.no_grad():
         by_difference = adaptive_cross(here_p, here_q, rtol, min(FIRST_BUDGET, max_points))[1] < error[hard]
     for difference in (False, True):
         chosen = (by_difference == difference).nonzero().squeeze(-1)
         if not chosen.numel():
             continue
-        part_p, part_q = (Components(*(x.index_select(0, chosen) for x in c)) for c in (here_p, here_q))
+        part_p, part_q = _rows(here_p, chosen), _rows(here_q, chosen)
         if difference:
             mean_kl, part_error = adaptive_cross(part_p, part_q, 0.5 * rtol, max_points)
             goal = 0.5 * rtol * (1 + (mean_kl.detach() - label_entropy(part_p.log_weights)).clamp(min=0))
@@ -284,50 +307,82 @@ def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: 
     return Information(value, error + _EXACT_ERROR * (1 + value.detach()), "sobol")
 
 
+def _by_cubature(p: Components, q: Components, tolerance: Tensor, max_points: int) -> Information:
+    value, error = torch.zeros_like(p.log_weights[:, 0]), torch.zeros_like(p.log_weights[:, 0].detach())
+    for fine in tolerance.unique().tolist():  # each row its own, whatever else is in the batch
+        index = (tolerance == fine).nonzero().squeeze(-1)
+        here = _rows(p, index), _rows(q, index)
+        part, part_error = cubature_kl(*here, rtol=fine, max_points=NODES_PER_POINT * max_points)
+        value, error = value.index_copy(0, index, part), error.index_copy(0, index, part_error)
+    return Information(value, error, "cubature")
+
+
 def _in_few_dimensions(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
     """By cubature, and where its nodes do not suffice by what samples better."""
-    fine = min(rtol, float(cubature_tolerance(p).amax()) if p.loc.shape[0] else rtol)
-    value, error = cubature_kl(p, q, rtol=fine, max_points=NODES_PER_POINT * max_points)
-    error = CAUTION * error + 1e2 * CUBATURE_ERROR * value.detach()
-    missed = (error > rtol * (1 + value.detach())).nonzero().squeeze(-1)
+    found = _by_cubature(p, q, cubature_tolerance(p).clamp(max=rtol), max_points)
+    error = CAUTION * found.error + 1e2 * CUBATURE_ERROR * found.value.detach()
+    found = found._replace(error=error)
+    missed = (found.error > rtol * (1 + found.value.detach())).nonzero().squeeze(-1)
     if not missed.numel():
-        return Information(value, error, "cubature")
-    here_p, here_q = (Components(*(x.index_select(0, missed) for x in c)) for c in (p, q))
-    sampled = _sampled(here_p, here_q, rtol, max_points, slack)
-    return Information(*replaced(value, error, missed, sampled.value, sampled.error), "sobol")
+        return found
+    return _improved(found, missed, _sampled(_rows(p, missed), _rows(q, missed), rtol, max_points, slack))
+
+
+def _improved(found: Information, index: Tensor, other: Information) -> Information:
+    """The rows of ``index`` by another engine, where its error is smaller."""
+    better = bool((other.error < found.error[index]).any())
+    method = least_exact(found.method, other.method) if better else found.method
+    return Information(*replaced(found.value, found.error, index, other.value, other.error), method)
 
 
 def _positive_where_small(
-    difference: Information, p: Components, q: Components, rtol: float, max_points: int
+    found: Information, p: Components, q: Components, seen: Subspace, rank: int, rtol: float, max_points: int
 ) -> Information:
-    """Rows where a difference leaves fewer than three digits, near p = q, anew by an integral of positive terms."""
-    few = (difference.value.detach() < 1e3 * difference.error).nonzero().squeeze(-1)
-    if not few.numel():
-        return difference
-    here_p, here_q = (Components(*(x.index_select(0, few) for x in c)) for c in (p, q))
-    value, error = adaptive_kl(here_p, here_q, rtol, max_points)
-    method = "sobol" if bool((error < difference.error[few]).any()) else difference.method
-    return Information(*replaced(difference.value, difference.error, few, value, error), method)
+    """Rows where a difference leaves few digits, near p = q, anew by an integral of positive terms."""
+    for engine in ("cubature", "sobol") if 2 <= rank <= 3 else ("sobol",):
+        few = (found.value.detach() < FEW_DIGITS * found.error).nonzero().squeeze(-1)
+        if not few.numel():
+            return found
+        here_p, here_q = _rows(p, few), _rows(q, few)
+        if engine == "sobol":
+            other = Information(*adaptive_kl(here_p, here_q, rtol, max_points), engine)
+        else:
+            if rank < p.loc.shape[-1]:
+                here_p, here_q = (projected(c, seen.basis[few, :rank], seen.origin[few]) for c in (here_p, here_q))
+            fine = cubature_tolerance(here_p).clamp(min=NEARBY if rank == 3 else 0.0)
+            other = _by_cubature(here_p, here_q, fine, max_points)
+            other = other._replace(error=other.error + seen.loss[few])
+        found = _improved(found, few, other)
+    return found
 
 
 def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
-    """Each row by the engine for the dimensions in which any of its components differ."""
     batch = p.log_weights.shape[:-1]
     rows = math.prod(batch)
     flat_p, flat_q = (Components(*(x.reshape(rows, *x.shape[len(batch) :]) for x in c)) for c in (p, q))
+    if not rows:
+        return Information(p.log_weights.sum(-1), p.log_weights.detach().sum(-1), "line")
+    value, error, method = _in_subspaces(flat_p, flat_q, rtol, max_points, slack)
+    return Information(value.reshape(batch), error.reshape(batch), method)
+
+
+def _in_subspaces(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    """Each row by the engine for the dimensions in which any of its components differ."""
     # a component of q, however rare, may be all of q where p is: it counts in full
-    every_q = flat_q._replace(log_weights=torch.where(flat_q.log_weights > -torch.inf, 0.0, -torch.inf))
-    joined = Components(*(torch.cat(x, 1) for x in zip(flat_p, every_q, strict=True)))
-    found = subspace(joined, slack)
+    every_q = q._replace(log_weights=torch.where(q.log_weights > -torch.inf, 0.0, -torch.inf))
+    joined = Components(*(torch.cat(x, 1) for x in zip(p, every_q, strict=True)))
+    seen = subspace(joined, slack)
+    seen = seen._replace(loss=4 * torch.where(seen.loss.isfinite(), seen.loss, 0.0))  # of a divergence
     two = q.log_weights.shape[-1] == 2
-    parts: list[tuple[Tensor, Information]] = []
-    ranks = found.rank.tolist()
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    methods = set()
+    ranks = seen.rank.tolist()
     for r in sorted(set(ranks)):
-        index = torch.tensor([i for i, x in enumerate(ranks) if x == r], device=found.rank.device)
-        here_p, here_q = (Components(*(x.index_select(0, index) for x in c)) for c in (flat_p, flat_q))
+        index = torch.tensor([i for i, x in enumerate(ranks) if x == r], device=seen.rank.device)
+        here_p, here_q = _rows(p, index), _rows(q, index)
         low = r <= (1 if two else 3)  # the contour is as exact as a cubature and takes a tenth of the time
         if low and max(r, 1) < p.loc.shape[-1]:
-            basis, origin = found.basis[index, : max(r, 1)], found.origin[index]
+            basis, origin = seen.basis[index, : max(r, 1)], seen.origin[index]
             here_p, here_q = projected(here_p, basis, origin), projected(here_q, basis, origin)
         method: Method = "line" if r <= 1 else "contour" if two else "cubature" if low else "sobol"
         if method == "sobol":
@@ -337,13 +392,15 @@ def _by_subspace(p: Components, q: Components, rtol: float, max_points: int, sla
         else:
             result = _mixture_kl(method, here_p, here_q, rtol, max_points, slack)
         if method == "contour":
-            result = _positive_where_small(result, here_p, here_q, rtol, max_points)
-        loss = torch.where(found.loss[index].isfinite(), found.loss[index], 0.0) if low else 0.0
-        parts.append((index, result._replace(error=result.error + 4 * loss)))
-    order = torch.cat([index for index, _ in parts]).argsort() if parts else found.rank
-    if not parts:
-        zero = flat_p.log_weights.sum(-1).reshape(batch)
-        return Information(zero, zero.detach(), "line")
-    value = torch.cat([x.value for _, x in parts]).index_select(0, order).reshape(batch)
-    error = torch.cat([x.error for _, x in parts]).index_select(0, order).reshape(batch)
-    return Information(value, error, max((x.method for _, x in parts), key=_ORDER.index))
+            here = Subspace(*(x[index] for x in seen))
+            result = _positive_where_small(result, here_p, here_q, here, r, rtol, max_points)
+        lost = seen.loss[index] if low else torch.zeros_like(result.error)
+        parts.append((index, result.value, result.error + lost, lost))
+        methods.add(result.method)
+    order = torch.cat([index for index, *_ in parts]).argsort()
+    value, error, lost = (torch.cat(x).index_select(0, order) for x in [*zip(*parts, strict=True)][1:])
+    found = Information(value, error, least_exact(*methods))
+    lossy = ((value.detach() < LOSSY * lost) & (lost > ROUNDING)).nonzero().squeeze(-1)
+    if not lossy.numel():
+        return found
+    return _improved(found, lossy, _in_subspaces(_rows(p, lossy), _rows(q, lossy), rtol, max_points, TIGHTER * slack))

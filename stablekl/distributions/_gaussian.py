@@ -27,7 +27,7 @@ from .low_rank import dense_scale_tril
 from .multivariate_normal import given_parameter
 from .normal import normal_kl
 
-__all__ = ["Gaussian", "Kind", "as_gaussian", "gaussian_kl", "lower_factor"]
+__all__ = ["Gaussian", "as_gaussian", "gaussian_kl", "lower_factor"]
 
 Kind = Literal["scale_diag", "scale_tril", "covariance_matrix", "precision_matrix", "low_rank"]
 

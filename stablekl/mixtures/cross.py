@@ -4,12 +4,14 @@ KL(p_k || q) = E_{p_k}[log p_k] - E_{p_k}[log q]. The first is closed form; the 
 variates, functions of the point whose means under p_k are known exactly:
 
 - log q_j, a quadratic, of mean -H(p_k) - KL(p_k || q_j), and log p_k itself;
-- log(v_i q_i + v_j q_j), of mean -H(p_k) - KL(p_k || q_i and q_j), by the contour integral of `contour`: those of the
-  pairs that are near p.
+- log(v_i q_i + v_j q_j) - log(v_j q_j) >= 0, j the one nearer to p_k, of mean KL(p_k || q_j) - log v_j less
+  KL(p_k || q_i and q_j), by the contour integral of `contour`: those of the pairs that are near p. Not the logarithm
+  of the pair: where no point fell nearer to q_i that is log(v_j q_j) once more, and nothing tells that its mean is not.
 
 log q is one of the first where one component dominates, and one of the second where two do; what is left is the
 places where three components of q are comparable. The coefficients are fitted to the first points of each stratum,
-as in `controls`. Against the mean of log(p/q) (`sobol`, whose F is positive and thus the better one near p = q, where
+as in `controls`, and what no point saw of the nearest component's pairs is added to the error, as there. Against the
+mean of log(p/q) (`sobol`, whose F is positive and thus the better one near p = q, where
 this is a difference) the half-width is 10 to 1000 times smaller for divergences above 1.
 """
 
@@ -24,7 +26,7 @@ from ..quadrature import sobol_normals
 from ..special import logsumexp
 from .components import Components, chosen_components
 from .contour import contour_kl
-from .controls import fit
+from .controls import Fit, fit
 from .density import component_log_probs
 from .overlaps import component_pairs, divergences, log_determinants
 from .sobol import PILOT, blocks, points, summary
@@ -33,6 +35,8 @@ __all__ = ["sobol_cross"]
 
 # Pairs of q's components that are used: each costs K_p contour integrals once, and a logarithm at every point.
 PAIRS = 28
+# The least mean of a pair's control, relative to the divergences that it is the difference of.
+KNOWN = 1e-9
 
 
 def _near_pairs(p: Components, q: Components, pairs: Tensor) -> Tensor:
@@ -64,10 +68,19 @@ class _Controls:
         # the pairs' weights sum to one here, and to exp(weight) in the mixture
         to_pairs = contour_kl(every, two._replace(log_weights=shares))[0] - torch.where(alive, weight, 0.0)
         own = torch.zeros_like(pairs[..., :1])
-        means = -torch.cat([own, pairs, to_pairs.mT], -1) - self.entropy.unsqueeze(-1)
+        cost = pairs - torch.where(q.log_weights > -torch.inf, q.log_weights, -1e300).unsqueeze(-2)
+        first, second = (cost.gather(-1, self.index[..., i].unsqueeze(-2).expand(*cost.shape[:-1], -1)) for i in (0, 1))
+        self.swapped = second.detach() < first.detach()
+        least = torch.where(self.swapped, second, first)
+        self.nearest = least.detach() <= cost.detach().amin(-1, keepdim=True)
+        means = -torch.cat([own, pairs], -1) - self.entropy.unsqueeze(-1)
+        gain = least - to_pairs.mT
+        means = torch.cat([means, gain], -1)
         every_one = torch.ones_like(q.log_weights, dtype=torch.bool)
-        live = torch.cat([every_one[..., :1], every_one, alive.squeeze(-1)], -1).unsqueeze(-2)
-        usable = means.isfinite() & live
+        live = torch.cat([every_one[..., :1], every_one], -1).unsqueeze(-2).expand(*means.shape[:-1], -1)
+        # a mean of less is rounding, and may be 0 for a control that is not
+        known = alive.mT & (gain.detach() > KNOWN * (1 + least.detach()))
+        usable = means.isfinite() & torch.cat([live, known], -1)
         self.usable = usable
         self.means = torch.where(usable, means, 0.0)
 
@@ -78,10 +91,17 @@ class _Controls:
         joint = each + self.q.log_weights
         normal = -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
         own = normal.reshape(*z.shape[:2], *(1,) * (x.ndim - 3)) - log_determinants(self.p)[..., k]
-        first, second = (self.index[..., i].expand(*x.shape[:-1], -1) for i in (0, 1))
-        both = torch.logaddexp(joint.gather(-1, first), joint.gather(-1, second))
-        controls = torch.cat([own.unsqueeze(-1), each, both], -1)
+        first, second = (joint.gather(-1, self.index[..., i].expand(*x.shape[:-1], -1)) for i in (0, 1))
+        alive = self.usable[..., k, -first.shape[-1] :]
+        ratio = torch.where(alive, second, 0.0) - torch.where(alive, first, 0.0)
+        ratio = torch.where(self.swapped[..., k, :], -ratio, ratio)  # of the farther to the nearer
+        controls = torch.cat([own.unsqueeze(-1), each, torch.logaddexp(ratio, torch.zeros_like(ratio))], -1)
         return logsumexp(joint, -1), torch.where(self.usable[..., k, :], controls, 0.0)
+
+    def unseen(self, k: int, found: Fit) -> Tensor:
+        """What the points missed of the pairs that the nearest component of q belongs to."""
+        count = self.nearest.shape[-1]
+        return torch.where(self.nearest[..., k, :], (found.missed + found.rare)[..., -count:], 0.0).sum(-1)
 
 
 def sobol_cross(
@@ -102,10 +122,11 @@ def sobol_cross(
     controls = _Controls(p, q)
     one = torch.ones_like(p.log_weights[..., :1])
     total = torch.zeros((num_replicates, *p.loc.shape[:-2]), dtype=p.loc.dtype, device=p.loc.device)
-    raw = torch.zeros_like(total)
+    raw, missed = torch.zeros_like(total), torch.zeros_like(total[0])
     for k in range(p.loc.shape[-2]):
         f, c = controls.at(k, z[:, :PILOT])
-        beta = fit([(f, c)], one, controls.means[..., k, :]).beta
+        found = fit([(f, c)], one, controls.means[..., k, :])
+        beta = found.beta
         mean, plain = (f - (c * beta).sum(-1)).sum(1), f.detach().sum(1)
         for block in blocks(p, z[:, PILOT:]):
             f, c = controls.at(k, block)
@@ -114,4 +135,6 @@ def sobol_cross(
         weight = torch.exp(p.log_weights[..., k])
         total = total + weight * (-controls.entropy[..., k] - log_q)
         raw = raw + weight * plain / num_points
-    return summary(total, raw)
+        missed = missed + weight.detach() * controls.unseen(k, found)
+    value, error = summary(total, raw)
+    return value, error + missed

@@ -18,7 +18,7 @@ from .line import expm1
 __all__ = ["BLOCK", "Problem", "chunks", "evaluate", "moments"]
 
 # Elements per temporary: 1 MiB, so that a handful stays in the cache.
-BLOCK = 2**17
+BLOCK = 2**14
 # The errors of the boxes as estimated, times this: see `evaluate`.
 EXCESS = 0.5
 SQRT_2PI = math.sqrt(2.0 * math.pi)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,16 @@ __all__ = [
     "AccuracyWarning",
     "Bounds",
     "KLEstimate",
+    "Method",
     "accuracy",
     "checked_accuracy",
     "requested",
     "requested_accuracy",
     "warn_of_excess",
 ]
+
+
+Method = Literal["auto", "closed form", "line", "spectral", "triple", "contour", "cubature", "sobol"]
 
 
 class Bounds(NamedTuple):

@@ -12,9 +12,9 @@ from ..distributions.multivariate_normal import MultivariateNormal
 from ..distributions.normal import Normal
 from ..registry import register_hardened
 from .bounds import refined_bounds
-from .estimate import Bounds, KLEstimate, requested, warn_of_excess
+from .estimate import Bounds, KLEstimate, Method, requested, warn_of_excess
 from .reading import as_mixture, check_same_space, simplified
-from .select import Method, applies, check_method, evaluate_kl
+from .select import applies, check_method, evaluate_kl
 
 __all__ = ["kl_bounds", "kl_estimate", "kl_mixture"]
 

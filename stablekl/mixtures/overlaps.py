@@ -11,7 +11,8 @@ The logarithms are of ratios: log R - (log L_a + log L_b)/2, or H and the integr
 units, of -18 in each dimension for scales of 1e-8, and cancel them (1e-13 nats in 64 dimensions, which took a certified
 bound across the truth). For diagonal components R^2/(2 L_a L_b) is 1 + (L_a - L_b)^2/(2 L_a L_b), a sum of positive
 terms, exact near equality. R comes from a QR factorisation of the stacked factors: S_a + S_b, formed and factorised,
-would square the condition number. For n Gaussians at once, with :math:`A = \frac1n \sum P_i` and :math:`\mu^* = A^{-1} \frac1n \sum P_i \mu_i`,
+would square the condition number. For n Gaussians at once, with :math:`A = \frac1n \sum P_i` and
+:math:`\mu^* = A^{-1} \frac1n \sum P_i \mu_i`,
 
 .. math::
     \log \int \prod p_i^{1/n} = \tfrac1{2n} \sum \log\det P_i - \tfrac12 \log\det A
@@ -33,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributions._gaussian import Gaussian, Kind, gaussian_kl
+from ..distributions._gaussian import Gaussian, gaussian_kl
 from .components import Components
 
 __all__ = [
@@ -94,8 +95,7 @@ def overlaps(a: Components, b: Components) -> Overlaps:
 
 def divergences(a: Components, b: Components) -> Tensor:
     """KL(a_j || b_k), ``batch_shape + (K_a, K_b)``."""
-    kinds: tuple[Kind, Kind] = tuple("scale_diag" if c.is_diagonal else "scale_tril" for c in (a, b))  # type: ignore[assignment]
-    first, second = (Gaussian(kind, c.loc, c.scale) for kind, c in zip(kinds, (a, b), strict=True))
+    first, second = (Gaussian("scale_diag" if c.is_diagonal else "scale_tril", c.loc, c.scale) for c in (a, b))
     return gaussian_kl(first.unsqueeze(-1), second.unsqueeze(-2))
 
 

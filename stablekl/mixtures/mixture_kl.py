@@ -1,0 +1,191 @@
+"""KL divergence of two mixtures of which the second has several components: each row by the engine it suits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .adaptive import FIRST_BUDGET, adaptive_cross, adaptive_kl
+from .components import Components
+from .contour import contour_kl
+from .cubature import cubature_kl
+from .estimate import Method
+from .information import (
+    CAUTION,
+    CUBATURE_ERROR,
+    NODES_PER_POINT,
+    Information,
+    cubature_tolerance,
+    least_exact,
+    mixture_information,
+    replaced,
+)
+from .line import line_kl
+from .projection import Subspace, projected, subspace
+from .weights import label_entropy, weighted
+
+__all__ = ["EXACT_ERROR", "by_subspace", "mixture_kl"]
+
+# Bounds on the error of the exact engines, relative to 1 + S: twice what was observed against mpmath.
+EXACT_ERROR = 4e-14
+# A divergence below this many times what a projection may have lost is computed again, with 1e-6 of that left out, down
+# to the rounding errors of a well-conditioned problem. (The gradient misses the root of what the value does.)
+LOSSY, TIGHTER, ROUNDING = 1e6, 1e-6, 1e-28
+# A divergence below this many times the error of a difference is computed again by positive terms.
+FEW_DIGITS = 1e3
+# Near p = q a cubature in space that is relative to the divergence costs seconds at 3e-7, a few tenths of one at this.
+NEARBY = 1e-5
+
+
+def mixture_kl(method: Method, p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    """One engine for all rows."""
+    if method == "line":
+        value, error = line_kl(p, q)
+    elif method == "cubature":
+        value, error = cubature_kl(p, q, rtol=rtol, max_points=NODES_PER_POINT * max_points)
+    elif method == "contour":
+        parts, part_error = contour_kl(p, q)
+        mean_kl = weighted(p.log_weights, parts)
+        goal = rtol * (1 + (mean_kl.detach() - label_entropy(p.log_weights)).clamp(min=0))
+        found = mixture_information(p, goal, max_points, slack)
+        error = weighted(p.log_weights, part_error) + found.error + EXACT_ERROR * (1 + mean_kl.detach())
+        return Information(mean_kl - found.value, error, least_exact(method, found.method))
+    else:
+        value, error = adaptive_kl(p, q, rtol, max_points)
+        error = error + EXACT_ERROR * (1 + value.detach())
+    return Information(value, error, method)
+
+
+def _rows(c: Components, index: Tensor) -> Components:
+    return Components(*(x.index_select(0, index) for x in c))
+
+
+def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    """By positive terms where that is accurate enough at once or better, else as the difference of S and I.
+
+    The integrand of the first has no control variate and its error goes with KL; that of the second is far more
+    accurate but absolute.
+    """
+    value, error = adaptive_kl(p, q, rtol, min(FIRST_BUDGET, max_points))
+    hard = (error > rtol * (1 + value.detach())).nonzero().squeeze(-1)
+    if not hard.numel():
+        return Information(value, error, "sobol")
+    here_p, here_q = _rows(p, hard), _rows(q, hard)
+    with torch.no_grad():
+        by_difference = adaptive_cross(here_p, here_q, rtol, min(FIRST_BUDGET, max_points))[1] < error[hard]
+    for difference in (False, True):
+        chosen = (by_difference == difference).nonzero().squeeze(-1)
+        if not chosen.numel():
+            continue
+        part_p, part_q = _rows(here_p, chosen), _rows(here_q, chosen)
+        if difference:
+            mean_kl, part_error = adaptive_cross(part_p, part_q, 0.5 * rtol, max_points)
+            goal = 0.5 * rtol * (1 + (mean_kl.detach() - label_entropy(part_p.log_weights)).clamp(min=0))
+            found = mixture_information(part_p, goal, max_points, slack)
+            part, part_error = mean_kl - found.value, part_error + found.error
+        else:
+            part, part_error = adaptive_kl(part_p, part_q, rtol, max_points)
+        value = value.index_copy(0, hard[chosen], part)
+        error = error.index_copy(0, hard[chosen], part_error)
+    return Information(value, error + EXACT_ERROR * (1 + value.detach()), "sobol")
+
+
+def _by_cubature(p: Components, q: Components, tolerance: Tensor, max_points: int) -> Information:
+    value, error = torch.zeros_like(p.log_weights[:, 0]), torch.zeros_like(p.log_weights[:, 0].detach())
+    for fine in tolerance.unique().tolist():  # each row its own, whatever else is in the batch
+        index = (tolerance == fine).nonzero().squeeze(-1)
+        here = _rows(p, index), _rows(q, index)
+        part, part_error = cubature_kl(*here, rtol=fine, max_points=NODES_PER_POINT * max_points)
+        value, error = value.index_copy(0, index, part), error.index_copy(0, index, part_error)
+    return Information(value, error, "cubature")
+
+
+def _in_few_dimensions(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    """By cubature, and where its nodes do not suffice by what samples better."""
+    found = _by_cubature(p, q, cubature_tolerance(p).clamp(max=rtol), max_points)
+    error = CAUTION * found.error + 1e2 * CUBATURE_ERROR * found.value.detach()
+    found = found._replace(error=error)
+    missed = (found.error > rtol * (1 + found.value.detach())).nonzero().squeeze(-1)
+    if not missed.numel():
+        return found
+    return _improved(found, missed, _sampled(_rows(p, missed), _rows(q, missed), rtol, max_points, slack))
+
+
+def _improved(found: Information, index: Tensor, other: Information) -> Information:
+    """The rows of ``index`` by another engine, where its error is smaller."""
+    better = bool((other.error < found.error[index]).any())
+    method = least_exact(found.method, other.method) if better else found.method
+    return Information(*replaced(found.value, found.error, index, other.value, other.error), method)
+
+
+def _positive_where_small(
+    found: Information, p: Components, q: Components, seen: Subspace, rank: int, rtol: float, max_points: int
+) -> Information:
+    """Rows where a difference leaves few digits, near p = q, anew by an integral of positive terms."""
+    for engine in ("cubature", "sobol") if 2 <= rank <= 3 else ("sobol",):
+        few = (found.value.detach() < FEW_DIGITS * found.error).nonzero().squeeze(-1)
+        if not few.numel():
+            return found
+        here_p, here_q = _rows(p, few), _rows(q, few)
+        if engine == "sobol":
+            other = Information(*adaptive_kl(here_p, here_q, rtol, max_points), engine)
+        else:
+            if rank < p.loc.shape[-1]:
+                here_p, here_q = (projected(c, seen.basis[few, :rank], seen.origin[few]) for c in (here_p, here_q))
+            fine = cubature_tolerance(here_p).clamp(min=NEARBY if rank == 3 else 0.0)
+            other = _by_cubature(here_p, here_q, fine, max_points)
+            other = other._replace(error=other.error + seen.loss[few])
+        found = _improved(found, few, other)
+    return found
+
+
+def by_subspace(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    """Each row by the engine for the dimensions in which any of its components differ; p and q of one batch shape."""
+    batch = p.log_weights.shape[:-1]
+    rows = math.prod(batch)
+    flat_p, flat_q = (Components(*(x.reshape(rows, *x.shape[len(batch) :]) for x in c)) for c in (p, q))
+    if not rows:
+        return Information(p.log_weights.sum(-1), p.log_weights.detach().sum(-1), "line")
+    value, error, method = _in_subspaces(flat_p, flat_q, rtol, max_points, slack)
+    return Information(value.reshape(batch), error.reshape(batch), method)
+
+
+def _in_subspaces(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    # a component of q, however rare, may be all of q where p is: it counts in full
+    every_q = q._replace(log_weights=torch.where(q.log_weights > -torch.inf, 0.0, -torch.inf))
+    joined = Components(*(torch.cat(x, 1) for x in zip(p, every_q, strict=True)))
+    seen = subspace(joined, slack)
+    seen = seen._replace(loss=4 * torch.where(seen.loss.isfinite(), seen.loss, 0.0))  # of a divergence
+    two = q.log_weights.shape[-1] == 2
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    methods = set()
+    ranks = seen.rank.tolist()
+    for r in sorted(set(ranks)):
+        index = torch.tensor([i for i, x in enumerate(ranks) if x == r], device=seen.rank.device)
+        here_p, here_q = _rows(p, index), _rows(q, index)
+        low = r <= (1 if two else 3)  # the contour is as exact as a cubature and takes a tenth of the time
+        if low and max(r, 1) < p.loc.shape[-1]:
+            basis, origin = seen.basis[index, : max(r, 1)], seen.origin[index]
+            here_p, here_q = projected(here_p, basis, origin), projected(here_q, basis, origin)
+        method: Method = "line" if r <= 1 else "contour" if two else "cubature" if low else "sobol"
+        if method == "sobol":
+            result = _sampled(here_p, here_q, rtol, max_points, slack)
+        elif method == "cubature":
+            result = _in_few_dimensions(here_p, here_q, rtol, max_points, slack)
+        else:
+            result = mixture_kl(method, here_p, here_q, rtol, max_points, slack)
+        if method == "contour":
+            here = Subspace(*(x[index] for x in seen))
+            result = _positive_where_small(result, here_p, here_q, here, r, rtol, max_points)
+        lost = seen.loss[index] if low else torch.zeros_like(result.error)
+        parts.append((index, result.value, result.error + lost, lost))
+        methods.add(result.method)
+    order = torch.cat([index for index, *_ in parts]).argsort()
+    value, error, lost = (torch.cat(x).index_select(0, order) for x in [*zip(*parts, strict=True)][1:])
+    found = Information(value, error, least_exact(*methods))
+    lossy = ((value.detach() < LOSSY * lost) & (lost > ROUNDING)).nonzero().squeeze(-1)
+    if not lossy.numel():
+        return found
+    return _improved(found, lossy, _in_subspaces(_rows(p, lossy), _rows(q, lossy), rtol, max_points, TIGHTER * slack))

@@ -51,10 +51,6 @@ RIDGE = 1e-12
 FLAT = 1e-6
 # Standard errors of 16 replicates: among a million means of controls, none that the points had seen was 7 off.
 TRUST = 8.0
-# A control known to worse than this, relative to its mean, lives where few points fell. Of three components that meet
-# there, what is left without control varies less from replicate to replicate than it errs: by up to 0.1 of the
-# control's standard error in most of them (92 % of the intervals covered without, 97 % with it).
-RARE, SHARE_OF_RARE = 0.01, 0.1
 
 
 def _entropy_term(r: Tensor) -> Tensor:
@@ -140,12 +136,10 @@ class Fit(NamedTuple):
     Attributes:
         beta: least-squares coefficients, ``batch_shape + (C,)``.
         missed: 0, or by how much the points miss the mean of a control that is not used because they do.
-        rare: 0, or what an overlap that few points fell into adds to the error.
     """
 
     beta: Tensor
     missed: Tensor
-    rare: Tensor
 
 
 def fit(strata: Sequence[tuple[Tensor, Tensor]], shares: Tensor, means: Tensor) -> Fit:
@@ -175,10 +169,9 @@ def fit(strata: Sequence[tuple[Tensor, Tensor]], shares: Tensor, means: Tensor) 
         off = (seen.mean(0) - means).abs()
         error = seen.std(0) / math.sqrt(len(seen))
         trusted = off <= TRUST * error + 1e-9 * means.abs()
-        rare = torch.where(trusted & (error > RARE * means.abs()), SHARE_OF_RARE * error, 0.0)
     variance = gram.diagonal(dim1=-2, dim2=-1)
     used = (variance > (FLAT * means.detach()).square()) & trusted
     unit = torch.where(used, torch.where(used, variance, 1.0).rsqrt(), 0.0)
     scaled = gram * unit.unsqueeze(-1) * unit.unsqueeze(-2)
     solution: Tensor = torch.linalg.solve(scaled + torch.diag_embed(torch.where(used, RIDGE, 1.0)), unit * right)
-    return Fit(unit * solution, torch.where(trusted, 0.0, off), rare)
+    return Fit(unit * solution, torch.where(trusted, 0.0, off))

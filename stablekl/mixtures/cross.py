@@ -101,7 +101,7 @@ class _Controls:
     def unseen(self, k: int, found: Fit) -> Tensor:
         """What the points missed of the pairs that the nearest component of q belongs to."""
         count = self.nearest.shape[-1]
-        return torch.where(self.nearest[..., k, :], (found.missed + found.rare)[..., -count:], 0.0).sum(-1)
+        return torch.where(self.nearest[..., k, :], found.missed[..., -count:], 0.0).sum(-1)
 
 
 def sobol_cross(

@@ -184,11 +184,11 @@ def sobol_information(p: Components, *, num_points: int = 2048, num_replicates: 
     total = torch.zeros((num_replicates, *p.loc.shape[:-2]), dtype=p.loc.dtype, device=p.loc.device)
     beta, missed = None, torch.zeros_like(total[0])
     if controls is not None:
-        beta, unseen, rare = fit([(g, c) for g, c in first if c is not None], shares, controls.means)
+        beta, unseen = fit([(g, c) for g, c in first if c is not None], shares, controls.means)
         total = total + (beta * controls.means).sum(-1)
         # overlaps that no point fell into: they matter as much as the entropies of the pairs, then of the triples,
         # which are at most 0.9 (r_i r_j r_k)^(1/3)
-        missed = unseen[..., controls.overlaps].sum(-1) + rare[..., controls.overlaps[1:]].sum(-1)
+        missed = unseen[..., controls.overlaps].sum(-1)
 
     raw = torch.zeros_like(total)
     for j in range(k):

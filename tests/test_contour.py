@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from stablekl.distributions._gaussian import Gaussian, gaussian_kl
-from stablekl.mixtures import contour_terms
 from stablekl.mixtures.components import Components
-from stablekl.mixtures.contour import contour_kl
+from stablekl.mixtures.engines import contour_terms
+from stablekl.mixtures.engines.contour import contour_kl
 from stablekl.precision.references import mixture
 from stablekl.precision.references.context import mp
 from tests.mixture_references import embedded, line, radial

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from stablekl.mixtures import cubature, cubature_cells, cubature_nodes
 from stablekl.mixtures.components import Components
-from stablekl.mixtures.cubature import cubature_information, cubature_kl
-from stablekl.mixtures.line import line_kl
-from stablekl.mixtures.spectral import label_information
+from stablekl.mixtures.engines import cubature, cubature_cells, cubature_nodes
+from stablekl.mixtures.engines.cubature import cubature_information, cubature_kl
+from stablekl.mixtures.engines.line import line_kl
+from stablekl.mixtures.engines.spectral import label_information
 
 from .mixture_references import plane, radial
 from .test_sobol import disguise, exact_information

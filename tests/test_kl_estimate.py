@@ -284,13 +284,13 @@ def test_the_result_is_deterministic():
 def test_shared_mixtures_are_sampled_once(monkeypatch):
     """One mixture against many Gaussians: the information is that of one."""
     seen = []
-    engine = stablekl.mixtures.adaptive.sobol_information
+    engine = stablekl.mixtures.engines.adaptive.sobol_information
 
     def spy(p, **options):
         seen.append(p.log_weights.shape)
         return engine(p, **options)
 
-    monkeypatch.setattr(stablekl.mixtures.adaptive, "sobol_information", spy)
+    monkeypatch.setattr(stablekl.mixtures.engines.adaptive, "sobol_information", spy)
     p = hard()[0]
     q = stablekl.MultivariateNormal(torch.zeros(50, 5, dtype=F64), scale_diag=5 * torch.ones(50, 5, dtype=F64))
     assert stablekl.kl_estimate(p, q).value.shape == (50,)

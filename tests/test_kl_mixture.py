@@ -529,7 +529,7 @@ def test_gradients_of_many_rows_come_in_chunks(k_p, k_q, monkeypatch):
         return g
 
     whole = gradient()
-    monkeypatch.setattr(stablekl.mixtures.adaptive, "RECORDED_CHUNK", 1)
+    monkeypatch.setattr(stablekl.mixtures.engines.adaptive, "RECORDED_CHUNK", 1)
     torch.testing.assert_close(gradient(), whole, rtol=1e-12, atol=1e-14)
 
 

@@ -10,9 +10,9 @@ import mpmath as mp
 import pytest
 import torch
 
-from stablekl.mixtures import line
 from stablekl.mixtures.components import Components
-from stablekl.mixtures.line import line_kl
+from stablekl.mixtures.engines import line
+from stablekl.mixtures.engines.line import line_kl
 
 # name: components (weight, mean, standard deviation) of p and of q
 CASES = {

@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from stablekl.mixtures.components import Components
-from stablekl.mixtures.overlaps import component_pairs, divergences, geometric_overlaps, log_determinants, overlaps
-from stablekl.mixtures.overlaps import whitened as whitening
+from stablekl.mixtures.engines.overlaps import (
+    component_pairs,
+    divergences,
+    geometric_overlaps,
+    log_determinants,
+    overlaps,
+)
+from stablekl.mixtures.engines.overlaps import whitened as whitening
 from stablekl.precision.references.context import mp
 
 F64 = torch.float64

@@ -6,11 +6,11 @@ import mpmath
 import pytest
 import torch
 
-from stablekl.mixtures import sobol
 from stablekl.mixtures.components import Components
-from stablekl.mixtures.line import line_kl
-from stablekl.mixtures.sobol import sobol_information, sobol_kl
-from stablekl.mixtures.spectral import label_information
+from stablekl.mixtures.engines import sobol
+from stablekl.mixtures.engines.line import line_kl
+from stablekl.mixtures.engines.sobol import sobol_information, sobol_kl
+from stablekl.mixtures.engines.spectral import label_information
 
 
 def random(generator, rows, k, d, separation, full=False):

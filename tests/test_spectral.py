@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablekl.mixtures import spectral_terms
 from stablekl.mixtures.components import Components
-from stablekl.mixtures.spectral import label_entropy_given_sample, label_information
+from stablekl.mixtures.engines import spectral_terms
+from stablekl.mixtures.engines.spectral import label_entropy_given_sample, label_information
 
 # What torch's own transforms and compiler warn about, wherever they are used.
 pytestmark = [

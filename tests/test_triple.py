@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablekl.mixtures import triple_terms
 from stablekl.mixtures.components import Components
-from stablekl.mixtures.spectral import label_entropy_given_sample, label_information
-from stablekl.mixtures.triple import triple_information, triple_term
-from stablekl.mixtures.triple_terms import RULE_ERROR, Rule, geometry, log_moment, plane_rule, spectrum
+from stablekl.mixtures.engines import triple_terms
+from stablekl.mixtures.engines.spectral import label_entropy_given_sample, label_information
+from stablekl.mixtures.engines.triple import triple_information, triple_term
+from stablekl.mixtures.engines.triple_terms import RULE_ERROR, Rule, geometry, log_moment, plane_rule, spectrum
 
 from .mixture_references import F64, affine_map, embedded
 

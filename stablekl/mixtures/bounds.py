@@ -45,11 +45,11 @@ from torch import Tensor
 
 from ..distributions._gaussian import gaussian_kl
 from .components import Components, chosen_components
+from .engines.overlaps import component_pairs, overlaps
+from .engines.spectral import label_entropy_given_sample
+from .engines.triple import triple_term
 from .estimate import Bounds
-from .overlaps import component_pairs, overlaps
 from .reading import Mixture
-from .spectral import label_entropy_given_sample
-from .triple import triple_term
 from .weights import label_entropy, weighted
 
 __all__ = [

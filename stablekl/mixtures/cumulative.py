@@ -31,8 +31,8 @@ from ..distributions._base import common_dtype, widened
 from ..distributions._gaussian import Gaussian, as_gaussian, lower_factor
 from ..special import log_ndtr, logsumexp
 from .density_terms import living
+from .engines.line import expm1
 from .interior import interior_point
-from .line import expm1
 from .weights import log_probability
 
 __all__ = ["cumulative", "diagonal_gaussian", "log_cumulative", "nearer_tail"]

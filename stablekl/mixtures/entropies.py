@@ -26,9 +26,9 @@ from .._autograd import is_eager
 from ..distributions._gaussian import Gaussian
 from .bounds import closed_bounds, information_bounds, pairwise_kl
 from .components import Components, broadcast_shape
+from .engines.overlaps import log_determinants
 from .estimate import Bounds, KLEstimate, requested, warn_of_excess
 from .information import Information, least_exact, mixture_information, replaced
-from .overlaps import log_determinants
 from .reading import Mixture, as_mixture, check_same_space, simplified
 from .select import CERTAIN, evaluate_kl, slack_for
 from .weights import weighted

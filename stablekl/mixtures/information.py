@@ -36,14 +36,14 @@ from torch import Tensor
 from .._autograd import is_eager
 from ..distributions.normal import normal_kl
 from ..special import logsumexp
-from .adaptive import adaptive_information
 from .components import Components, chosen_components
-from .cubature import cubature_information
-from .line import line_kl
-from .overlaps import component_pairs, overlaps
-from .projection import projected, subspace
-from .spectral import label_information
-from .triple import triple_information
+from .engines.adaptive import adaptive_information
+from .engines.cubature import cubature_information
+from .engines.line import line_kl
+from .engines.overlaps import component_pairs, overlaps
+from .engines.projection import projected, subspace
+from .engines.spectral import label_information
+from .engines.triple import triple_information
 from .weights import weighted
 
 __all__ = [

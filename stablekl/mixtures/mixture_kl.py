@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from .adaptive import FIRST_BUDGET, adaptive_cross, adaptive_kl
 from .components import Components
-from .contour import contour_kl
-from .cubature import cubature_kl
+from .engines.adaptive import FIRST_BUDGET, adaptive_cross, adaptive_kl
+from .engines.contour import contour_kl
+from .engines.cubature import cubature_kl
+from .engines.line import line_kl
+from .engines.projection import Subspace, projected, subspace
 from .estimate import Method
 from .information import (
     CAUTION,
@@ -22,8 +24,6 @@ from .information import (
     mixture_information,
     replaced,
 )
-from .line import line_kl
-from .projection import Subspace, projected, subspace
 from .weights import label_entropy, weighted
 
 __all__ = ["EXACT_ERROR", "by_subspace", "mixture_kl"]

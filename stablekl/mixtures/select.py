@@ -33,21 +33,21 @@ from torch import Tensor
 
 from .._autograd import is_eager
 from ..distributions._gaussian import gaussian_kl
-from .adaptive import adaptive_information
 from .bounds import closed_bounds, pairwise_kl
 from .components import Components, broadcast_shape
-from .cubature import cubature_information
+from .engines.adaptive import adaptive_information
+from .engines.cubature import cubature_information
+from .engines.line import line_kl
+from .engines.spectral import label_information
+from .engines.triple import triple_information
 from .estimate import Bounds, KLEstimate, Method
 from .information import (
     NODES_PER_POINT,
     Information,
     mixture_information,
 )
-from .line import line_kl
 from .mixture_kl import EXACT_ERROR, by_subspace, mixture_kl
 from .reading import Mixture
-from .spectral import label_information
-from .triple import triple_information
 from .weights import label_entropy, weighted
 
 __all__ = ["CERTAIN", "applies", "check_method", "evaluate_kl", "slack_for"]

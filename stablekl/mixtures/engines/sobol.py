@@ -22,12 +22,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._autograd import is_plain, rowwise
-from ..quadrature import sobol_normals, student_t_half_width
-from ..special import expm1mx, expm1mx_value, logsumexp
-from .components import Components
+from ..._autograd import is_plain, rowwise
+from ...quadrature import sobol_normals, student_t_half_width
+from ...special import expm1mx, expm1mx_value, logsumexp
+from ..components import Components
+from ..density import component_log_probs, mixture_log_prob
 from .controls import Controls, fit
-from .density import component_log_probs, mixture_log_prob
 from .line import expm1
 
 __all__ = ["PILOT", "blocks", "points", "sobol_information", "sobol_kl", "summary"]

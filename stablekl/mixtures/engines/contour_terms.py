@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..quadrature import table
+from ...quadrature import table
 
 __all__ = [
     "Ordered",

@@ -34,8 +34,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributions._gaussian import Gaussian, gaussian_kl
-from .components import Components
+from ...distributions._gaussian import Gaussian, gaussian_kl
+from ..components import Components
 
 __all__ = [
     "Overlaps",

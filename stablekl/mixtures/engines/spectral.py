@@ -42,8 +42,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._autograd import rowwise
-from .components import Components
+from ..._autograd import rowwise
+from ..components import Components
 from .spectral_gradient import diagonal_gradient, full_gradient, full_gradient_by_inverses, sensitivity, weight_gradient
 from .spectral_terms import Frame, Partials, Spectrum, diagonal_spectrum, full_spectrum, integrals, log_rho, quadrature
 

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .components import Components, chosen_components
+from ..components import Components, chosen_components
 from .overlaps import component_pairs, geometric_overlaps, overlaps
 from .spectral import label_entropy_given_sample
 

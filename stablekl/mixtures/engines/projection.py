@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .components import Components
+from ..components import Components
 from .overlaps import log_determinants
 
 __all__ = ["Subspace", "projected", "subspace"]

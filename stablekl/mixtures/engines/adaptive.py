@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._autograd import is_dual, is_eager
-from .components import Components
+from ..._autograd import is_dual, is_eager
+from ..components import Components
+from ..weights import label_entropy
 from .cross import sobol_cross
 from .sobol import sobol_information, sobol_kl
-from .weights import label_entropy
 
 __all__ = ["FIRST_BUDGET", "adaptive_cross", "adaptive_information", "adaptive_kl"]
 

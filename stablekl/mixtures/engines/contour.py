@@ -50,9 +50,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._autograd import rowwise
-from ..distributions._gaussian import Gaussian, gaussian_kl
-from .components import Components, broadcast_shape
+from ..._autograd import rowwise
+from ...distributions._gaussian import Gaussian, gaussian_kl
+from ..components import Components, broadcast_shape
 from .contour_gradient import Partials, diagonal_gradient, full_gradient, full_gradient_by_inverses
 from .contour_terms import (
     Ordered,

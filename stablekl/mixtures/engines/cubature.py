@@ -42,12 +42,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._autograd import custom, is_dual
-from .components import Components
+from ..._autograd import custom, is_dual
+from ..components import Components
+from ..density_terms import inverse_factor, living, parameter_gradients
 from .cubature_cells import REACH, bounds, first_boxes, refined, row_totals
 from .cubature_frames import Cells, Frame, frames, maps, pair_maps
 from .cubature_nodes import BLOCK, Problem, chunks, evaluate, moments
-from .density_terms import inverse_factor, living, parameter_gradients
 
 __all__ = ["cubature_information", "cubature_kl"]
 

@@ -25,10 +25,10 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
-from .._autograd import is_plain, rowwise
-from ..quadrature import gauss_legendre, panel_rule, table, two_sum
-from ..special import expm1_value, expm1mx_value
-from .components import Components
+from ..._autograd import is_plain, rowwise
+from ...quadrature import gauss_legendre, panel_rule, table, two_sum
+from ...special import expm1_value, expm1mx_value
+from ..components import Components
 
 __all__ = ["line_kl"]
 

@@ -66,8 +66,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .._autograd import is_eager, rowwise
-from .components import Components
+from ..._autograd import is_eager, rowwise
+from ..components import Components
 from .spectral import label_information
 from .triple_gradient import Moments, diagonal_gradient, full_gradient, inverse_sums, moments
 from .triple_terms import RULE_ERROR, Geometry, Rule, blocks, geometry, integrand, log_moment, plane_rule, spectrum

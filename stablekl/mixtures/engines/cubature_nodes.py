@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..quadrature import table
+from ...quadrature import table
 from .cubature_frames import Cells, Maps, Pairs, along, on_nodes, pair_quadratics, quadratics
 from .line import expm1
 

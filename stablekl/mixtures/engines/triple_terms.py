@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..quadrature import _outside_transforms
-from ..special import log1pmx
+from ...quadrature import _outside_transforms
+from ...special import log1pmx
 from .spectral_terms import ODD_EXCESS
 
 __all__ = ["Geometry", "Rule", "Spectrum", "blocks", "geometry", "integrand", "log_moment", "plane_rule", "spectrum"]

@@ -22,12 +22,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..quadrature import sobol_normals
-from ..special import logsumexp
-from .components import Components, chosen_components
+from ...quadrature import sobol_normals
+from ...special import logsumexp
+from ..components import Components, chosen_components
+from ..density import component_log_probs
 from .contour import contour_kl
 from .controls import Fit, fit
-from .density import component_log_probs
 from .overlaps import component_pairs, divergences, log_determinants
 from .sobol import PILOT, blocks, points, summary
 

@@ -1,0 +1,1 @@
+"""The integration engines, one topic a file: tensors in, a value and its error out; they know no distribution."""

@@ -182,6 +182,7 @@ def _cross_entropy(p: Distribution, q: Distribution, rtol: float, max_points: in
     own = _component_entropies(m_p, m_p.components())
     lw = m_p.log_weights
     rounding = 4 * torch.finfo(lw.dtype).eps * weighted(lw, own.abs() + m_p.dim + kl.value).detach()
+    rounding = torch.where(rounding.isinf(), 0.0, rounding)  # inf - inf below
     estimate = KLEstimate(
         weighted(lw, own + kl.value),
         weighted(lw, kl.error).detach() + rounding,

@@ -124,7 +124,7 @@ def mixture_information(p: Components, atol: Tensor, max_points: int, slack: flo
     """
     k = p.log_weights.shape[-1]
     if k == 1:
-        zero = 0 * p.log_weights.squeeze(-1)
+        zero = _zero(p)
         return Information(zero, zero.detach(), "closed form")
     if k == 2:
         return Information(label_information(p), torch.full_like(atol, SPECTRAL_ERROR), "spectral")
@@ -136,6 +136,15 @@ def mixture_information(p: Components, atol: Tensor, max_points: int, slack: flo
     flat = Components(*(x.reshape(rows, *x.shape[len(batch) :]) for x in p))
     value, error, method = _by_groups(flat, atol.reshape(rows), max_points, slack)
     return Information(value.reshape(batch), error.reshape(batch), method)
+
+
+def _zero(p: Components) -> Tensor:
+    """0, of the batch shape, with derivatives of 0 in means and scales.
+
+    Nothing else depends on them where all components are apart, or the same; and whether a backward has anything to
+    follow must not depend on the data.
+    """
+    return 0 * (p.loc[..., 0, 0] + p.scale.flatten(p.log_weights.ndim - 1)[..., 0])
 
 
 class _Groups(NamedTuple):
@@ -174,7 +183,7 @@ def _connected(p: Components) -> tuple[list[_Groups], Tensor]:
 def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> tuple[Tensor, Tensor, str]:
     k = p.log_weights.shape[-1]
     groups, error = _connected(p)
-    value = torch.zeros_like(p.log_weights[:, 0])
+    value = _zero(p)
     methods = {"closed form"}
     for row, index in groups:
         whole = index.shape[-1] == k
@@ -232,7 +241,8 @@ def cubature_tolerance(p: Components) -> Tensor:
         return torch.full_like(p.log_weights[:, 0].detach(), SPACE)
     scale = p.scale.detach().flatten(2)
     shared = ((scale - scale[:, :1]).abs() <= 1e-14 * scale.abs().amax((1, 2), keepdim=True)).all(-1).all(-1)
-    return torch.where(shared, PLANE_SHARED, PLANE).to(scale.dtype)
+    # not of the numbers themselves, which would be of the default dtype: 0 in float16
+    return torch.where(shared, torch.full_like(scale[:, 0, 0], PLANE_SHARED), PLANE)
 
 
 def replaced(value: Tensor, error: Tensor, index: Tensor, other: Tensor, other_error: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,4 +279,4 @@ def _evaluate(name: str, p: Components, atol: Tensor, max_points: int) -> tuple[
         return *replaced(value, error, missed, other, other_error), name
     if name == "sobol":
         return *adaptive_information(p, atol, max_points), name
-    return 0 * p.log_weights.sum(-1), torch.zeros_like(atol), name  # components that are all the same
+    return _zero(p), torch.zeros_like(atol), name  # components that are all the same

@@ -55,7 +55,7 @@ OPTIONAL = {"precision": {"mpmath", "hypothesis", "rich", "matplotlib"}, "_plot"
 
 
 def module_name(path: Path) -> str:
-    """``mixtures.engines.line`` for stablekl/mixtures/engines/line.py, and the empty string for stablekl/__init__.py."""
+    """``mixtures.select`` for stablekl/mixtures/select.py, and the empty string for stablekl/__init__.py."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -68,9 +68,7 @@ class _Controls:
         to_pairs = contour_kl(every, two._replace(log_weights=shares))[0] - torch.where(alive, weight, 0.0)
         own = torch.zeros_like(pairs[..., :1])
         cost = pairs - torch.where(q.log_weights > -torch.inf, q.log_weights, -1e300).unsqueeze(-2)
-        first, second = (
-            cost.gather(-1, self.index[..., i].unsqueeze(-2).expand(*cost.shape[:-1], -1)) for i in (0, 1)
-        )
+        first, second = (cost.gather(-1, self.index[..., i].unsqueeze(-2).expand(*cost.shape[:-1], -1)) for i in (0, 1))
         self.swapped = second.detach() < first.detach()
         least = torch.where(self.swapped, second, first)
         self.nearest = least.detach() <= cost.detach().amin(-1, keepdim=True)

@@ -26,7 +26,8 @@ pair w_i p_i + w_j p_j,
 the inequalities of Hunter and Worsley and of Bonferroni for the union of the events {a_k > t}, integrated over dt/t^2.
 Up to five components, subtracting the triples from the pairs gives another lower bound, Bonferroni's next.
 
-All are rounded outwards, by 64 eps of the terms and 4 eps for each dimension; a covariance matrix of condition number kappa has eps kappa more.
+All are rounded outwards, by 64 eps of the terms and 4 eps for each dimension; a covariance matrix of condition number
+kappa has eps kappa more.
 
 References: A. Kolchinsky and B. Tracey, "Estimating mixture entropy with pairwise distances", Entropy 19 (2017), 361;
 J.-L. Durrieu, J.-P. Thiran and F. Kelly, "Lower and upper bounds for approximation of the Kullback-Leibler divergence

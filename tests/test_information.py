@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from stablekl.mixtures.cubature import cubature_information
-from stablekl.mixtures.spectral import label_information
-from stablekl.mixtures.triple import triple_information
 
 import stablekl
 from stablekl.mixtures import information
 from stablekl.mixtures.components import Components
+from stablekl.mixtures.engines.cubature import cubature_information
+from stablekl.mixtures.engines.spectral import label_information
+from stablekl.mixtures.engines.triple import triple_information
 from stablekl.mixtures.information import ENGINES, least_exact, mixture_information
 from stablekl.mixtures.select import slack_for
 

@@ -119,7 +119,7 @@ def test_sixty_four_dimensions(dim):
         square, log_det = (solved.T * solved)[0], sum(mp.log(root[i, i]) for i in range(dim))
         own = [sum(mp.log(factor[i, i]) for i in range(dim)) for _, factor in pair]
         product = -square / 2 - log_det - mp.mpf(dim) / 2 * mp.log(2 * mp.pi)
-        chernoff = -square / 4 - log_det + mp.mpf(dim) / 2 * mp.log(2) + sum(own) / 2
+        chernoff = -square / 4 - log_det + mp.mpf(dim) / 2 * mp.log(2) + sum(own) / 2  # C = (S_a + S_b)/2
         if dim == 2:
             assert mp.almosteq(product, log_integral(pair, [1, 1]), 1e-30)
             assert mp.almosteq(chernoff, log_integral(pair, [mp.mpf("0.5")] * 2), 1e-30)
@@ -232,7 +232,7 @@ def test_far_apart_is_zero_with_gradient_zero(full):
     c = random(23, 3, 2, full=full)
     leaves = [x.clone().requires_grad_() for x in c._replace(loc=torch.diag(torch.ones(3, dtype=F64))[:, :2] * 1e4)]
     value = geometric_overlaps(Components(*leaves), 3)
-    assert float(value) == 0
+    assert value.item() == 0
     assert all(bool((x == 0).all()) for x in torch.autograd.grad(value, leaves))
 
 

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from stablekl.mixtures.cubature import cubature_kl
 from torch.distributions import kl_divergence
 
 import stablekl
 from stablekl.mixtures import select
+from stablekl.mixtures.engines.cubature import cubature_kl
 from stablekl.mixtures.information import cubature_tolerance
 from stablekl.mixtures.reading import as_mixture
 from stablekl.mixtures.select import applies

@@ -56,7 +56,7 @@ class Bounds(NamedTuple):
         # a step besides: half precision has no eps left below 6e-5
         step = info.eps * info.smallest_normal
         lower, upper = (
-            x + sign * torch.where(x == 0, 0.0, info.eps * x.detach().abs() + step)
+            x + sign * torch.where((x == 0) | x.isinf(), 0.0, info.eps * x.detach().abs() + step)
             for x, sign in ((self.lower, -1), (self.upper, 1))
         )
         lower = torch.where(self.lower > 0, lower.clamp(min=0), lower)

@@ -8,11 +8,11 @@ variates, functions of the point whose means under p_k are known exactly:
   KL(p_k || q_i and q_j), by the contour integral of `contour`: those of the pairs that are near p. Not the logarithm
   of the pair: where no point fell nearer to q_i that is log(v_j q_j) once more, and nothing tells that its mean is not.
 
-log q is one of the first where one component dominates, and one of the second where two do; what is left is the
-places where three components of q are comparable. The coefficients are fitted to the first points of each stratum,
-as in `controls`, and what no point saw of the nearest component's pairs is added to the error, as there. Against the
-mean of log(p/q) (`sobol`, whose F is positive and thus the better one near p = q, where
-this is a difference) the half-width is 10 to 1000 times smaller for divergences above 1.
+log q is one of the first where one component dominates, and one of the second where two do; what is left is the places
+where three components of q are comparable. The coefficients are fitted to the first points of each stratum, as in
+`controls`, and what no point saw of the nearest component's pairs is added to the error, as there. Against the mean of
+log(p/q) (`sobol`, whose F is positive and thus the better one near p = q, where this is a difference) the half-width
+is 10 to 1000 times smaller for divergences above 1.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ With :math:`R^\top R = S_a + S_b` and :math:`\delta = |R^{-\top}(\mu_a - \mu_b)|
         + \log \frac{R_{ii}}{L_{b,ii}} - \log 2\Bigr], \\
     -H(p_a) - \log \int p_a p_b &= \tfrac12 \delta + \sum \Bigl[\log \frac{R_{ii}}{L_{a,ii}} - \tfrac12\Bigr].
 
-The logarithms are of ratios: log R - (log L_a + log L_b)/2, or H and the integral on their own, would carry the
-units, of -18 in each dimension for scales of 1e-8, and cancel them (1e-13 nats in 64 dimensions, which took a certified
-bound across the truth). For diagonal components R^2/(2 L_a L_b) is 1 + (L_a - L_b)^2/(2 L_a L_b), a sum of positive
-terms, exact near equality. R comes from a QR factorisation of the stacked factors: S_a + S_b, formed and factorised,
-would square the condition number. For n Gaussians at once, with :math:`A = \frac1n \sum P_i` and
-:math:`\mu^* = A^{-1} \frac1n \sum P_i \mu_i`,
+The logarithms are of ratios: log R - (log L_a + log L_b)/2, or H and the integral on their own, would carry the units,
+of -18 in each dimension for scales of 1e-8, and cancel them (1e-13 nats in 64 dimensions, which took a certified bound
+across the truth). For diagonal components R^2/(2 L_a L_b) is 1 + (L_a - L_b)^2/(2 L_a L_b), a sum of positive terms,
+exact near equality. R comes from a QR factorisation of the stacked factors: S_a + S_b, formed and factorised, would
+square the condition number. For n Gaussians at once, with :math:`A = \frac1n \sum P_i` and :math:`\mu^* = A^{-1}
+\frac1n \sum P_i \mu_i`,
 
 .. math::
     \log \int \prod p_i^{1/n} = \tfrac1{2n} \sum \log\det P_i - \tfrac12 \log\det A

@@ -13,9 +13,9 @@ complement may still know is, by the chain rule, at most
     \sum_k w_k \tfrac12 \bigl[|d_{k,v}|^2 + |C_{k,vu} C_{k,uu}^{-1/2}|_F^2 + \tfrac12 |G_{k,vv}|_F^2\bigr]
 
 (v: the complement, C = I + G; leading order in what is left there, which is small where it is used). It is quadratic:
-rounding errors of 1e-12 in the
-covariances cost 1e-24, and the derivative with respect to any parameter is 0. So the gradient of the projected problem,
-the map being a constant, is the gradient of the whole. Second derivatives lack the complement's quadratic term.
+rounding errors of 1e-12 in the covariances cost 1e-24, and the derivative with respect to any parameter is 0. So the
+gradient of the projected problem, the map being a constant, is the gradient of the whole. Second derivatives lack the
+complement's quadratic term.
 
 U comes from a sketch, random combinations of the columns (Halko, Martinsson and Tropp, 2011, SIAM Review 53, 217-288):
 it costs one small singular value decomposition whatever the number of columns, and finds a span of few dimensions with

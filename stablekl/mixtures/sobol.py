@@ -176,7 +176,7 @@ def sobol_information(p: Components, *, num_points: int = 2048, num_replicates: 
         total = total + (beta * controls.means).sum(-1)
         # overlaps that no point fell into: they matter as much as the entropies of the pairs, then of the triples,
         # which are at most 0.9 (r_i r_j r_k)^(1/3)
-        missed = unseen[..., controls.overlaps].sum(-1) + rare[..., controls.overlaps[1:]].sum(-1)
+        missed = (unseen + rare)[..., controls.overlaps].sum(-1)
 
     def share(component: int, g: Tensor, c: Tensor | None) -> Tensor:
         residual = g if c is None or beta is None else g - (c * beta).sum(-1)

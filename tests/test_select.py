@@ -10,7 +10,7 @@ import torch
 from torch.distributions import kl_divergence
 
 import stablekl
-from stablekl.mixtures import select
+from stablekl.mixtures import mixture_kl
 from stablekl.mixtures.engines.cubature import cubature_kl
 from stablekl.mixtures.information import cubature_tolerance
 from stablekl.mixtures.reading import as_mixture
@@ -80,7 +80,7 @@ def test_moved_across_the_line_of_the_means(k, dim, step):
 
 def test_a_projection_that_ignores_it_is_noticed(monkeypatch):
     """Must fail: the plane of the step left out, as 5e-15 nats may be."""
-    monkeypatch.setattr(select, "LOSSY", 0.0)
+    monkeypatch.setattr(mixture_kl, "LOSSY", 0.0)
     weights, loc = torch.zeros(3, dtype=F64), torch.arange(3, dtype=F64).unsqueeze(-1) * torch.eye(2, dtype=F64)[0]
     moved = loc + 1e-7 * torch.eye(2, dtype=F64)[1]
     unit = torch.ones(3, 2, dtype=F64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stablekl.mixtures.components import Components
-from stablekl.mixtures.engines import cross
+from stablekl.mixtures.engines import cross, sobol
 from stablekl.mixtures.engines.cross import sobol_cross
 from stablekl.mixtures.engines.line import line_kl
 from stablekl.mixtures.engines.sobol import sobol_kl
@@ -53,8 +53,9 @@ def test_coverage(k_p, k_q, dim):
 
 
 def test_what_no_point_saw_must_be_counted(monkeypatch):
-    """Must fail: the spread of the replicates alone."""
+    """Must fail: the spread of the replicates alone, neither a floor nor what they missed."""
     monkeypatch.setattr(cross._Controls, "unseen", lambda self, k, found: torch.zeros(()))
+    monkeypatch.setattr(sobol, "FLOOR", 0.0)
     assert coverage(1, 3, 4, 15, num_points=256) < 0.92
 
 
@@ -70,7 +71,7 @@ def test_a_radial_problem():
     )
     expected = float(radial([(1.0, 1.2)], rows, 6))
     value, error = sobol_cross(p, q, num_points=1024, num_replicates=REPLICATES)
-    assert abs(float(value) - expected) <= float(error) <= 1e-4
+    assert abs(float(value) - expected) <= float(error) <= 2e-4
     plain = sobol_kl(p, q, num_points=1024, num_replicates=REPLICATES)[1]
     assert float(error) < float(plain)
 

@@ -28,7 +28,7 @@ Accuracy: in float64, 1-D, against -(dF/dtheta)/m in mpmath and relative to the 
 gradient: 1e-14 for modes 100 standard deviations apart, scales of 1e-4 and weights of 1e-20
 (``tests/test_implicit.py``). Where components nearly coincide, delta standard deviations apart, the weights' gradient
 vanishes with delta, and its relative error is eps/delta (5e-10 at 1e-6); that of the others stays. float32 is computed
-in float64 and rounded once, but from an x that was rounded to float32: where eps |mu| is no longer small beside the
+in float64 and rounded once, but from an x that was rounded to float32: where eps \|mu\| is no longer small beside the
 scale, x - mu is what is left of it.
 """
 

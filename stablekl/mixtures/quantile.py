@@ -14,9 +14,10 @@ bracket of the components' quantiles.
 
 The derivatives are implicit: dx/du = 1/m(x) and dx/dtheta = -(dF/dtheta)/m(x), formed in log space (`implicit`).
 
-Accuracy: in float64, |log F(x) - log u| was at most 1.7 (eps (1 + |log u|) + what an ulp of x changes) on 27,000 points
+Accuracy: in float64, \|log F(x) - log u\| was at most 1.7 (eps (1 + \|log u\|) + what an ulp of x changes) on 27,000
+points
 of 150 random mixtures (u from 1e-300 to 1 - 1e-16, weights from 1e-20, modes up to 1e11 standard deviations apart,
-scales 1e-4 to 1e4): x is known to its conditioning, eps u (1 + |log u|)/m(x), or to its last digit. F was evaluated 6
+scales 1e-4 to 1e4): x is known to its conditioning, eps u (1 + \|log u\|)/m(x), or to its last digit. F was evaluated 6
 times for the median mixture (180 points each), 60 times for the worst.
 
 Gaussian mixtures look at the data to stop, under vmap too; torch.compile calls an operator. Other families take all

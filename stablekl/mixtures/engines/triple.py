@@ -18,12 +18,12 @@ I(X; Z) = I_12 + I_13 + I_23 - I_123 is the same with 1 - rho and 1 - M: H(w) is
 its relative accuracy where the components approach each other; H(w) - H(Z|X) leaves eps.
 
 **One rule for every mixture.** The rule's result is the integral over x of its result for t(a(x)), so that its error
-is at most sum w_i times the largest of |rule(a) - t(a)| / (a_1 + a_2 + a_3), a > 0: a function of two variables that
+is at most sum w_i times the largest of abs(rule(a) - t(a)) / (a_1 + a_2 + a_3), a > 0: a function of two variables that
 knows neither dimension nor parameters, and can be tabulated (1.1e-14, where the a_i are nearly equal). A square lattice
 of step 0.1 cut off at 11 takes 24,531 nodes for 9e-10.
 
 **Polar nodes**, omega = r u: 132 directions u in half a turn, the other half being conjugate, and 85 radii. An even
-function of r under the weight |r| is integrated at the zeros of J0, exponentially fast (Frappier and Olivier;
+function of r under the weight abs(r) is integrated at the zeros of J0, exponentially fast (Frappier and Olivier;
 Ogata): with 70 radii to 7e-14, where Gauss-Legendre comes to 6e-10; a stretch of r spends them where the kernel is
 large. What makes the rays worth it is that sum_i s_i P_i, of precisions P_i, is then one real symmetric pencil for all
 nodes of a ray: an eigendecomposition for each of 132 directions, everything else elementwise, and no branch of a

@@ -52,8 +52,9 @@ from .weights import label_entropy, weighted
 
 __all__ = ["CERTAIN", "applies", "check_method", "evaluate_kl", "slack_for"]
 
-# Engines whose error is a bound rather than an estimate.
-CERTAIN = ("closed form", "line", "spectral", "triple", "contour")
+# Engines whose error is a bound rather than an estimate. Not the contour: of 96 mixtures against two components one was
+# 1e-9 (1 + S) off and claimed 7e-14 (p and q differ 1e4 times in scale).
+CERTAIN = ("closed form", "line", "spectral", "triple")
 
 
 def slack_for(dtype: torch.dtype) -> float:

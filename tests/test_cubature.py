@@ -10,6 +10,7 @@ import torch
 
 from stablekl.mixtures.components import Components
 from stablekl.mixtures.engines import cubature, cubature_cells, cubature_nodes
+from stablekl.mixtures.engines.contour import contour_kl
 from stablekl.mixtures.engines.cubature import cubature_information, cubature_kl
 from stablekl.mixtures.engines.line import line_kl
 from stablekl.mixtures.engines.spectral import label_information
@@ -371,3 +372,50 @@ def test_what_is_refused():
         cubature_information(
             Components(*(torch.ones(*s, dtype=F64) for s in ((2,), (2, 4), (2, 4)))), atol=1e-6, max_points=1
         )
+
+
+def under_wider(rows, dim, seed, least, most):
+    """One Gaussian against two components 10^least to 10^most times narrower; every third crossing along an axis."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=F64)
+
+    def factors(k):
+        scale = torch.diag_embed(torch.exp(0.4 * normal(rows, k, dim))) + 0.5 * torch.tril(
+            normal(rows, k, dim, dim), -1
+        )
+        scale[::3] = torch.eye(dim, dtype=F64)
+        return scale
+
+    q = Components(torch.log_softmax(normal(rows, 2), -1), 3 * normal(rows, 2, dim), factors(2))
+    q.loc[::6, 1, 1:] = q.loc[::6, 0, 1:]
+    wide = 10 ** torch.linspace(least, most, rows, dtype=F64).reshape(-1, 1, 1)
+    p = Components(torch.zeros(rows, 1, dtype=F64), wide * 0.3 * normal(rows, 1, dim), wide.unsqueeze(-1) * factors(1))
+    return p, q
+
+
+@pytest.mark.parametrize(("dim", "rows", "rtol"), [(2, 30, 1e-9), (3, 3, 1e-6)])
+def test_creases_far_from_a_narrow_second_mixture(dim, rows, rtol):
+    p, q = under_wider(rows, dim, 3, 0.3, 4.0)
+    value, error = cubature_kl(p, q, rtol=rtol, max_points=POINTS)
+    truth = contour_kl(p, q)[0].squeeze(-1)
+    assert ((value - truth).abs() <= 2 * error + 1e-13 * (1 + truth)).all()
+    assert (value - truth).abs().div(1 + truth).max() <= rtol
+
+
+def test_creases_are_not_in_the_last_coefficients(monkeypatch):
+    p, q = under_wider(30, 2, 3, 0.3, 4.0)
+    monkeypatch.setattr(cubature_cells, "crossings", lambda problem, cells, n: torch.zeros_like(cells.centre))
+    value, error = cubature_kl(p, q, rtol=1e-9, max_points=POINTS)
+    truth = contour_kl(p, q)[0].squeeze(-1)
+    missed = (value - truth).abs() > 10 * error + 1e-13 * (1 + truth)
+    assert missed.sum() >= 5
+
+
+def test_creases_with_components_of_weight_zero():
+    p, q = under_wider(4, 2, 5, 1.0, 2.0)
+    log_weights = torch.cat((q.log_weights, torch.full((4, 2), -math.inf, dtype=F64)), -1)
+    more = Components(log_weights, q.loc.repeat(1, 2, 1), q.scale.repeat(1, 2, 1, 1))
+    value, _ = cubature_kl(p, q, rtol=1e-9, max_points=POINTS)
+    torch.testing.assert_close(cubature_kl(p, more, rtol=1e-9, max_points=POINTS)[0], value, rtol=1e-9, atol=0)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .cubature_crossings import crossings
 from .cubature_frames import Cells, largest_log_ratio, positions
-from .cubature_nodes import Problem, evaluate
+from .cubature_nodes import Problem, evaluate, largest_mass
 
 __all__ = ["bounds", "first_boxes", "refined", "row_totals"]
 
@@ -53,11 +54,7 @@ def bounds(problem: Problem, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
     else:
         factor = -torch.where(torch.isinf(lw), 0.0, lw).amin(0)[cells.frame]
         share = share - least.amax(0)
-    mass = problem.log_mass[cells.frame].exp()
-    for y, half in zip(cells.centre.abs(), cells.half, strict=True):
-        density = torch.exp(-0.5 * (y - half).clamp(min=0.0) ** 2) * (2.0 / math.sqrt(2.0 * math.pi))
-        mass = mass * torch.clamp(density * half, max=1.0)
-    return mass * factor, share, steepness
+    return largest_mass(problem, cells) * factor, share, steepness
 
 
 def row_totals(rows: int, index: Tensor, values: Tensor) -> Tensor:
@@ -123,16 +120,19 @@ def refined(
     zero = problem.log_mass.new_zeros(rows)
     cells, missed, outside = first_boxes(problem, row, tolerance(zero), most)
     value, error = evaluate(problem, cells, n)
+    crease = crossings(problem, cells, n)
     used = row_totals(rows, row[cells.frame], torch.ones_like(value))
     frozen = torch.zeros(rows, dtype=torch.bool, device=row.device)
     while True:
         here = row[cells.frame]
         total = row_totals(rows, here, error.sum(0) + missed) + outside
+        total += row_totals(rows, here, crease.sum(0).square()).sqrt()
         goal = tolerance(row_totals(rows, here, value))
         count = row_totals(rows, here, torch.ones_like(value))
         active = (total > goal) & ~frozen
-        worst, axis = error.max(0)
-        chosen = active[here] & (error.sum(0) > (goal / count)[here])
+        worst, axis = (error + crease).max(0)
+        chosen = (error.sum(0) > (goal / count)[here]) | (crease.sum(0) > (goal / count.sqrt())[here])
+        chosen &= active[here]
         chosen &= _within(here, worst, chosen, ((most - used) / 2).floor())
         frozen |= row_totals(rows, here, chosen.to(value.dtype)) == 0
         if not bool(chosen.any()):
@@ -146,6 +146,7 @@ def refined(
         pair = [children._replace(centre=children.centre + s * step, half=half) for s in (-1.0, 1.0)]
         children = Cells(*(torch.cat(x, -1) for x in zip(*pair, strict=True)))
         new_value, new_error = evaluate(problem, children, n)
+        crease = torch.cat((crease[:, ~chosen], crossings(problem, children, n)), -1)
         kept = cells.take(~chosen)
         cells = Cells(*(torch.cat(x, -1) for x in zip(kept, children, strict=True)))
         value = torch.cat((value[~chosen], new_value))

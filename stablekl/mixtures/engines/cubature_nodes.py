@@ -15,7 +15,7 @@ from ...quadrature import table
 from .cubature_frames import Cells, Maps, Pairs, along, on_nodes, pair_quadratics, quadratics
 from .line import expm1
 
-__all__ = ["BLOCK", "Problem", "chunks", "evaluate", "moments"]
+__all__ = ["BLOCK", "Problem", "chunks", "evaluate", "largest_mass", "moments"]
 
 # Elements per temporary: 1 MiB, so that a handful stays in the cache.
 BLOCK = 2**14
@@ -134,6 +134,15 @@ def _normal(cells: Cells, nodes: Tensor) -> Tensor:
         y = cells.centre[i] + cells.half[i] * nodes.unsqueeze(-1)
         total = total * along(torch.exp(-0.5 * y * y) * (cells.half[i] * (2.0 / SQRT_2PI)), i, dim)
     return total
+
+
+def largest_mass(problem: Problem, cells: Cells) -> Tensor:
+    """A bound (C,) on what the frame's own weighted component has in each box."""
+    mass = problem.log_mass[cells.frame].exp()
+    for y, half in zip(cells.centre.abs(), cells.half, strict=True):
+        density = torch.exp(-0.5 * (y - half).clamp(min=0.0) ** 2) * (2.0 / SQRT_2PI)
+        mass = mass * torch.clamp(density * half, max=1.0)
+    return mass
 
 
 def chunks(problem: Problem, cells: Cells, n: int, block: int = BLOCK) -> Iterator[tuple[Tensor, bool]]:

@@ -11,6 +11,7 @@ the nodes. It knows nothing of S - I nor of the engines' rules; its own error co
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -178,8 +179,8 @@ def _evaluate(p: Table, numerator: str, q: Table, k: Array, centre: Array, half:
     return np.concatenate(results) if results else np.zeros(0, centre.dtype)
 
 
-def _hidden(p: Table, q: Table, k: Array, centre: Array, half: Array) -> Array:
-    """Which cells may hold a component between their nodes, (C, n): along which axes to split."""
+def _hidden(p: Table, q: Table, k: Array, centre: Array, half: Array, unseen: float) -> Array:
+    """Which cells may hold a component or a crossing of q's between their nodes, (C, n): the axes to split."""
     a, n = p.loc.shape[1], centre.shape[1]
     x = _position(p, k, centre[:, None])[:, 0]
     split = np.zeros(centre.shape, bool)
@@ -198,8 +199,34 @@ def _hidden(p: Table, q: Table, k: Array, centre: Array, half: Array) -> Array:
         reach = (steep * half[:, None]).sum(-1)
         near = np.sqrt((z**2).sum(-1)) - reach < NEAR
         split |= (near[..., None] & (2 * steep * half[:, None] > WIDE) & (t.weights > 0)[:, None]).any(1)
-    nearest = np.maximum(abs(centre[:, :a]) - half[:, :a], 0)
-    return split & ((nearest**2).sum(-1) < 100)[:, None]
+    middle = np.array([0.0] * a + [(p.radial - 1) ** 0.5] * (n - a))  # log-concave: no wider than the normal
+    nearest = np.maximum(abs(centre - middle) - half, 0)
+    mass = p.weights[k] * (2 * half * 0.8 * np.exp(-(nearest**2) / 2)).prod(-1)
+    split |= mass[:, None] * _creases(q, z, slope * half[:, None, None]) > unseen
+    return split & ((nearest[:, :a] ** 2).sum(-1) < 100)[:, None]
+
+
+def _creases(q: Table, z: Array, slope: Array) -> Array:
+    """What the nodes may miss where components of q cross, far from both, (C, n).
+
+    ``log(1 + e^D)``, D of slope s per half width, is analytic up to pi/s from the real axis.
+    """
+    log = _log_height(q) - (z * z).sum(-1) / 2
+    gradient = -(z[..., None] * slope).sum(2)
+    bend = -np.einsum("cjia,cjib->cjab", slope, slope)
+    pairs, covered = [], np.zeros_like(log)
+    for j, k in itertools.combinations(np.flatnonzero(q.weights > 0), 2):
+        steep = abs(gradient[:, j] - gradient[:, k]) + abs(bend[:, j] - bend[:, k]).sum(-1) / 2
+        gap, reach = log[:, j] - log[:, k], steep.sum(-1)
+        covered[:, j] = np.maximum(covered[:, j], -gap - reach)
+        covered[:, k] = np.maximum(covered[:, k], gap - reach)
+        pairs.append((j, k, np.maximum(abs(gap) - reach, 0), steep))
+    total = np.zeros_like(z[:, 0])
+    for j, k, apart, steep in pairs:
+        t = np.pi / np.maximum(steep, 1e-3)
+        missed = steep * (t + np.sqrt(1 + t * t)) ** (-2.0 * NODES)
+        total += missed * np.exp(-np.maximum(covered[:, j], covered[:, k]) - apart)[:, None]
+    return total
 
 
 def _halves(k: Array, centre: Array, half: Array, axis: int) -> tuple[Array, Array, Array]:
@@ -232,7 +259,7 @@ def integral(p: Table, q: Table, numerator: str = "mixture", *, dtype: type = Fl
     k, centre, half = np.repeat(alive, len(centre)), np.tile(centre, (len(alive), 1)), np.tile(half, (len(alive), 1))
     done: list[tuple[Array, Array, Array]] = []
     while len(k):
-        hidden = _hidden(p, q, k, centre, half)
+        hidden = _hidden(p, q, k, centre, half, agree * scale)
         going = hidden.any(-1)
         done.append((k[~going], centre[~going], half[~going]))
         k, centre, half, hidden = k[going], centre[going], half[going], hidden[going]

@@ -49,7 +49,7 @@ def coverage(k_p, k_q, dim, count, **options):
 @pytest.mark.parametrize(("k_p", "k_q", "dim"), [(1, 3, 4), (2, 4, 8)])
 def test_coverage(k_p, k_q, dim):
     """Measured: 95.5 % of 1440. Of problems of few separated components some are known to 1e-9 and err by 1e-8."""
-    assert coverage(k_p, k_q, dim, 15, num_points=256) >= 0.92
+    assert coverage(k_p, k_q, dim, 15, num_points=256) >= 0.95
 
 
 def test_what_no_point_saw_must_be_counted(monkeypatch):
@@ -70,9 +70,9 @@ def test_a_radial_problem():
         for part in ([(1.0, 1.2)], rows)
     )
     expected = float(radial([(1.0, 1.2)], rows, 6))
-    value, error = sobol_cross(p, q, num_points=1024, num_replicates=REPLICATES)
-    assert abs(float(value) - expected) <= float(error) <= 2e-4
-    plain = sobol_kl(p, q, num_points=1024, num_replicates=REPLICATES)[1]
+    value, error = sobol_cross(p, q, num_points=4096, num_replicates=REPLICATES)
+    assert abs(float(value) - expected) <= float(error) <= 1e-4
+    plain = sobol_kl(p, q, num_points=4096, num_replicates=REPLICATES)[1]
     assert float(error) < float(plain)
 
 

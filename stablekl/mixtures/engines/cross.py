@@ -11,8 +11,9 @@ variates, functions of the point whose means under p_k are known exactly:
 log q is one of the first where one component dominates, and one of the second where two do; what is left is the places
 where three components of q are comparable. The coefficients are fitted to the first points of each stratum, as in
 `controls`, and what no point saw of the nearest component's pairs is added to the error, as there. Against the mean of
-log(p/q) (`sobol`, whose F is positive and thus the better one near p = q, where this is a difference) the half-width
-is 10 to 1000 times smaller for divergences above 1.
+log(p/q) (`sobol`, whose F is positive and thus the better one near p = q, where this is a difference) the reported
+half-width is 14 to 230 times smaller (medians of ten problems; 1 to 3 against 3 to 8 components in 4 and 16 dimensions,
+divergences from 0.1 to 6).
 """
 
 from __future__ import annotations

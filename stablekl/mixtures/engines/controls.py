@@ -16,7 +16,7 @@ sum over triples (r_i r_j r_k)^(1/3)  the same for three
 The entropy of a pair is -r_i log(r_i/(r_i + r_j)) - r_j log(r_j/(r_i + r_j)). Where no three components overlap, the
 first two are all there is to g and the variance vanishes; the others describe the places where three and more meet.
 g less the best combination of them has a reported half-width 2 to 20 times smaller than g itself, and up to 200 times,
-which is where `sobol.FLOOR` stops (256 points; K = 3, 4, 8, 16 in 2 to 32 dimensions, means 0.3 to 10 standard deviations
+where `sobol.FLOOR` stops it (256 points; K = 3, 4, 8, 16 in 2 to 32 dimensions, means 0.3 to 10 standard deviations
 apart: medians of ten problems each from 1.4 to 35; the more components meet in one place, the less).
 
 The coefficients are the least-squares ones over the first points of all replicates, within the strata. They are smooth

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..._autograd import custom, is_dual
+from ..._autograd import custom, is_dual, masked_product
 from ..components import Components
 from ..density_terms import inverse_factor, living, parameter_gradients
 from .cubature_cells import REACH, bounds, first_boxes, refined, row_totals
@@ -139,14 +139,14 @@ def _known(split: int, n: int) -> Callable[..., Tensor]:
         results: list[Tensor | None] = [None] * len(inputs)
         for i, d in enumerate(_gradient(split, n, inputs)):
             g = grad.reshape(-1, *(1,) * (d.ndim - 1))
-            results[i] = torch.where(g == 0, 0.0, g * d) if needed[i] else None
+            results[i] = masked_product(g, d) if needed[i] else None
         return tuple(results)
 
     def jvp(inputs: Sequence[Tensor], tangents: Sequence[Tensor | None], ndim: int) -> Tensor | None:
         total = torch.zeros_like(inputs[3])
         for d, t in zip(_gradient(split, n, inputs), tangents[:3], strict=True):
             if t is not None:
-                total = total + torch.where(t == 0, 0.0, d * t).flatten(1).sum(1)
+                total = total + masked_product(t, d).flatten(1).sum(1)
         return total
 
     return custom(value, vjp, jvp)

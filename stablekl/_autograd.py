@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["blockwise", "custom", "is_dual", "is_eager", "is_plain", "rowwise"]
+__all__ = ["blockwise", "custom", "is_dual", "is_eager", "is_plain", "may_hold", "rowwise"]
 
 # Elements per block: enough for torch to split each pass over its threads, few enough for a handful of float64
 # temporaries of 1 MiB to stay in the caches. Measured, idle: 2^16 to 2^18 are as good; blocks of 2^15 shared between
@@ -42,6 +42,14 @@ def is_eager(*tensors: Tensor) -> bool:
     if not is_plain([t.detach() for t in tensors]):
         return False
     return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def may_hold(mask: Tensor) -> bool:
+    """False where a CPU in eager mode sees that no row needs the treatment: its work would be thrown away.
+
+    The result is the same bit for bit; everywhere else (devices, tracing) the treatment is computed for all rows.
+    """
+    return mask.device.type != "cpu" or not is_plain((mask,)) or bool(mask.any())
 
 
 def is_dual(tensors: Sequence[Tensor]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-__all__ = ["Movable", "common_dtype", "moved", "widened"]
+__all__ = ["Movable", "broadcast_shape", "common_dtype", "moved", "widened"]
 
 DistributionT = TypeVar("DistributionT", bound=Distribution)
 
@@ -29,6 +29,21 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
     return dtype if dtype.is_floating_point else torch.get_default_dtype()
+
+
+def broadcast_shape(*shapes: torch.Size) -> torch.Size:
+    """`torch.broadcast_shapes`, which takes 0.05 ms, without it where one of the shapes is the answer."""
+    if all(s == shapes[0] for s in shapes):
+        return shapes[0]
+    if not torch.compiler.is_compiling():
+        for widest in shapes:
+            if all(
+                len(s) <= len(widest) and all(n in (1, m) for n, m in zip(reversed(s), reversed(widest), strict=False))
+                for s in shapes
+            ):
+                return widest
+    result: torch.Size = torch.broadcast_shapes(*shapes)
+    return result
 
 
 def moved(distribution: DistributionT, *args: Any, **kwargs: Any) -> DistributionT:

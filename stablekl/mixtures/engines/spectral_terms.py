@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._autograd import may_hold
-from ...quadrature import table
+from ...quadrature import _outside_transforms, table
 
 __all__ = [
     "Frame",
@@ -187,25 +187,31 @@ def _positive_diagonal(factor: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ the integral
 
 
-@functools.lru_cache(maxsize=4)
-def _trapezoid(nodes: int, step: float) -> tuple[tuple[float, ...], ...]:
-    """The numbers 0, 1, ..., the nodes, and the weights for the information."""
-    omega = tuple(step * j for j in range(nodes))
-    kernel = ((step if w else 0.5 * step) / ((0.25 + w * w) * math.cosh(math.pi * w)) for w in omega)
-    return tuple(float(j) for j in range(nodes)), omega, tuple(kernel)
+def _rule(step: Tensor) -> Rule:
+    j = torch.arange(NODES, dtype=torch.float64, device=step.device)
+    omega = step.unsqueeze(-1) * j
+    kernel = step.unsqueeze(-1) / ((0.25 + omega * omega) * torch.cosh(math.pi * omega))
+    return omega, torch.where(j == 0, 0.5 * kernel, kernel)
 
 
-def quadrature(spectrum: Spectrum, information: bool) -> tuple[Tensor, Tensor]:
-    """Nodes omega >= 0 and weights of the kernel, [B, n]; the two halves of the line in one.
+@functools.lru_cache(maxsize=64)
+def _kept_rule(nodes: int, step: float, device: torch.device) -> Rule:
+    return _outside_transforms(lambda: _rule(torch.tensor(step, dtype=torch.float64, device=device)))
+
+
+def quadrature(spectrum: Spectrum, information: bool) -> Rule:
+    """Nodes omega >= 0 and weights of the kernel, [..., n]; the two halves of the line in one.
 
     For H(Z|X) the nodes shrink to where rho(1/2 + i omega) lives: far components make it a peak narrower
     than the step, and H, though right absolutely, would lose its relative accuracy.
     """
     tanh, square = spectrum.tanh.detach(), spectrum.square.detach()
-    count, *rule = (table(x, tanh.device) for x in _trapezoid(NODES, STEP))
     if information:
-        omega, kernel = (x.expand(*tanh.shape[:-1], NODES) for x in rule)
-        return omega, kernel
+        if torch.compiler.is_compiling():
+            return _rule(torch.full_like(tanh[..., 0], STEP))
+        omega, kernel = _kept_rule(NODES, STEP, tanh.device)
+        shape = (*tanh.shape[:-1], NODES)
+        return omega.expand(shape), kernel.expand(shape)
     z = tanh * tanh
     low = torch.zeros_like(tanh[..., 0])
     for k in range(1, 49):
@@ -215,10 +221,7 @@ def quadrature(spectrum: Spectrum, information: bool) -> tuple[Tensor, Tensor]:
         bend = 1 + 4 * w * z
         decay = (0.25 * torch.log(bend) + 0.5 * square * (w * (1 - z) / bend)).sum(-1)
         low = torch.where(decay + math.pi * trial < 40, trial, low)
-    step = (low + STEP * (NODES - 1) * 0.5**48) / (NODES - 1)
-    omega = step.unsqueeze(-1) * count
-    kernel = step.unsqueeze(-1) / ((0.25 + omega * omega) * torch.cosh(math.pi * omega))
-    return omega, torch.where(count == 0, 0.5 * kernel, kernel)
+    return _rule((low + STEP * (NODES - 1) * 0.5**48) / (NODES - 1))
 
 
 def _log_rho_slice(spectrum: Spectrum, omega: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,11 +229,11 @@ def _log_rho_slice(spectrum: Spectrum, omega: Tensor) -> tuple[Tensor, Tensor]:
     tanh, square, log_cosh, excess = spectrum
     x = 2 * omega.unsqueeze(-1) * tanh.unsqueeze(-2)
     z = x * x
-    a = 1 / (1 + z)
+    # sums over i of h_i/(1 + x_i^2) and of h_i T_i/(1 + x_i^2)
+    even, odd = ((1 / (1 + z)) @ torch.stack([square, tanh * square], -1)).unbind(-1)
     eighth_q = 0.125 + 0.5 * omega * omega
-    h = square.unsqueeze(-1)
-    real = -(0.25 * torch.log1p(z).sum(-1) + eighth_q * (a @ h).squeeze(-1) + 0.5 * log_cosh.unsqueeze(-1))
-    imag = 0.5 * x_minus_atan(x).sum(-1) + eighth_q * ((a * x) @ h).squeeze(-1) + omega * excess.unsqueeze(-1)
+    real = -(0.25 * torch.log1p(z).sum(-1) + eighth_q * even + 0.5 * log_cosh.unsqueeze(-1))
+    imag = 0.5 * x_minus_atan(x).sum(-1) + omega * (2 * eighth_q * odd + excess.unsqueeze(-1))
     return real, imag
 
 

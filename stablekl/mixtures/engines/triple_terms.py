@@ -247,13 +247,13 @@ def log_moment(frame: Geometry, along: Spectrum, rule: Rule) -> tuple[Tensor, Te
     direction, radius = rule.direction, rule.radius
     y = radius.unsqueeze(-1) * along.eigenvalue.unsqueeze(-2)
     z = y * y
-    a = 1 / (1 + z)
-    h = (along.push * along.push).unsqueeze(-1)
+    h = along.push * along.push
+    even, odd = ((1 / (1 + z)) @ torch.stack([h, along.eigenvalue * h], -1)).unbind(-1)
     square = 1.5 * radius * radius
     constant = (frame.log_det - frame.square).sum(-1)[..., None, None] / 6
     linear = 0.5 * (direction @ (frame.log_det - frame.square).unsqueeze(-1))
-    real = constant - 0.25 * torch.log1p(z).sum(-1) - square * (a @ h).squeeze(-1)
-    imag = radius * linear + 0.5 * x_minus_atan(y).sum(-1) + square * ((a * y) @ h).squeeze(-1)
+    real = constant - 0.25 * torch.log1p(z).sum(-1) - square * even
+    imag = radius * linear + 0.5 * x_minus_atan(y).sum(-1) + square * radius * odd
     return real, imag
 
 

@@ -1,15 +1,19 @@
-"""What every stablekl distribution has beyond torch's: ``.to(device, dtype)``; and the precision rules work in."""
+"""What every stablekl distribution has beyond torch's: ``.to(device, dtype)``; precision and batch shapes of the rules."""
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-__all__ = ["Movable", "broadcast_shape", "common_dtype", "moved", "widened"]
+from .._autograd import is_plain
+
+__all__ = ["Movable", "broadcast_shape", "common_dtype", "moved", "of_both", "widened"]
 
 DistributionT = TypeVar("DistributionT", bound=Distribution)
 
@@ -44,6 +48,23 @@ def broadcast_shape(*shapes: torch.Size) -> torch.Size:
                 return widest
     result: torch.Size = torch.broadcast_shapes(*shapes)
     return result
+
+
+def _distinct(a: Tensor) -> Tensor:
+    """Matrices without the copies that expanding their batch shape has made, its dimensions kept."""
+    if is_plain((a,)):
+        for i, stride in enumerate(a.stride()[:-2]):
+            a = a.narrow(i, 0, 1) if stride == 0 and a.shape[i] > 1 else a
+    return a
+
+
+def of_both(f: Callable[..., Tensor], p: tuple[Tensor, ...], q: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """``f(*p)`` and ``f(*q)`` for matrices of one shape, in one call, and once for a q that several p share."""
+    shape, distinct = p[0].shape, [_distinct(a) for a in q]
+    stacked = (torch.cat([x.reshape(-1, *shape[-2:]) for x in pair]) for pair in zip(p, distinct, strict=True))
+    result = f(*stacked)
+    rows = result.shape[0] - math.prod(distinct[0].shape[:-2])
+    return result[:rows].reshape(shape), result[rows:].reshape(distinct[0].shape).expand(shape)
 
 
 def moved(distribution: DistributionT, *args: Any, **kwargs: Any) -> DistributionT:

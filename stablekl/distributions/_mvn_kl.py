@@ -22,7 +22,6 @@ is not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -34,7 +33,7 @@ from .._autograd import is_dual, is_plain, may_hold, rowwise
 from .._elementwise import product_error, sum_error
 from .._residual import residual
 from ..special import log1pmx_value, log_ratio_bregman_value
-from ._base import broadcast_shape, widened
+from ._base import broadcast_shape, of_both, widened
 
 __all__ = ["covariance_kl", "precision_kl", "scale_tril_kl"]
 
@@ -83,8 +82,8 @@ def _whitened(factor_p: Tensor, factor_q: Tensor, shift: Tensor) -> Tensor:
     are near each other; for a column with Lp << Lq it would bury Lp under Lq (1e4 eps), so it is left alone there.
     """
     dp, dq = _diagonal(factor_p), _diagonal(factor_q)
-    near = ((dp > 0.5 * dq) & (dp < 2 * dq)).to(dp.dtype).unsqueeze(-2)
     r = (dp - dq) / dq
+    near = ((r - 0.25).abs() < 0.75).to(dp.dtype).unsqueeze(-2)  # within a factor of 2
     if _recorded(factor_p, factor_q, shift):
         difference = torch.addcmul(factor_p, factor_q, near, value=-1)
         z = _solve(factor_q, torch.cat((shift.unsqueeze(-1), difference), -1))
@@ -224,23 +223,6 @@ def _factorisation_error(a: Tensor, factor: Tensor) -> Tensor:
     return _sandwich(factor, residual(a, factor, factor))
 
 
-def _distinct(a: Tensor) -> Tensor:
-    """Matrices without the copies that expanding their batch shape has made, its dimensions kept."""
-    if is_plain((a,)):
-        for i, stride in enumerate(a.stride()[:-2]):
-            a = a.narrow(i, 0, 1) if stride == 0 and a.shape[i] > 1 else a
-    return a
-
-
-def _of_both(f: Callable[..., Tensor], p: Tensors, q: Tensors) -> tuple[Tensor, Tensor]:
-    """``f(*p)`` and ``f(*q)`` for matrices of one shape, in one call, and once for a q that several p share."""
-    shape, distinct = p[0].shape, [_distinct(a) for a in q]
-    stacked = (torch.cat([x.reshape(-1, *shape[-2:]) for x in pair]) for pair in zip(p, distinct, strict=True))
-    result = f(*stacked)
-    rows = result.shape[0] - math.prod(distinct[0].shape[:-2])
-    return result[:rows].reshape(shape), result[rows:].reshape(distinct[0].shape).expand(shape)
-
-
 def _norm(a: Tensor) -> Tensor:
     return a.square().sum((-2, -1)).sqrt()
 
@@ -257,7 +239,7 @@ def _corrected(value: Tensor, correction: Tensor, far: Tensor) -> Tensor:
 def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) -> Tensors:
     dtype = mu_p.dtype
     mu_p, cov_p, mu_q, cov_q = map(widened, (mu_p, cov_p, mu_q, cov_q))
-    factor_p, factor_q = _of_both(_factor, (cov_p,), (cov_q,))
+    factor_p, factor_q = of_both(_factor, (cov_p,), (cov_q,))
     far = _whitened(factor_p, factor_q, mu_p - mu_q)
     m, x = far[..., :1], far[..., 1:]
     excess = _diagonal_excess(_diagonal(factor_p), _diagonal(factor_q))
@@ -270,7 +252,7 @@ def _covariance_value(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) 
     value = _half_square(x) + _half_square(m) + excess
     is_far = ~near[..., 0, 0]
     if dtype == torch.float64 and may_hold(is_far):  # narrower values leave room enough
-        error_p, error_q = _of_both(_factorisation_error, (cov_p, factor_p), (cov_q, factor_q))
+        error_p, error_q = of_both(_factorisation_error, (cov_p, factor_p), (cov_q, factor_q))
         g = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) + far[..., 1:]  # tr(Sq^-1 Sp) = |G|^2
         determinants = _trace(error_q - error_p)
         trace = (g * (g @ error_p - error_q @ g)).sum((-2, -1))

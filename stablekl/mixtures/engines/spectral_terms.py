@@ -65,14 +65,14 @@ ODD_EXCESS = (
 VAST = 1e60
 
 
-# Nodes omega and weights, [B, n].
+# Nodes omega and weights, [..., n].
 Rule = tuple[Tensor, Tensor]
 # Gradients by log_weights, loc and scale.
 Partials = tuple[Tensor, Tensor, Tensor]
 
 
 class Spectrum(NamedTuple):
-    """What rho depends on: ``tanh`` and ``square`` (T and h) are [B, D]; the two sums over i are [B]."""
+    """What rho depends on: ``tanh`` and ``square`` (T and h) are [..., D]; the two sums over i are [...]."""
 
     tanh: Tensor
     square: Tensor
@@ -83,8 +83,8 @@ class Spectrum(NamedTuple):
 class Frame(NamedTuple):
     """The joint basis of two full covariances.
 
-    R with R'R = S1 + S2, the eigenvectors V of R^-T (S2 - S1) R^-1, R^-T L1 and R^-T L2, all [B, D, D]; the
-    mean difference in that basis, [B, D].
+    R with R'R = S1 + S2, upper triangular (what is below its diagonal is not part of it), the eigenvectors V of
+    R^-T (S2 - S1) R^-1, R^-T L1 and R^-T L2, all [..., D, D]; the mean difference in that basis, [..., D].
     """
 
     root: Tensor
@@ -130,7 +130,7 @@ def _ratio_log(a: Tensor, b: Tensor) -> Tensor:
 
 
 def diagonal_spectrum(loc: Tensor, scale: Tensor) -> Spectrum:
-    """The spectrum of two diagonal Gaussians, loc and scale [B, 2, D]: elementwise."""
+    """The spectrum of two diagonal Gaussians, loc and scale [..., 2, D]: elementwise."""
     s1, s2 = scale.unbind(-2)
     top = torch.maximum(s1, s2).detach()  # nothing depends on it but the range of the arithmetic
     a, b = s1 / top, s2 / top
@@ -150,7 +150,7 @@ def diagonal_spectrum(loc: Tensor, scale: Tensor) -> Spectrum:
 
 
 def full_spectrum(loc: Tensor, scale: Tensor) -> tuple[Spectrum, Frame]:
-    """The spectrum of two full Gaussians, loc [B, 2, D] and factors [B, 2, D, D], and their joint basis."""
+    """The spectrum of two full Gaussians, loc [..., 2, D] and factors [..., 2, D, D], and their joint basis."""
     l1, l2 = scale.unbind(-3)
     # R'R = S1 + S2 from the factors: forming the covariances and factorising their sum would square the
     # condition number. linalg.qr(mode="r") fails under vmap and geqrf under dynamic shapes (torch 2.13); the
@@ -158,7 +158,7 @@ def full_spectrum(loc: Tensor, scale: Tensor) -> tuple[Spectrum, Frame]:
     dim = loc.shape[-1]
     stacked = torch.cat([l1, l2], -1).mT
     packed = torch.linalg.qr(stacked).R if torch.compiler.is_compiling() else torch.geqrf(stacked)[0]
-    root = packed[..., :dim, :].triu()
+    root = packed[..., :dim, :]  # above its diagonal; what is below is something else
     shift = (loc[..., 1, :] - loc[..., 0, :]).unsqueeze(-1)
     solved = torch.linalg.solve_triangular(root.mT, torch.cat([l2 - l1, l1, l2, shift], -1), upper=False)
     difference, first, second, shift = solved.split([dim, dim, dim, 1], -1)
@@ -225,7 +225,7 @@ def quadrature(spectrum: Spectrum, information: bool) -> Rule:
 
 
 def _log_rho_slice(spectrum: Spectrum, omega: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of log rho(1/2 + i omega), [B, n]."""
+    """Real and imaginary part of log rho(1/2 + i omega), [..., n]."""
     tanh, square, log_cosh, excess = spectrum
     x = 2 * omega.unsqueeze(-1) * tanh.unsqueeze(-2)
     z = x * x

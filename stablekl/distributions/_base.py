@@ -1,4 +1,4 @@
-"""What every stablekl distribution has beyond torch's: ``.to(device, dtype)``; precision and batch shapes of the rules."""
+"""What every stablekl distribution has beyond torch's, ``.to(device, dtype)``; precision and batch shapes of rules."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ STEP = 0.078125
 
 # Elements (rows x nodes x dimensions) handled at once, so that float64 temporaries stay in a core's cache
 # and memory does not grow with the batch.
-BLOCK = 2**17
+BLOCK = 2**16
 
 # x - atan x comes from its series up to NEAR, on tanh of the log-ratio of scales and on x = 2 omega tanh; the
 # subtraction would lose x^-2 eps. Below FAR, log cosh t and t come from tanh t = T (1/(1 - T^2) <= 6 amplifies its

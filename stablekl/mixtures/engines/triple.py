@@ -164,12 +164,6 @@ def _prepared(components: Components) -> tuple[Components, torch.dtype]:
     return (p if p.is_diagonal else p._replace(scale=p.scale.tril())), dtype
 
 
-def _pairs(x: Tensor, dim: int) -> Tensor:
-    """The three pairs along a dimension of three, in a new dimension before it; ``dim`` is negative."""
-    pairs = [torch.stack([x.select(dim, i), x.select(dim, j)], dim) for i, j in ((0, 1), (0, 2), (1, 2))]
-    return torch.stack(pairs, dim - 1)
-
-
 def _condition(scale: Tensor) -> Tensor:
     """Bound on the condition numbers of factors [..., 3, D, D] whose rows are scaled to length 1."""
     dim = scale.shape[-1]
@@ -241,8 +235,9 @@ def triple_information(p: Components) -> tuple[Tensor, Tensor]:
     p, dtype = _prepared(p)
     total = -_ENGINES[True, p.is_diagonal](*p)
     dims = (-1, -2, -2 if p.is_diagonal else -3)
-    pairs = Components(*(_pairs(x, d) for x, d in zip(p, dims, strict=True)))
-    total = total + label_information(pairs).sum(-1)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        pair = (torch.stack([x.select(d, i), x.select(d, j)], d) for x, d in zip(p, dims, strict=True))
+        total = total + label_information(Components(*pair))
     eps = torch.finfo(torch.float64).eps
     with torch.no_grad():
         # 1 - M twice meets the rule's error, and three pairs add 1e-15 each

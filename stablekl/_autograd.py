@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["blockwise", "custom", "is_dual", "is_eager", "is_plain", "masked_product", "rowwise"]
+__all__ = ["blockwise", "custom", "is_dual", "is_eager", "is_plain", "masked_product", "may_hold", "rowwise"]
 
 # Elements per block: enough for torch to split each pass over its threads, few enough for a handful of float64
 # temporaries of 1 MiB to stay in the caches. Measured, idle: 2^16 to 2^18 are as good; blocks of 2^15 shared between
@@ -26,22 +26,22 @@ BLOCK = 2**17
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """True when the tensors hold data here and now: no tracing, no vmap, no graph to record."""
-    if torch.compiler.is_compiling() or _is_traced():
-        return False
-    functorch = torch._C._functorch
-    return not any(
-        functorch.is_functorch_wrapped_tensor(t)
-        or functorch.is_legacy_batchedtensor(t)  # torch.autograd.grad(..., is_grads_batched=True)
-        or (torch.is_grad_enabled() and t.requires_grad)
-        for t in tensors
-    )
+    return not (_is_transformed(tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)))
 
 
 def is_eager(*tensors: Tensor) -> bool:
     """Whether the data may be looked at: not under vmap or torch.compile, not while a CUDA graph is captured."""
-    if not is_plain([t.detach() for t in tensors]):
+    if _is_transformed(tensors):
         return False
     return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def may_hold(mask: Tensor) -> bool:
+    """False where a CPU in eager mode sees that no row needs the treatment: its work would be thrown away.
+
+    The result is the same bit for bit; everywhere else (devices, tracing) the treatment is computed for all rows.
+    """
+    return mask.device.type != "cpu" or not is_plain((mask,)) or bool(mask.any())
 
 
 def is_dual(tensors: Sequence[Tensor]) -> bool:
@@ -49,14 +49,19 @@ def is_dual(tensors: Sequence[Tensor]) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-def _is_traced() -> bool:
-    """Under torch.jit.trace, make_fx, or with fake tensors."""
-    mode, key = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+def _is_transformed(tensors: Sequence[Tensor]) -> bool:
+    """Under torch.compile, torch.jit.trace or make_fx, with fake tensors, or inside vmap and its like."""
+    if torch.compiler.is_compiling():
+        return True
+    c, wrapped = torch._C, torch._C._functorch.is_functorch_wrapped_tensor
+    batched = torch._C._functorch.is_legacy_batchedtensor  # torch.autograd.grad(..., is_grads_batched=True)
+    key = c._TorchDispatchModeKey
+    modes = c._len_torch_dispatch_stack() and (c._get_dispatch_mode(key.PROXY) or c._get_dispatch_mode(key.FAKE))
     return (
-        torch._C._is_tracing()
-        or mode(key.PROXY) is not None
-        or mode(key.FAKE) is not None
+        c._is_tracing()
+        or bool(modes)
         or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or any(wrapped(t) or batched(t) for t in tensors)
     )
 
 

@@ -26,7 +26,11 @@ def residual(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
         b: shape (..., N, D).
     """
     a1, a2, a3 = _slices(a)
-    b1, b2, b3 = (a1, a2, a3) if b is a else _slices(b)
+    if b is a:  # then half of these products are the others' transposes
+        second, third = a1 @ a2.mT, a1 @ a3.mT
+        rest = (c - a1 @ a1.mT) - (second + second.mT)
+        return rest - (a2 @ a2.mT + (third + third.mT))
+    b1, b2, b3 = _slices(b)
     rest = c - a1 @ b1.mT
     rest = rest - (a1 @ b2.mT + a2 @ b1.mT)
     return rest - (a2 @ b2.mT + (a1 @ b3.mT + a3 @ b1.mT))

@@ -18,6 +18,7 @@ from torch.distributions.kl import _KL_REGISTRY
 
 import stablekl
 from stablekl.distributions import _mvn_kl
+from stablekl.distributions._base import broadcast_shape
 from stablekl.distributions._mvn_kl import covariance_kl, precision_kl, scale_tril_kl
 from stablekl.precision.metrics import group_error
 from stablekl.precision.references import FAMILIES
@@ -569,3 +570,33 @@ def test_compile():
     f(*eager).sum().backward()
     for a, b in zip(leaves, eager, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("distance", [1e-3, 3.0])
+def test_one_covariance_that_many_share(distance):
+    """The matrices of a shared q are factorised once: as if each pair had its own."""
+    g = torch.Generator().manual_seed(5)
+    a = torch.randn(4, 6, 12, generator=g, dtype=torch.float64)
+    cov = a @ a.mT / 12
+    cov_p, cov_q = cov[:1] + distance * cov[1:], cov[:1]
+    mu_p, mu_q = torch.randn(3, 6, generator=g, dtype=torch.float64), torch.zeros(1, 6, dtype=torch.float64)
+    for shared in (cov_q, cov_q.expand(3, 6, 6)):
+        together = covariance_kl(mu_p, cov_p, mu_q, shared)
+        apart = torch.stack([covariance_kl(mu_p[i], cov_p[i], mu_q[0], cov_q[0]) for i in range(3)])
+        torch.testing.assert_close(together, apart, rtol=1e-14, atol=0)
+        inside_out = covariance_kl(mu_q, shared, mu_p, cov_p)
+        apart = torch.stack([covariance_kl(mu_q[0], cov_q[0], mu_p[i], cov_p[i]) for i in range(3)])
+        torch.testing.assert_close(inside_out, apart, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(2,), (1,)], [(), (3, 2)], [(3, 1), (1, 2)], [(0, 2), (1, 1)], [(4, 1, 2), (3, 1), ()], [(2,), (2,)]]
+)
+def test_broadcast_shape(shapes):
+    sizes = [torch.Size(s) for s in shapes]
+    assert broadcast_shape(*sizes) == torch.broadcast_shapes(*sizes)
+
+
+def test_shapes_that_do_not_broadcast():
+    with pytest.raises(RuntimeError, match="shape"):
+        broadcast_shape(torch.Size([2]), torch.Size([3]))

@@ -482,3 +482,24 @@ def test_shapes_dtypes_and_errors() -> None:
     assert label_information(half).dtype == torch.float32
     with pytest.raises(ValueError, match="two components"):
         label_information(Components(torch.zeros(3), torch.zeros(3, 1), torch.ones(3, 1)))
+
+
+# ------------------------------------------------------------------------------------- elementary functions
+
+
+def worst_relative_error(f: Callable[[Tensor], Tensor], exact: Callable[[mp.mpf], mp.mpf], x: Tensor) -> float:
+    with mp.workdps(40):
+        truths = [exact(mp.mpf(v)) for v in x.tolist()]
+        return max(float(abs(v / t - 1)) for v, t in zip(f(x).tolist(), truths, strict=True))
+
+
+def test_differences_of_inverse_functions_keep_their_digits():
+    x = torch.logspace(-7, 1.3, 600, dtype=F64)
+    small = torch.logspace(-7, math.log10(0.9), 600, dtype=F64)
+    arctan, artanh = (lambda v: v - mp.atan(v)), (lambda v: mp.atanh(v) - v)
+    assert worst_relative_error(spectral_terms.x_minus_atan, arctan, x) < 1e-14
+    assert worst_relative_error(spectral_terms._atanh_minus_x, artanh, small) < 1e-14
+    odd = spectral_terms.x_minus_atan(-x)
+    assert torch.equal(odd, -spectral_terms.x_minus_atan(x))
+    # must fail: the subtraction
+    assert worst_relative_error(lambda v: v - torch.atan(v), arctan, x) > 1e-3

@@ -1,15 +1,19 @@
-"""What every stablekl distribution has beyond torch's: ``.to(device, dtype)``; and the precision rules work in."""
+"""What every stablekl distribution has beyond torch's, ``.to(device, dtype)``; precision and batch shapes of rules."""
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-__all__ = ["Movable", "common_dtype", "moved", "widened"]
+from .._autograd import is_plain
+
+__all__ = ["Movable", "broadcast_shape", "common_dtype", "moved", "of_both", "widened"]
 
 DistributionT = TypeVar("DistributionT", bound=Distribution)
 
@@ -29,6 +33,38 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
     return dtype if dtype.is_floating_point else torch.get_default_dtype()
+
+
+def broadcast_shape(*shapes: torch.Size) -> torch.Size:
+    """`torch.broadcast_shapes`, which takes 0.05 ms, without it where one of the shapes is the answer."""
+    if all(s == shapes[0] for s in shapes):
+        return shapes[0]
+    if not torch.compiler.is_compiling():
+        for widest in shapes:
+            if all(
+                len(s) <= len(widest) and all(n in (1, m) for n, m in zip(reversed(s), reversed(widest), strict=False))
+                for s in shapes
+            ):
+                return widest
+    result: torch.Size = torch.broadcast_shapes(*shapes)
+    return result
+
+
+def _distinct(a: Tensor) -> Tensor:
+    """Matrices without the copies that expanding their batch shape has made, its dimensions kept."""
+    if is_plain((a,)):
+        for i, stride in enumerate(a.stride()[:-2]):
+            a = a.narrow(i, 0, 1) if stride == 0 and a.shape[i] > 1 else a
+    return a
+
+
+def of_both(f: Callable[..., Tensor], p: tuple[Tensor, ...], q: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """``f(*p)`` and ``f(*q)`` for matrices of one shape, in one call, and once for a q that several p share."""
+    shape, distinct = p[0].shape, [_distinct(a) for a in q]
+    stacked = (torch.cat([x.reshape(-1, *shape[-2:]) for x in pair]) for pair in zip(p, distinct, strict=True))
+    result = f(*stacked)
+    rows = result.shape[0] - math.prod(distinct[0].shape[:-2])
+    return result[:rows].reshape(shape), result[rows:].reshape(distinct[0].shape).expand(shape)
 
 
 def moved(distribution: DistributionT, *args: Any, **kwargs: Any) -> DistributionT:

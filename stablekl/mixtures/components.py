@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributions._base import broadcast_shape, common_dtype
 from ..distributions._gaussian import Gaussian, lower_factor
 
-__all__ = ["Components", "broadcast_shape", "chosen_components", "gaussian_components"]
+__all__ = ["Components", "chosen_components", "gaussian_components", "prepared"]
 
 
 class Components(NamedTuple):
@@ -39,14 +40,6 @@ class Components(NamedTuple):
         """The same with the batch shape expanded; no memory is allocated."""
         n = self.log_weights.ndim - 1
         return Components(*(x.expand(batch_shape + x.shape[n:]) for x in self))
-
-
-def broadcast_shape(*shapes: torch.Size) -> torch.Size:
-    """`torch.broadcast_shapes`, which takes 0.1 ms, without it where the shapes are the same."""
-    if all(s == shapes[0] for s in shapes):
-        return shapes[0]
-    result: torch.Size = torch.broadcast_shapes(*shapes)
-    return result
 
 
 def gaussian_components(log_weights: Tensor, gaussian: Gaussian) -> Components:
@@ -81,3 +74,33 @@ def chosen_components(p: Components, index: Tensor) -> Components:
         p.loc.gather(batch, loc_index).reshape(*index.shape, -1),
         p.scale.gather(batch, scale_index).reshape(*index.shape, *events),
     )
+
+
+def prepared(p: Components, count: int, integral: str) -> tuple[Components, torch.dtype]:
+    """Components for an integral that takes so many: float64, of one batch shape, diagonal in one dimension.
+
+    Args:
+        p: the components.
+        count: how many there must be.
+        integral: what it is called.
+
+    Returns:
+        These and the dtype that the result is to be in.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    log_weights, loc, scale = p
+    if log_weights.shape[-1] != count or loc.shape[-2] != count:
+        raise ValueError(
+            f"{integral} is for {('one', 'two', 'three')[count - 1]} components, got log_weights of shape "
+            f"{tuple(log_weights.shape)} and loc of shape {tuple(loc.shape)}; for any other number of "
+            "components use kl_estimate with method='auto'"
+        )
+    dtype = common_dtype(log_weights, loc, scale)
+    if loc.shape[-1] == 1 and not p.is_diagonal:
+        scale = scale.squeeze(-1)
+    events = 1 if scale.ndim == loc.ndim else 2
+    batch = broadcast_shape(log_weights.shape[:-1], loc.shape[:-2], scale.shape[: -1 - events])
+    widened = zip((log_weights, loc, scale), (1, 2, 1 + events), strict=True)
+    return Components(*(x.to(torch.float64).expand(batch + x.shape[x.ndim - e :]) for x, e in widened)), dtype

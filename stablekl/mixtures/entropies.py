@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from .._autograd import is_eager
+from ..distributions._base import broadcast_shape
 from ..distributions._gaussian import Gaussian
 from .bounds import closed_bounds, information_bounds, pairwise_kl
-from .components import Components, broadcast_shape
+from .components import Components
 from .engines.overlaps import log_determinants
 from .estimate import Bounds, KLEstimate, requested, warn_of_excess
 from .information import Information, least_exact, mixture_information, replaced

@@ -113,9 +113,9 @@ def simplified(m: Mixture) -> Mixture:
     if m.num_components == 1 or not is_eager(m.log_weights, m.gaussian.loc, m.gaussian.scale):
         return m
     g = m.gaussian
-    alive = (m.log_weights.detach() > -torch.inf).reshape(-1, m.num_components).any(0)
+    alive = m.log_weights.detach() > -torch.inf
     if not bool(alive.all()):
-        keep = alive.nonzero()[:, 0]
+        keep = alive.reshape(-1, m.num_components).any(0).nonzero()[:, 0]
         factor = None if g.cov_factor is None else g.cov_factor.index_select(-3, keep)
         g = Gaussian(g.kind, g.loc.index_select(-2, keep), g.scale.index_select(_k_dim(g), keep), factor)
         m = m._replace(log_weights=m.log_weights.index_select(-1, keep), gaussian=g)

@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 
 from .._autograd import is_eager
+from ..distributions._base import broadcast_shape
 from ..distributions._gaussian import gaussian_kl
 from .bounds import closed_bounds, pairwise_kl
-from .components import Components, broadcast_shape
+from .components import Components
 from .engines.adaptive import adaptive_information
 from .engines.cubature import cubature_information
 from .engines.line import line_kl
@@ -113,12 +114,16 @@ def evaluate_kl(method: Method, p: Mixture, q: Mixture, rtol: float, max_points:
     dtype = torch.promote_types(p.dtype, q.dtype)
     p, q = p.widened(), q.widened()
     if q.num_components == 1:
-        result, pairs = _to_one(method, p, q, rtol, max_points, slack_for(dtype))
+        pairs = pairwise_kl(p, q)
+        nearest = weighted(p.log_weights, pairs.squeeze(-1))
+        value, error, engine = _to_one(method, p, q, nearest, rtol, max_points, slack_for(dtype))
     else:
-        result, pairs = _to_many(method, p, q, rtol, max_points, slack_for(dtype))
-    value, error, engine = result
+        with torch.no_grad():
+            pairs = pairwise_kl(p, q)
+            nearest = weighted(p.log_weights, (pairs - q.log_weights.unsqueeze(-2)).amin(-1))
+        value, error, engine = _to_many(method, p, q, rtol, max_points, slack_for(dtype))
     with torch.no_grad():
-        bounds = _quick_bounds(p, q, pairs) if engine in CERTAIN else closed_bounds(p, q, pairs)
+        bounds = _quick_bounds(p, q, nearest) if engine in CERTAIN else closed_bounds(p, q, pairs)
     value = torch.where(bounds.upper.isinf(), bounds.upper, value)
     value = bounds.clipped(value)
     error = torch.where(value.detach().isinf(), torch.inf, error)
@@ -141,9 +146,8 @@ def _narrowed(value: Tensor, error: Tensor, bounds: Bounds) -> Bounds:
     return Bounds(torch.maximum(bounds.lower, low), torch.minimum(bounds.upper, value + error))
 
 
-def _quick_bounds(p: Mixture, q: Mixture, pairs: Tensor) -> Bounds:
-    """Wide bounds at no cost: each p_k against the nearest component of q, and 0 <= I <= H(w)."""
-    upper = weighted(p.log_weights, (pairs - q.log_weights.unsqueeze(-2)).amin(-1))
+def _quick_bounds(p: Mixture, q: Mixture, upper: Tensor) -> Bounds:
+    """Wide bounds at no cost: each p_k against the nearest component of q, which is given, and 0 <= I <= H(w)."""
     slack = 64 * torch.finfo(upper.dtype).eps * (1 + upper)
     if q.num_components > 1:
         return Bounds(torch.zeros_like(upper), upper + slack)
@@ -155,17 +159,15 @@ def _quick_bounds(p: Mixture, q: Mixture, pairs: Tensor) -> Bounds:
 
 
 def _to_one(
-    method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int, slack: float
-) -> tuple[Information, Tensor]:
-    """KL(p || q) for a single q, and KL(p_k || q)."""
-    pairs = pairwise_kl(p, q)
-    mean_kl = weighted(p.log_weights, pairs.squeeze(-1))
+    method: Method, p: Mixture, q: Mixture, mean_kl: Tensor, rtol: float, max_points: int, slack: float
+) -> Information:
+    """KL(p || q) for a single q, given the mean of KL(p_k || q)."""
     if method in ("auto", "line") and p.dim == 1:
-        return _on_the_line(p, q), pairs.detach()
+        return _on_the_line(p, q)
     components = p.components()
     if p.num_components == 2 and method in ("auto", "spectral"):  # nothing to ask for, and no time to lose
         value = mean_kl - label_information(components)
-        return Information(value, EXACT_ERROR * (1 + mean_kl.detach().expand_as(value)), "spectral"), pairs.detach()
+        return Information(value, EXACT_ERROR * (1 + mean_kl.detach().expand_as(value)), "spectral")
     with torch.no_grad():
         # what is sampled is sampled once for all q that share a p: to the tolerance of the smallest divergence
         goal = rtol * (1 + (mean_kl - label_entropy(p.log_weights)).clamp(min=0))
@@ -173,7 +175,7 @@ def _to_one(
     found = _information(method, components, goal, max_points, slack)
     value = mean_kl - found.value
     error = found.error + EXACT_ERROR * (1 + mean_kl.detach())
-    return Information(value, error.expand_as(value), found.method), pairs.detach()
+    return Information(value, error.expand_as(value), found.method)
 
 
 def _least(x: Tensor, shape: torch.Size) -> Tensor:
@@ -199,14 +201,10 @@ def _information(method: Method, p: Components, goal: Tensor, max_points: int, s
 # ---------------------------------------------------------------------------------------- against a mixture
 
 
-def _to_many(
-    method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int, slack: float
-) -> tuple[Information, Tensor]:
-    """KL(p || q) for a mixture q, and KL(p_j || q_k)."""
-    with torch.no_grad():
-        pairs = pairwise_kl(p, q)
+def _to_many(method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int, slack: float) -> Information:
+    """KL(p || q) for a mixture q."""
     if method in ("auto", "line") and p.dim == 1:
-        return _on_the_line(p, q), pairs
+        return _on_the_line(p, q)
     c_p, c_q = p.components(), q.components()
     if c_p.is_diagonal != c_q.is_diagonal:
         c_p, c_q = (c._replace(scale=torch.diag_embed(c.scale)) if c.is_diagonal else c for c in (c_p, c_q))
@@ -220,13 +218,13 @@ def _to_many(
             method = "contour" if q.num_components == 2 else "sobol"
         result = mixture_kl(method, c_p, c_q, rtol, max_points, slack)
     if p.num_components != q.num_components:
-        return result, pairs
+        return result
     with torch.no_grad():  # equal parameters: exactly 0, the minimum, where S - I leaves rounding errors
-        same = torch.ones(batch, dtype=torch.bool, device=pairs.device)
+        same = torch.ones(batch, dtype=torch.bool, device=c_p.loc.device)
         for a, b in zip(c_p, c_q, strict=True):
             same = same & (a == b).flatten(len(batch)).all(-1)
     value, error = (torch.where(same, 0.0, x) for x in result[:2])
-    return Information(value, error, result.method), pairs
+    return Information(value, error, result.method)
 
 
 def _on_the_line(p: Mixture, q: Mixture) -> Information:

@@ -90,4 +90,5 @@ def weighted(log_weights: Tensor, terms: Tensor) -> Tensor:
 
 def label_entropy(log_weights: Tensor) -> Tensor:
     """H(w), of the batch shape."""
-    return -weighted(log_weights, torch.where(log_weights > -torch.inf, log_weights, 0.0))
+    # no weight is left of a log-weight of -800
+    return -(log_weights.exp() * log_weights.clamp(min=-800.0)).sum(-1)

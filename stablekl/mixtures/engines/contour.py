@@ -51,8 +51,9 @@ import torch
 from torch import Tensor
 
 from ..._autograd import rowwise
+from ...distributions._base import broadcast_shape
 from ...distributions._gaussian import Gaussian, gaussian_kl
-from ..components import Components, broadcast_shape
+from ..components import Components
 from .contour_gradient import Partials, diagonal_gradient, full_gradient, full_gradient_by_inverses
 from .contour_terms import (
     Ordered,

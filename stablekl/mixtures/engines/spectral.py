@@ -39,13 +39,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..._autograd import rowwise
-from ..components import Components
+from ..components import Components, prepared
 from .spectral_gradient import diagonal_gradient, full_gradient, full_gradient_by_inverses, sensitivity, weight_gradient
-from .spectral_terms import Frame, Partials, Spectrum, diagonal_spectrum, full_spectrum, integrals, log_rho, quadrature
+from .spectral_terms import (
+    Frame,
+    Partials,
+    Spectrum,
+    diagonal_spectrum,
+    full_spectrum,
+    integral,
+    log_rho,
+    quadrature,
+    slope,
+)
 
 __all__ = ["label_entropy_given_sample", "label_information"]
 
@@ -56,42 +65,37 @@ def _flat(x: Tensor, events: int) -> Tensor:
 
 def _engine(information: bool, diagonal: bool) -> Callable[..., Tensor]:
     input_events = (1, 2, 2 if diagonal else 3)
-    kept_events = (0, 0, 1, 1, 1, 1, 0, 0) + (() if diagonal else (2, 2, 2, 2, 1))
+    kept_events = (1, 1, 1, 1, 0, 0) + (() if diagonal else (2, 2, 2, 2, 1))
 
     def analyse(loc: Tensor, scale: Tensor) -> tuple[Spectrum, tuple[Tensor, ...]]:
         return (diagonal_spectrum(loc, scale), ()) if diagonal else full_spectrum(loc, scale)
 
-    def evaluate(log_weights: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    def value(log_weights: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         spectrum, frame = analyse(loc, scale)
         rule = quadrature(spectrum, information)
         real, imag = log_rho(spectrum, rule[0])
-        return (*integrals(log_weights, rule, real, imag, information), real, imag, *spectrum, *frame)
-
-    def value(*inputs: Tensor) -> tuple[Tensor, ...]:
-        batch = inputs[0].shape[:-1]
-        results = evaluate(*(_flat(x, e) for x, e in zip(inputs, input_events, strict=True)))
-        shaped = tuple(x.reshape(batch + x.shape[1:]) for x in results)
-        return shaped[0].clone(), *shaped  # a saved tensor may not also be the output
+        return integral(log_weights, rule, real, imag, information), real, imag, *spectrum, *frame
 
     def by_formula(log_weights: Tensor, loc: Tensor, scale: Tensor, kept: tuple[Tensor, ...]) -> Partials:
-        out, slope, real, imag = kept[:4]
-        spectrum = Spectrum(*kept[4:8])
+        real, imag = kept[:2]
+        spectrum = Spectrum(*kept[2:6])
         rule = quadrature(spectrum, information)
         kappa = sensitivity(log_weights, rule, real, imag, information)
         if diagonal:
             pair = diagonal_gradient(loc, scale, spectrum, rule[0], *kappa)
         else:
-            pair = full_gradient(scale, spectrum, Frame(*kept[8:]), rule[0], *kappa)
-        return weight_gradient(out, slope), *pair
+            pair = full_gradient(scale, spectrum, Frame(*kept[6:]), rule[0], *kappa)
+        parts = (f(log_weights, rule, real, imag, information) for f in (integral, slope))
+        return weight_gradient(*parts), *pair
 
     def differentiable(log_weights: Tensor, loc: Tensor, scale: Tensor) -> Partials:
         if diagonal:
-            return by_formula(log_weights, loc, scale, evaluate(log_weights, loc, scale))
+            return by_formula(log_weights, loc, scale, value(log_weights, loc, scale)[1:])
         still = log_weights.detach(), loc.detach(), scale.detach()
-        kept = evaluate(*still)
+        kept = value(*still)[1:]
         exact = by_formula(*still, kept)
-        rule = quadrature(Spectrum(*kept[4:8]), information)
-        moving = full_gradient_by_inverses(log_weights, loc, scale, rule, kept[2], kept[3], information)
+        rule = quadrature(Spectrum(*kept[2:6]), information)
+        moving = full_gradient_by_inverses(log_weights, loc, scale, rule, kept[0], kept[1], information)
         lw, mu, factor = (e + (m - m.detach()) for e, m in zip(exact, moving, strict=True))
         return lw, mu, factor
 
@@ -115,25 +119,8 @@ _ENGINES = {
 
 
 def _evaluate(components: Components, information: bool) -> Tensor:
-    log_weights, loc, scale = components
-    if log_weights.shape[-1] != 2 or loc.shape[-2] != 2:
-        raise ValueError(
-            "the spectral integral is for two components, got log_weights of shape "
-            f"{tuple(log_weights.shape)} and loc of shape {tuple(loc.shape)}; for any other number of "
-            "components use kl_estimate with method='auto'"
-        )
-    dtype = torch.promote_types(torch.promote_types(log_weights.dtype, loc.dtype), scale.dtype)
-    diagonal = components.is_diagonal
-    if not diagonal and loc.shape[-1] == 1:
-        scale, diagonal = scale.squeeze(-1), True
-    events = 2 if diagonal else 3
-    corner = scale[..., 0, 0] if diagonal else scale[..., 0, 0, 0]
-    batch = (log_weights[..., 0] + loc[..., 0, 0] + corner).shape
-    inputs = (
-        x.to(torch.float64).expand(batch + x.shape[x.ndim - e :])
-        for x, e in ((log_weights, 1), (loc, 2), (scale, events))
-    )
-    return _ENGINES[information, diagonal](*inputs).to(dtype)
+    p, dtype = prepared(components, 2, "the spectral integral")
+    return _ENGINES[information, p.is_diagonal](*p).to(dtype)
 
 
 def label_information(components: Components) -> Tensor:

@@ -109,6 +109,7 @@ def full_gradient(
     """Gradients by loc [B, 2, D] and by the lower-triangular factors [B, 2, D, D]."""
     l1, l2 = scale.unbind(-3)
     root, vectors, first, second, d = frame
+    root = root.triu()
     alpha, gram1, gram2 = _accumulate(_full_sums, spectrum.tanh, kr, ki, omega)
     basis = math.sqrt(2) * torch.linalg.solve_triangular(root, vectors, upper=True)
     push = (basis @ (alpha * d).unsqueeze(-1)).squeeze(-1)

@@ -5,12 +5,16 @@ The formulas and their reasons are at the head of `spectral`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..._autograd import may_hold
+from ...quadrature import _outside_transforms, table
 
 __all__ = [
     "Frame",
@@ -20,10 +24,12 @@ __all__ = [
     "amplitude_and_log_odds",
     "diagonal_spectrum",
     "full_spectrum",
-    "integrals",
+    "integral",
     "log_rho",
     "quadrature",
     "slices",
+    "slope",
+    "x_minus_atan",
 ]
 
 # Derived: the aliases of a trapezoid rule with step h lie 2 pi/h = 80 away in the log-ratio and weigh
@@ -34,27 +40,24 @@ STEP = 0.078125
 
 # Elements (rows x nodes x dimensions) handled at once, so that float64 temporaries stay in a core's cache
 # and memory does not grow with the batch.
-BLOCK = 2**17
+BLOCK = 2**16
 
-# Switch points, on tanh of the log-ratio of scales and on x = 2 omega tanh. Below NEAR, t - tanh t and
-# x - atan x come from their series; above it the subtraction loses 4 eps. Below FAR, log cosh t comes from
-# tanh t = T (1/(1 - T^2) <= 6 amplifies its rounding); above it from the determinants.
-NEAR = 0.25
+# x - atan x comes from its series up to NEAR, on tanh of the log-ratio of scales and on x = 2 omega tanh; the
+# subtraction would lose x^-2 eps. Below FAR, log cosh t and t come from tanh t = T (1/(1 - T^2) <= 6 amplifies its
+# rounding); above it from the scales or determinants themselves.
+NEAR = 0.125
 FAR = 0.9
 
-# Chebyshev fit of (x - atan x)/x^3 in z = x^2 on |z| <= 1/16, relative error 2e-16; at z = -T^2 it gives
-# (atanh T - T)/T^3. Lowest order last. (Derived with mpmath.chebyfit.)
+# Chebyshev fit of (x - atan x)/x^3 in z = x^2 on |z| <= NEAR^2, relative error 7e-16, which is 1e-16 of the terms in
+# x^2 that it is added to; at z = -T^2 it gives (atanh T - T)/T^3. Lowest order last. (Derived with mpmath.chebyfit.)
 ODD_EXCESS = (
-    -0.048012610347942936,
-    0.05305933665086521,
-    -0.05882217917657473,
-    0.06666519914571077,
-    -0.0769230788120244,
-    0.0909090929620994,
-    -0.1111111111101866,
-    0.14285714285613804,
-    -0.20000000000000007,
-    0.3333333333333334,
+    0.066689158973397,
+    -0.07694821525645677,
+    0.09090908816324032,
+    -0.11111110804223945,
+    0.14285714285722664,
+    -0.20000000000009366,
+    0.3333333333333333,
 )
 
 # A squared mean difference above this makes exp(log rho) zero at every node; cutting it here leaves every
@@ -62,14 +65,14 @@ ODD_EXCESS = (
 VAST = 1e60
 
 
-# Nodes omega and weights, [B, n].
+# Nodes omega and weights, [..., n].
 Rule = tuple[Tensor, Tensor]
 # Gradients by log_weights, loc and scale.
 Partials = tuple[Tensor, Tensor, Tensor]
 
 
 class Spectrum(NamedTuple):
-    """What rho depends on: ``tanh`` and ``square`` (T and h) are [B, D]; the two sums over i are [B]."""
+    """What rho depends on: ``tanh`` and ``square`` (T and h) are [..., D]; the two sums over i are [...]."""
 
     tanh: Tensor
     square: Tensor
@@ -80,8 +83,8 @@ class Spectrum(NamedTuple):
 class Frame(NamedTuple):
     """The joint basis of two full covariances.
 
-    R with R'R = S1 + S2, the eigenvectors V of R^-T (S2 - S1) R^-1, R^-T L1 and R^-T L2, all [B, D, D]; the
-    mean difference in that basis, [B, D].
+    R with R'R = S1 + S2, upper triangular (what is below its diagonal is not part of it), the eigenvectors V of
+    R^-T (S2 - S1) R^-1, R^-T L1 and R^-T L2, all [..., D, D]; the mean difference in that basis, [..., D].
     """
 
     root: Tensor
@@ -92,10 +95,28 @@ class Frame(NamedTuple):
 
 
 def _odd_excess(z: Tensor) -> Tensor:
-    p = z * ODD_EXCESS[0]
-    for coefficient in ODD_EXCESS[1:-1]:
-        p = (p + coefficient) * z
-    return p + ODD_EXCESS[-1]
+    p, *rest = table(ODD_EXCESS, z.device).unbind()
+    for coefficient in rest:
+        p = torch.addcmul(coefficient, p, z)
+    return p
+
+
+def x_minus_atan(x: Tensor) -> Tensor:
+    """``x - atan(x)`` to its relative accuracy, without a choice between two formulas.
+
+    With n the nearest number to x in [-NEAR, NEAR]: the series at n, and the rest from
+    ``atan x - atan n = atan((x - n)/(1 + n x))``. (`torch.where` takes as long as ten multiplications.)
+    """
+    n = x.clamp(-NEAR, NEAR)
+    z, rest = n * n, x - n
+    return n * z * _odd_excess(z) + (rest - torch.atan(rest / (1 + n * x)))
+
+
+def _atanh_minus_x(x: Tensor) -> Tensor:
+    """``atanh(x) - x`` likewise."""
+    n = x.clamp(-NEAR, NEAR)
+    z, rest = n * n, x - n
+    return n * z * _odd_excess(-z) + (torch.atanh(rest / (1 - n * x)) - rest)
 
 
 # --------------------------------------------------------------------------- from parameters to the spectrum
@@ -109,7 +130,7 @@ def _ratio_log(a: Tensor, b: Tensor) -> Tensor:
 
 
 def diagonal_spectrum(loc: Tensor, scale: Tensor) -> Spectrum:
-    """The spectrum of two diagonal Gaussians, loc and scale [B, 2, D]: elementwise."""
+    """The spectrum of two diagonal Gaussians, loc and scale [..., 2, D]: elementwise."""
     s1, s2 = scale.unbind(-2)
     top = torch.maximum(s1, s2).detach()  # nothing depends on it but the range of the arithmetic
     a, b = s1 / top, s2 / top
@@ -118,21 +139,18 @@ def diagonal_spectrum(loc: Tensor, scale: Tensor) -> Spectrum:
     d = (loc[..., 1, :] - loc[..., 0, :]) / top
     square = (2 * (d / norm) * d).clamp(max=VAST)
 
-    t = _ratio_log(s2, s1)
-    z = tanh * tanh
-    far = z > FAR * FAR
-    log_cosh = torch.where(
-        far,
-        t.abs() + torch.log1p(torch.exp(-2 * t.abs())) - math.log(2),
-        -0.5 * torch.log1p(-torch.where(far, torch.zeros_like(z), z)),
-    )
-    near = z < NEAR * NEAR
-    excess = torch.where(near, tanh * z * _odd_excess(-torch.where(near, z, torch.zeros_like(z))), t - tanh)
+    far = tanh.abs() > FAR
+    safe = torch.where(far, 0.0, tanh)
+    log_cosh, excess = -0.5 * torch.log1p(-safe * safe), _atanh_minus_x(safe)
+    if may_hold(far):
+        t = _ratio_log(s2, s1)
+        beyond = t.abs() + torch.log1p(torch.exp(-2 * t.abs())) - math.log(2)
+        log_cosh, excess = torch.where(far, beyond, log_cosh), torch.where(far, t - tanh, excess)
     return Spectrum(tanh, square, log_cosh.sum(-1), excess.sum(-1))
 
 
 def full_spectrum(loc: Tensor, scale: Tensor) -> tuple[Spectrum, Frame]:
-    """The spectrum of two full Gaussians, loc [B, 2, D] and factors [B, 2, D, D], and their joint basis."""
+    """The spectrum of two full Gaussians, loc [..., 2, D] and factors [..., 2, D, D], and their joint basis."""
     l1, l2 = scale.unbind(-3)
     # R'R = S1 + S2 from the factors: forming the covariances and factorising their sum would square the
     # condition number. linalg.qr(mode="r") fails under vmap and geqrf under dynamic shapes (torch 2.13); the
@@ -140,7 +158,7 @@ def full_spectrum(loc: Tensor, scale: Tensor) -> tuple[Spectrum, Frame]:
     dim = loc.shape[-1]
     stacked = torch.cat([l1, l2], -1).mT
     packed = torch.linalg.qr(stacked).R if torch.compiler.is_compiling() else torch.geqrf(stacked)[0]
-    root = packed[..., :dim, :].triu()
+    root = packed[..., :dim, :]  # above its diagonal; what is below is something else
     shift = (loc[..., 1, :] - loc[..., 0, :]).unsqueeze(-1)
     solved = torch.linalg.solve_triangular(root.mT, torch.cat([l2 - l1, l1, l2, shift], -1), upper=False)
     difference, first, second, shift = solved.split([dim, dim, dim, 1], -1)
@@ -151,69 +169,71 @@ def full_spectrum(loc: Tensor, scale: Tensor) -> tuple[Spectrum, Frame]:
     whitened = math.sqrt(2) * (vectors.mT @ shift).squeeze(-1)
     square = (whitened * whitened).clamp(max=VAST)
 
-    d1, d2 = l1.diagonal(dim1=-2, dim2=-1), l2.diagonal(dim1=-2, dim2=-1)
-    c = root.diagonal(dim1=-2, dim2=-1).abs()
-    z = tanh * tanh
-    far = z > FAR * FAR
-    near_log_cosh = -0.5 * torch.log1p(-torch.where(far, torch.zeros_like(z), z))
-    far_log_cosh = _ratio_log(c, d1) + _ratio_log(c, d2) - math.log(2)
-    near = z < NEAR * NEAR
-    safe = torch.where(near, tanh, torch.zeros_like(tanh))
-    moderate = torch.where(near | far, torch.zeros_like(tanh), tanh)
-    excess = safe * safe * safe * _odd_excess(-safe * safe) + torch.atanh(moderate) - moderate
-    any_far = far.any(-1)
-    return (
-        Spectrum(
-            tanh,
-            square,
-            torch.where(any_far, far_log_cosh.sum(-1), near_log_cosh.sum(-1)),
-            torch.where(any_far, (_ratio_log(d2, d1) - tanh).sum(-1), excess.sum(-1)),
-        ),
-        Frame(root, vectors, first, second, whitened),
-    )
+    log_cosh, excess = -0.5 * torch.log1p(-tanh * tanh).sum(-1), _atanh_minus_x(tanh).sum(-1)
+    far = (tanh.abs() > FAR).any(-1)
+    if may_hold(far):
+        d1, d2, c = (_positive_diagonal(x) for x in (l1, l2, root))
+        ratio1, ratio2, ratio = _ratio_log(torch.stack([c, c, d2]), torch.stack([d1, d2, d1])).unbind()
+        log_cosh = torch.where(far, (ratio1 + ratio2 - math.log(2)).sum(-1), log_cosh)
+        excess = torch.where(far, (ratio - tanh).sum(-1), excess)
+    return Spectrum(tanh, square, log_cosh, excess), Frame(root, vectors, first, second, whitened)
+
+
+def _positive_diagonal(factor: Tensor) -> Tensor:
+    """The diagonal of a triangular factor, whichever signs its rows have."""
+    return factor.diagonal(dim1=-2, dim2=-1).abs()
 
 
 # ------------------------------------------------------------------------------------------ the integral
 
 
-def quadrature(spectrum: Spectrum, information: bool) -> tuple[Tensor, Tensor]:
-    """Nodes omega >= 0 and weights of the kernel, [B, n]; the two halves of the line in one.
-
-    For H(Z|X) the nodes shrink to where rho(1/2 + i omega) lives: far components make it a peak narrower
-    than the step, and H, though right absolutely, would lose its relative accuracy.
-    """
-    tanh, square = spectrum.tanh.detach(), spectrum.square.detach()
-    j = torch.arange(NODES, dtype=torch.float64, device=tanh.device)
-    step = torch.full_like(tanh[..., 0], STEP)
-    if not information:
-        z = tanh * tanh
-        low = torch.zeros_like(step)
-        for k in range(1, 49):
-            # The decay of the integrand's logarithm at a trial cut-off; 40 is exp(-40) = 4e-18.
-            trial = low + STEP * (NODES - 1) * 0.5**k
-            w = (trial * trial).unsqueeze(-1)
-            bend = 1 + 4 * w * z
-            decay = (0.25 * torch.log(bend) + 0.5 * square * (w * (1 - z) / bend)).sum(-1)
-            low = torch.where(decay + math.pi * trial < 40, trial, low)
-        step = (low + STEP * (NODES - 1) * 0.5**48) / (NODES - 1)
+def _rule(step: Tensor) -> Rule:
+    j = torch.arange(NODES, dtype=torch.float64, device=step.device)
     omega = step.unsqueeze(-1) * j
     kernel = step.unsqueeze(-1) / ((0.25 + omega * omega) * torch.cosh(math.pi * omega))
     return omega, torch.where(j == 0, 0.5 * kernel, kernel)
 
 
+@functools.lru_cache(maxsize=64)
+def _kept_rule(nodes: int, step: float, device: torch.device) -> Rule:
+    return _outside_transforms(lambda: _rule(torch.tensor(step, dtype=torch.float64, device=device)))
+
+
+def quadrature(spectrum: Spectrum, information: bool) -> Rule:
+    """Nodes omega >= 0 and weights of the kernel, [..., n]; the two halves of the line in one.
+
+    For H(Z|X) the nodes shrink to where rho(1/2 + i omega) lives: far components make it a peak narrower
+    than the step, and H, though right absolutely, would lose its relative accuracy.
+    """
+    tanh, square = spectrum.tanh.detach(), spectrum.square.detach()
+    if information:
+        if torch.compiler.is_compiling():
+            return _rule(torch.full_like(tanh[..., 0], STEP))
+        omega, kernel = _kept_rule(NODES, STEP, tanh.device)
+        shape = (*tanh.shape[:-1], NODES)
+        return omega.expand(shape), kernel.expand(shape)
+    z = tanh * tanh
+    low = torch.zeros_like(tanh[..., 0])
+    for k in range(1, 49):
+        # The decay of the integrand's logarithm at a trial cut-off; 40 is exp(-40) = 4e-18.
+        trial = low + STEP * (NODES - 1) * 0.5**k
+        w = (trial * trial).unsqueeze(-1)
+        bend = 1 + 4 * w * z
+        decay = (0.25 * torch.log(bend) + 0.5 * square * (w * (1 - z) / bend)).sum(-1)
+        low = torch.where(decay + math.pi * trial < 40, trial, low)
+    return _rule((low + STEP * (NODES - 1) * 0.5**48) / (NODES - 1))
+
+
 def _log_rho_slice(spectrum: Spectrum, omega: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of log rho(1/2 + i omega), [B, n]."""
+    """Real and imaginary part of log rho(1/2 + i omega), [..., n]."""
     tanh, square, log_cosh, excess = spectrum
     x = 2 * omega.unsqueeze(-1) * tanh.unsqueeze(-2)
     z = x * x
-    a = 1 / (1 + z)
+    # sums over i of h_i/(1 + x_i^2) and of h_i T_i/(1 + x_i^2)
+    even, odd = ((1 / (1 + z)) @ torch.stack([square, tanh * square], -1)).unbind(-1)
     eighth_q = 0.125 + 0.5 * omega * omega
-    h = square.unsqueeze(-1)
-    real = -(0.25 * torch.log1p(z).sum(-1) + eighth_q * (a @ h).squeeze(-1) + 0.5 * log_cosh.unsqueeze(-1))
-    near = z < NEAR * NEAR
-    series = x * z * _odd_excess(torch.where(near, z, torch.zeros_like(z)))
-    bend = torch.where(near, series, x - torch.atan(x))
-    imag = 0.5 * bend.sum(-1) + eighth_q * ((a * x) @ h).squeeze(-1) + omega * excess.unsqueeze(-1)
+    real = -(0.25 * torch.log1p(z).sum(-1) + eighth_q * even + 0.5 * log_cosh.unsqueeze(-1))
+    imag = 0.5 * x_minus_atan(x).sum(-1) + omega * (2 * eighth_q * odd + excess.unsqueeze(-1))
     return real, imag
 
 
@@ -230,40 +250,51 @@ def slices(rows: int, dim: int) -> Iterator[tuple[slice, slice]]:
 
 
 def log_rho(spectrum: Spectrum, omega: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of log rho at the nodes omega [B, n], a slice of bounded size at a time."""
-    rows: list[list[tuple[Tensor, Tensor]]] = []
-    for r, n in slices(*spectrum.tanh.shape):
+    """Real and imaginary part of log rho at the nodes omega [..., n], a slice of bounded size at a time."""
+    rows, dim = spectrum.log_cosh.numel(), spectrum.tanh.shape[-1]
+    if torch.compiler.is_compiling() or rows * NODES * dim <= BLOCK:
+        return _log_rho_slice(spectrum, omega)
+    flat = Spectrum(*(x.reshape(rows, *x.shape[omega.ndim - 1 :]) for x in spectrum))
+    nodes = omega.reshape(rows, NODES)
+    parts: list[list[tuple[Tensor, Tensor]]] = []
+    for r, n in slices(rows, dim):
         if not n.start:
-            rows.append([])
-        rows[-1].append(_log_rho_slice(Spectrum(*(field[r] for field in spectrum)), omega[r, n]))
-    if len(rows) == 1 and len(rows[0]) == 1:
-        return rows[0][0]
-    real, imag = (torch.cat([torch.cat([p[k] for p in row], -1) for row in rows]) for k in (0, 1))
-    return real, imag
+            parts.append([])
+        parts[-1].append(_log_rho_slice(Spectrum(*(field[r] for field in flat)), nodes[r, n]))
+    real, imag = (torch.cat([torch.cat([p[k] for p in row], -1) for row in parts]) for k in (0, 1))
+    return real.reshape(omega.shape), imag.reshape(omega.shape)
 
 
 def amplitude_and_log_odds(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(w1 w2) and c = log(w1/w2), with c = 0 beside a zero weight (the amplitude is 0 there)."""
     lw1, lw2 = log_weights.unbind(-1)
-    dead = torch.isneginf(lw1) | torch.isneginf(lw2)
-    zero = torch.zeros_like(lw1)
-    lw1, lw2 = torch.where(dead, zero, lw1), torch.where(dead, zero, lw2)
-    return torch.where(dead, zero, torch.exp(0.5 * (lw1 + lw2))), lw1 - lw2
+    return torch.exp(0.5 * (lw1 + lw2)), torch.nan_to_num(lw1 - lw2, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def integrals(log_weights: Tensor, rule: Rule, real: Tensor, imag: Tensor, information: bool) -> tuple[Tensor, Tensor]:
-    """F (I or H(Z|X)) and its derivative with respect to c at fixed sqrt(w1 w2), both [B]."""
+def integral(log_weights: Tensor, rule: Rule, real: Tensor, imag: Tensor, information: bool) -> Tensor:
+    """I or H(Z|X), [...]."""
     amplitude, c = amplitude_and_log_odds(log_weights)
     omega, kernel = rule
     turn = omega * c.unsqueeze(-1)
     modulus = torch.exp(real)
     if information:
         # 1 - rho with the half-angle: cos(imag) would round to 1 where 1 - rho is small
-        half = 2 * modulus * torch.sin(0.5 * imag)
-        lost = torch.expm1(real)
-        value = half * torch.sin(turn + 0.5 * imag) - torch.cos(turn) * lost
-        slope = half * torch.cos(turn + 0.5 * imag) + torch.sin(turn) * lost
+        half = 0.5 * imag
+        value = 2 * modulus * torch.sin(half) * torch.sin(turn + half) - torch.cos(turn) * torch.expm1(real)
     else:
         value = modulus * torch.cos(turn + imag)
+    return amplitude * (value * kernel).sum(-1)
+
+
+def slope(log_weights: Tensor, rule: Rule, real: Tensor, imag: Tensor, information: bool) -> Tensor:
+    """The derivative of `integral` with respect to c = log(w1/w2) at fixed sqrt(w1 w2), [...]."""
+    amplitude, c = amplitude_and_log_odds(log_weights)
+    omega, kernel = rule
+    turn = omega * c.unsqueeze(-1)
+    modulus = torch.exp(real)
+    if information:
+        half = 0.5 * imag
+        slope = 2 * modulus * torch.sin(half) * torch.cos(turn + half) + torch.sin(turn) * torch.expm1(real)
+    else:
         slope = -modulus * torch.sin(turn + imag)
-    return amplitude * (value * kernel).sum(-1), amplitude * (slope * omega * kernel).sum(-1)
+    return amplitude * (slope * omega * kernel).sum(-1)

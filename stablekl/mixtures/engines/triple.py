@@ -67,7 +67,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..._autograd import is_eager, rowwise
-from ..components import Components
+from ..components import Components, prepared
 from .spectral import label_information
 from .triple_gradient import Moments, diagonal_gradient, full_gradient, inverse_sums, moments
 from .triple_terms import RULE_ERROR, Geometry, Rule, blocks, geometry, integrand, log_moment, plane_rule, spectrum
@@ -159,23 +159,9 @@ _ENGINES = {
 
 
 def _prepared(components: Components) -> tuple[Components, torch.dtype]:
-    log_weights, loc, scale = components
-    if log_weights.shape[-1] != 3 or loc.shape[-2] != 3:
-        raise ValueError(
-            "the plane integral is for three components, got log_weights of shape "
-            f"{tuple(log_weights.shape)} and loc of shape {tuple(loc.shape)}; for any other number of "
-            "components use kl_estimate with method='auto'"
-        )
-    dtype = torch.promote_types(torch.promote_types(log_weights.dtype, loc.dtype), scale.dtype)
-    diagonal = components.is_diagonal
-    if not diagonal and loc.shape[-1] == 1:
-        scale, diagonal = scale.squeeze(-1), True
-    scale = scale if diagonal else scale.tril()  # what is above the diagonal has no derivative, of any order
-    events = (1, 2, 2 if diagonal else 3)
-    corner = scale[..., 0, 0] if diagonal else scale[..., 0, 0, 0]
-    batch = (log_weights[..., 0] + loc[..., 0, 0] + corner).shape
-    wide = (x.to(torch.float64) for x in (log_weights, loc, scale))
-    return Components(*(x.expand(batch + x.shape[x.ndim - e :]) for x, e in zip(wide, events, strict=True))), dtype
+    p, dtype = prepared(components, 3, "the plane integral")
+    # what is above the diagonal has no derivative, of any order
+    return (p if p.is_diagonal else p._replace(scale=p.scale.tril())), dtype
 
 
 def _condition(scale: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...quadrature import _outside_transforms
 from ...special import log1pmx
-from .spectral_terms import ODD_EXCESS
+from .spectral_terms import x_minus_atan
 
 __all__ = ["Geometry", "Rule", "Spectrum", "blocks", "geometry", "integrand", "log_moment", "plane_rule", "spectrum"]
 
@@ -33,9 +33,7 @@ RULE_ERROR = 1.2e-14
 # and memory does not grow with the batch.
 BLOCK = 2**16
 
-# Switch points. Below NEAR, y - atan y comes from a series; above it the subtraction loses 4 eps. Where |3Q - I| is
-# below CLOSE, it is formed from differences of the factors.
-NEAR = 0.25
+# Where |3Q - I| is below this, it is formed from differences of the factors.
 CLOSE = 0.25
 
 # Whitened distances above this make M zero at every node; cutting them keeps their squares finite.
@@ -244,27 +242,18 @@ def spectrum(frame: Geometry, direction: Tensor) -> Spectrum:
     return Spectrum(eigenvalue, (vectors.mT @ push.unsqueeze(-1)).squeeze(-1), vectors)
 
 
-def _odd_excess(z: Tensor) -> Tensor:
-    p = z * ODD_EXCESS[0]
-    for coefficient in ODD_EXCESS[1:-1]:
-        p = (p + coefficient) * z
-    return p + ODD_EXCESS[-1]
-
-
 def log_moment(frame: Geometry, along: Spectrum, rule: Rule) -> tuple[Tensor, Tensor]:
     """Real and imaginary part of log M at the nodes of a rule, [B, n, m]."""
     direction, radius = rule.direction, rule.radius
     y = radius.unsqueeze(-1) * along.eigenvalue.unsqueeze(-2)
     z = y * y
-    a = 1 / (1 + z)
-    h = (along.push * along.push).unsqueeze(-1)
-    near = z < NEAR * NEAR
-    bend = torch.where(near, y * z * _odd_excess(torch.where(near, z, torch.zeros_like(z))), y - torch.atan(y))
+    h = along.push * along.push
+    even, odd = ((1 / (1 + z)) @ torch.stack([h, along.eigenvalue * h], -1)).unbind(-1)
     square = 1.5 * radius * radius
     constant = (frame.log_det - frame.square).sum(-1)[..., None, None] / 6
     linear = 0.5 * (direction @ (frame.log_det - frame.square).unsqueeze(-1))
-    real = constant - 0.25 * torch.log1p(z).sum(-1) - square * (a @ h).squeeze(-1)
-    imag = radius * linear + 0.5 * bend.sum(-1) + square * ((a * y) @ h).squeeze(-1)
+    real = constant - 0.25 * torch.log1p(z).sum(-1) - square * even
+    imag = radius * linear + 0.5 * x_minus_atan(y).sum(-1) + square * radius * odd
     return real, imag
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import mpmath as mp
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from stablekl.distributions._gaussian import Gaussian
 from stablekl.mixtures.algebra import condition, log_overlap, marginal, matched, positions, product
 
 F64 = torch.float64
+T = torch.tensor
 EPS = torch.finfo(F64).eps
 D, A, B = 5, [3, 0], [1, 2, 4]
 KINDS = ["scale_diag", "scale_tril", "covariance_matrix", "precision_matrix", "low_rank"]
@@ -248,4 +250,15 @@ def test_a_component_without_weight_may_be_anything():
 def test_positions(dims, message):
     assert positions([-1, 0], 5) == [4, 0]
     with pytest.raises(ValueError, match=message):
+        positions(dims, 5)
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [0, T(0), slice(0, 2), None, "01", [0.0], T([0.0]), [True, False], T([True, False, True]), np.array([True, False])],
+)
+def test_positions_are_integers(dims):
+    """A mask would be read as coordinates 1 and 0."""
+    assert positions(T([-1, 0]), 5) == positions(np.array([-1, 0]), 5) == positions((T(-1), T(0)), 5) == [4, 0]
+    with pytest.raises(ValueError, match="sequence of integers"):
         positions(dims, 5)

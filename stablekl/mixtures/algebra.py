@@ -68,9 +68,20 @@ def positions(dims: Sequence[int], size: int) -> list[int]:
     """``dims`` counted from the front.
 
     Raises:
-        ValueError: there are none, or one is out of range or occurs twice.
+        ValueError: there are none, one is out of range or occurs twice, or they are no sequence of integers.
     """
-    given = [operator.index(i) for i in dims]
+    listed = dims.tolist() if isinstance(dims, Tensor) else dims
+    try:
+        given = [operator.index(i) for i in listed]
+        # A mask would be read as the coordinates 0 and 1. (numpy's booleans are no integers to begin with.)
+        integers = not any(isinstance(i, bool) or getattr(i, "dtype", None) is torch.bool for i in listed)
+    except TypeError:
+        integers = False
+    if not integers:
+        raise ValueError(
+            f"dims must be a sequence of integers, the coordinates by their numbers, got {dims!r}. For a single "
+            "coordinate write [i], for a mask m.nonzero()[:, 0]."
+        )
     for i in given:
         if not -size <= i < size:
             raise ValueError(

@@ -61,6 +61,7 @@ def log_cumulative(mixture: Any, value: Tensor, *, upper: bool = False) -> Tenso
         ``sample_shape + batch_shape``.
 
     Raises:
+        ValueError: the value has the wrong shape or is NaN, when validation is on.
         NotImplementedError: events are vectors with dependent coordinates, or the family has no ``cdf``.
 
     Example:
@@ -70,6 +71,14 @@ def log_cumulative(mixture: Any, value: Tensor, *, upper: bool = False) -> Tenso
         >>> print(f"{m.log_cdf(torch.tensor([-42.0])):.4f}, {m.cdf(torch.tensor([-42.0])):.4f}")
         -805.8124, 0.0000
     """
+    result, dtype = _log_cumulative(mixture, value, upper)
+    return result.to(dtype)
+
+
+def _log_cumulative(mixture: Any, value: Tensor, upper: bool) -> tuple[Tensor, torch.dtype]:
+    """`log_cumulative` in working precision, and the dtype that it is to be rounded to."""
+    if mixture._validate_args:
+        mixture._check_point(value)
     component = mixture.component_distribution
     gaussian = diagonal_gaussian(component)
     log_weights = mixture._log_weights(widened(mixture.mixture_distribution._param).dtype)
@@ -86,13 +95,17 @@ def log_cumulative(mixture: Any, value: Tensor, *, upper: bool = False) -> Tenso
         by_component = _log_complement(widened(cdf)) if upper else log_probability(widened(cdf))
         dtype = cdf.dtype
     dtype = torch.promote_types(dtype, mixture.mixture_distribution._param.dtype)
-    return _pooled(by_component, log_weights).to(common_dtype(value.new_empty(0, dtype=dtype), value))
+    return _pooled(by_component, log_weights), common_dtype(value.new_empty(0, dtype=dtype), value)
 
 
 def cumulative(mixture: Any, value: Tensor) -> Tensor:
     """P(X <= x): of normal components the exponential of its logarithm, of others the sum of their own."""
     if mixture.event_shape or diagonal_gaussian(mixture.component_distribution) is not None:
-        return log_cumulative(mixture, value).exp()
+        # Rounded once: the exponential of a rounded logarithm l is off by l eps.
+        log_cdf, dtype = _log_cumulative(mixture, value, False)
+        return log_cdf.exp().to(dtype)
+    if mixture._validate_args:
+        mixture._check_point(value)
     result: Tensor = (family_cdf(mixture, value) * mixture.log_weights.exp()).sum(-1)
     return result
 

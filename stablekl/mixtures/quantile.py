@@ -56,15 +56,15 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
     """Quantiles of a scalar mixture, differentiable in u and in the parameters.
 
     Args:
-        mixture: a `MixtureSameFamily` of scalar components.
+        mixture: a `MixtureSameFamily` of scalar components, or of Gaussians over vectors of length 1.
         u: probabilities, ``sample_shape + batch_shape``. 0 and 1 give the ends of the support.
 
     Returns:
-        ``sample_shape + batch_shape``, in the dtype that u and the parameters promote to.
+        ``sample_shape + batch_shape + event_shape``, in the dtype that u and the parameters promote to.
 
     Raises:
-        NotImplementedError: events are vectors, or the family has no ``cdf`` or no ``icdf``.
-        ValueError: u is NaN or outside [0, 1]; says where.
+        NotImplementedError: events are vectors longer than 1, or the family has no ``cdf`` or no ``icdf``.
+        ValueError: u is NaN or outside [0, 1], and says where; its shape does not broadcast with the batch shape.
 
     Example:
         >>> import torch, stablekl
@@ -75,7 +75,7 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
         ['-11.4039', '-0.6745', '10.0000']
     """
     component = mixture.component_distribution
-    if component.event_shape:
+    if component.event_shape not in ((), (1,)):
         raise NotImplementedError(
             f"events of shape {tuple(component.event_shape)} have no quantiles: many points x share one probability "
             "P(X <= x). Take those of a marginal, a mixture of the components' marginals"
@@ -84,7 +84,12 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
         raise ValueError(f"the probabilities must be a tensor, got {u!r}")
     _check(u)
     gaussian = diagonal_gaussian(component)
-    shape = torch.broadcast_shapes(u.shape, mixture.batch_shape)
+    try:
+        shape = torch.broadcast_shapes(u.shape, mixture.batch_shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"probabilities of shape {tuple(u.shape)} must broadcast with the batch shape {tuple(mixture.batch_shape)}"
+        ) from error
     u_wide = widened(u).expand(shape)
     if gaussian is None:
         dtype = _dtype(u, mixture, _middle(component, u))
@@ -95,7 +100,8 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
     points = u_wide.reshape(math.prod(shape[:split]), *shape[split:]).movedim(0, -1)
     parameters = (t.detach() for t in (components.log_weights, gaussian.loc[..., 0], gaussian.scale[..., 0]))
     x = _normal_root(points.detach(), *parameters).movedim(-1, 0).reshape(shape)
-    result = implicit_point(x.unsqueeze(-1), components, u_wide.unsqueeze(-1)).squeeze(-1)
+    result = implicit_point(x.unsqueeze(-1), components, u_wide.unsqueeze(-1))
+    result = result if component.event_shape else result.squeeze(-1)
     return result.to(_dtype(u, mixture, component.mean))
 
 

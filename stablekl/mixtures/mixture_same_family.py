@@ -267,8 +267,8 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
         r"""Log of the distribution function, :math:`\log P(X \le x)`, ``sample_shape + batch_shape``.
 
         Of vectors with independent normal coordinates, the joint one, :math:`\sum_k w_k \prod_i F_{ki}(x_i)`. Normal
-        components keep their relative accuracy at any distance in both tails; of other families it is the log of the
-        component's ``cdf``, which for most of torch's has nothing below eps.
+        components keep their relative accuracy at any distance in both tails, and so do Laplace, Exponential, Gumbel,
+        Cauchy and others (`mixtures.family_tails`); else it is the log of the component's ``cdf``, to its eps.
 
         Raises:
             ValueError: the value has the wrong shape or is NaN (when validation is on; says where).
@@ -288,8 +288,8 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
 
         Of vectors of length 1, such as those of ``marginal([i])``, too: ``sample_shape + batch_shape + (1,)``.
 
-        Normal components: to the conditioning of x, in both tails (u from 1e-300 in float64 to the last below 1). Other
-        families: by their own ``cdf`` and ``icdf``, and as accurate as these. 0 and 1 give the ends of the support.
+        Normal components: to the conditioning of x, in both tails (u from 1e-300 in float64 to the last below 1). So
+        those of `mixtures.family_tails`; else by the family's ``cdf`` and ``icdf``. 0 and 1: the support's ends.
 
         Raises:
             ValueError: a value is NaN or outside [0, 1] (says where; inside transforms the result is NaN), or its shape

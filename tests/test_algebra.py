@@ -231,6 +231,13 @@ def test_matched_at_an_offset():
     assert math.sqrt(float((w * (loc[:, 0] - mean) ** 2).sum())) != pytest.approx(truth, rel=1e-3)
 
 
+@pytest.mark.parametrize("unit", [1e-300, 1e-150, 1.0, 1e150, 1e300])
+def test_matched_in_any_unit(unit):
+    loc, scale = T([[0.0], [2.0]], dtype=F64) * unit, torch.full((2, 1), unit, dtype=F64)
+    result = matched(T([0.3, 0.7], dtype=F64).log(), Gaussian("scale_diag", loc, scale))
+    assert float(result.scale) == pytest.approx(math.sqrt(1 + 4 * 0.21) * unit, rel=4e-16)
+
+
 def test_a_component_without_weight_may_be_anything():
     loc = torch.tensor([[0.0], [math.inf], [2.0]], dtype=F64, requires_grad=True)
     scale = torch.tensor([[1.0], [math.nan], [1.0]], dtype=F64, requires_grad=True)

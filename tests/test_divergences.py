@@ -701,3 +701,13 @@ def test_errors():
             stablekl.renyi_divergence(normal, normal, bad)
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         stablekl.chernoff_distance(normal, normal, 1.5)
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-160, 1.0, 1e160, 1e300])
+def test_distances_whose_square_is_no_number(unit):
+    leaves = [torch.tensor(v, dtype=torch.float64) * unit for v in ([0.0, 1.0], [1.0, 5.0], [3.0, 1.0], [5.0, 5.0])]
+    mu_p, sigma_p, mu_q, sigma_q = (t.requires_grad_() for t in leaves)
+    p, q = (Independent(td.Normal(m, s), 1) for m, s in ((mu_p, sigma_p), (mu_q, sigma_q)))
+    distance = stablekl.wasserstein2(p, q)
+    assert float(distance.detach()) == pytest.approx(5.0 * unit, rel=1e-15)
+    assert torch.autograd.grad(distance, mu_p)[0].tolist() == [pytest.approx(-0.6), 0.0]

@@ -239,6 +239,8 @@ def test_from_eigh_errors():
         make(eigenvalues=None)
     with pytest.raises(ValueError, match=r"eigenvalues must have shape.*got \(3, 1\)"):
         make(eigenvalues=values[:, :1])
+    with pytest.raises(ValueError, match="eigenvalues must be a tensor"):
+        make(eigenvalues=values.tolist())
 
 
 def test_integers_are_numbers():

@@ -314,7 +314,11 @@ def matched(log_weights: Tensor, g: Gaussian) -> Gaussian:
     if g.kind in ("scale_diag", "low_rank"):
         factor, _ = _low_rank(g)
         deviation = g.scale if g.kind == "scale_diag" else g.scale.sqrt()
-        pooled = torch.linalg.vector_norm(root * torch.where(alive, deviation, 0.0), dim=-2)
+        # In units of the largest: below 1e-154 squares underflow.
+        share = root * torch.where(alive, deviation, 0.0)
+        unit = share.detach().amax(-2, keepdim=True)
+        unit = torch.where(unit > 0, unit, 1.0)
+        pooled = unit.squeeze(-2) * torch.linalg.vector_norm(share / unit, dim=-2)
         rows.append(torch.diag_embed(pooled))
     else:
         factor = lower_factor(g)

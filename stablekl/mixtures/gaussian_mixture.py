@@ -58,10 +58,8 @@ class GaussianMixture(MixtureSameFamily):
         validate_args: bool | None = None,
     ) -> None:
         """Keep the weights as they were given and build the two distributions."""
-        given = {"logits": logits, "probs": probs, "loc": loc, "covariance_matrix": covariance_matrix}
-        for name, value in {**given, "scale_tril": scale_tril, "scale_diag": scale_diag}.items():
-            if value is not None and not isinstance(value, Tensor):
-                raise ValueError(f"{name} must be a tensor, got {value!r}: write torch.tensor(...)")
+        _check_tensors(logits=logits, probs=probs, loc=loc, covariance_matrix=covariance_matrix)
+        _check_tensors(scale_tril=scale_tril, scale_diag=scale_diag)
         if (logits is None) == (probs is None):
             raise ValueError(f"give exactly one of logits and probs; got {'both' if probs is not None else 'neither'}")
         if loc is None or loc.dim() < 2:
@@ -128,6 +126,7 @@ class GaussianMixture(MixtureSameFamily):
             tensor([[2.0000, 1.0000],
                     [1.0000, 2.0000]])
         """
+        _check_tensors(loc=loc, eigenvalues=eigenvalues, eigenvectors=eigenvectors)
         if loc is None or eigenvalues is None or eigenvectors is None:
             raise ValueError("from_eigh takes loc, eigenvalues and eigenvectors; give all three")
         d = loc.shape[-1] if loc.ndim else 0
@@ -151,6 +150,12 @@ class GaussianMixture(MixtureSameFamily):
         logits, probs = (self._given_logits, self._given_probs) if log_weights is None else (log_weights, None)
         parameter: dict[str, Any] = {component.kind: component.scale}
         return GaussianMixture(logits, probs, component.loc, validate_args=self._validate_args, **parameter)
+
+
+def _check_tensors(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {value!r}: write torch.tensor(...)")
 
 
 # Largest deviation of V'V from the identity, in units of D eps: eigh leaves a few.

@@ -274,6 +274,9 @@ def test_nothing_of_anything(batch):
         assert other.batch_shape == batch
     for value in (m.mean, m.variance, m.sample(), m.rsample()):
         assert value.shape == (*batch, 3)
+    normal = stablekl.MultivariateNormal(torch.zeros(3), torch.eye(3))
+    bounds = stablekl.kl_bounds(m, normal)
+    assert bounds.lower.shape == bounds.upper.shape == stablekl.kl_divergence(m, normal).shape == batch
     diagonal = GaussianMixture(torch.zeros(*batch, 2), loc=loc, scale_diag=torch.ones(*batch, 2, 3))
     assert diagonal.log_cdf(x).shape == batch
     m.log_prob(x).sum().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import mpmath as mp
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from stablekl.distributions._gaussian import Gaussian
 from stablekl.mixtures.algebra import condition, log_overlap, marginal, matched, positions, product
 
 F64 = torch.float64
+T = torch.tensor
 EPS = torch.finfo(F64).eps
 D, A, B = 5, [3, 0], [1, 2, 4]
 KINDS = ["scale_diag", "scale_tril", "covariance_matrix", "precision_matrix", "low_rank"]
@@ -229,6 +231,13 @@ def test_matched_at_an_offset():
     assert math.sqrt(float((w * (loc[:, 0] - mean) ** 2).sum())) != pytest.approx(truth, rel=1e-3)
 
 
+@pytest.mark.parametrize("unit", [1e-300, 1e-150, 1.0, 1e150, 1e300])
+def test_matched_in_any_unit(unit):
+    loc, scale = T([[0.0], [2.0]], dtype=F64) * unit, torch.full((2, 1), unit, dtype=F64)
+    result = matched(T([0.3, 0.7], dtype=F64).log(), Gaussian("scale_diag", loc, scale))
+    assert float(result.scale) == pytest.approx(math.sqrt(1 + 4 * 0.21) * unit, rel=4e-16)
+
+
 def test_a_component_without_weight_may_be_anything():
     loc = torch.tensor([[0.0], [math.inf], [2.0]], dtype=F64, requires_grad=True)
     scale = torch.tensor([[1.0], [math.nan], [1.0]], dtype=F64, requires_grad=True)
@@ -248,4 +257,15 @@ def test_a_component_without_weight_may_be_anything():
 def test_positions(dims, message):
     assert positions([-1, 0], 5) == [4, 0]
     with pytest.raises(ValueError, match=message):
+        positions(dims, 5)
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [0, T(0), slice(0, 2), None, "01", [0.0], T([0.0]), [True, False], T([True, False, True]), np.array([True, False])],
+)
+def test_positions_are_integers(dims):
+    """A mask would be read as coordinates 1 and 0."""
+    assert positions(T([-1, 0]), 5) == positions(np.array([-1, 0]), 5) == positions((T(-1), T(0)), 5) == [4, 0]
+    with pytest.raises(ValueError, match="sequence of integers"):
         positions(dims, 5)

@@ -701,3 +701,41 @@ def test_errors():
             stablekl.renyi_divergence(normal, normal, bad)
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         stablekl.chernoff_distance(normal, normal, 1.5)
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-160, 1.0, 1e160, 1e300])
+def test_distances_whose_square_is_no_number(unit):
+    leaves = [torch.tensor(v, dtype=torch.float64) * unit for v in ([0.0, 1.0], [1.0, 5.0], [3.0, 1.0], [5.0, 5.0])]
+    mu_p, sigma_p, mu_q, sigma_q = (t.requires_grad_() for t in leaves)
+    p, q = (Independent(td.Normal(m, s), 1) for m, s in ((mu_p, sigma_p), (mu_q, sigma_q)))
+    distance = stablekl.wasserstein2(p, q)
+    assert float(distance.detach()) == pytest.approx(5.0 * unit, rel=1e-15)
+    assert torch.autograd.grad(distance, mu_p)[0].tolist() == [pytest.approx(-0.6), 0.0]
+
+
+@pytest.mark.parametrize("kind", ["normal", "full"])
+def test_the_slope_at_order_zero(kind):
+    """D_alpha/alpha is not 0 there: it is KL(q || p)."""
+    if kind == "normal":
+        p, q = (td.Normal(*torch.tensor(v, dtype=torch.float64)) for v in ([0.0, 1.0], [1.0, 2.0]))
+    else:
+        cov = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+        p, q = (td.MultivariateNormal(cov[i], cov * (i + 1)) for i in range(2))
+    alpha = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    expected = stablekl.kl_divergence(q, p)
+    for f in (stablekl.renyi_divergence, stablekl.chernoff_distance):
+        value = f(p, q, alpha)
+        assert float(value.detach()) == 0
+        torch.testing.assert_close(torch.autograd.grad(value, alpha)[0], expected, rtol=1e-14, atol=0)
+
+
+def test_what_does_not_go_together_is_named():
+    p = td.Normal(torch.zeros(3), 1.0)
+    functions = [lambda p, q: stablekl.renyi_divergence(p, q, 0.5), lambda p, q: stablekl.chernoff_distance(p, q, 0.5)]
+    functions += [stablekl.squared_hellinger, stablekl.jeffreys_divergence, stablekl.wasserstein2]
+    for f in functions:
+        with pytest.raises(ValueError, match=r"batch shapes \(3,\) and \(2,\) do not broadcast"):
+            f(p, td.Normal(torch.zeros(2), 1.0))
+        for pair in ((p, 1.0), (1.0, p)):
+            with pytest.raises(ValueError, match=r"two distributions, got 1\.0"):
+                f(*pair)

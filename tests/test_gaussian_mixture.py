@@ -131,6 +131,7 @@ BAD = {
     "both weights": ({"probs": PROBS, "logits": PROBS}, "got both"),
     "too few weights": ({"probs": PROBS[:2]}, r"\(K,\) with K = 3 as in loc, got \(2,\)"),
     "no means": ({"probs": PROBS, "loc": None}, "loc must have shape"),
+    "a list": ({"probs": [0.5, 0.2, 0.3]}, "probs must be a tensor"),
     "one mean": ({"probs": PROBS, "loc": LOC[0]}, "loc must have shape"),
     "two scales": ({"probs": PROBS, "scale_tril": SCALES["scale_tril"]}, "scale_tril and scale_diag|exactly one"),
     "negative weight": ({"probs": T([0.5, -0.1, 0.6], dtype=F64)}, r"probs has the value -0.1 at \[1\]"),
@@ -238,3 +239,57 @@ def test_from_eigh_errors():
         make(eigenvalues=None)
     with pytest.raises(ValueError, match=r"eigenvalues must have shape.*got \(3, 1\)"):
         make(eigenvalues=values[:, :1])
+    with pytest.raises(ValueError, match="eigenvalues must be a tensor"):
+        make(eigenvalues=values.tolist())
+
+
+def test_integers_are_numbers():
+    """Weights of 1 and 3 had log-weights of -1 and 0."""
+    loc, scale = T([[0], [4]]), torch.ones(2, 1)
+    for weights in ({"probs": T([1, 3])}, {"logits": T([0, 2])}):
+        m = GaussianMixture(**weights, loc=loc, scale_diag=scale)
+        [(name, given)] = weights.items()
+        other = GaussianMixture(**{name: given.float()}, loc=loc.float(), scale_diag=scale)
+        for f in ("log_weights", "mean", "variance"):
+            torch.testing.assert_close(getattr(m, f), getattr(other, f), rtol=0, atol=0)
+        assert m.sample((2,)).dtype == m.component_log_probs(torch.zeros(1)).dtype == torch.float32
+
+
+def test_bfloat16_weights_need_not_add_up():
+    """Torch's simplex allows a sum that is 1e-6 off; dividing by the sum in bfloat16 leaves 4e-3."""
+    for seed in range(20):
+        probs = torch.rand(7, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        m = GaussianMixture(probs=probs, loc=torch.zeros(7, 1).bfloat16(), scale_diag=torch.ones(7, 1).bfloat16())
+        torch.testing.assert_close(m.log_weights.double().exp().sum(), T(1.0, dtype=F64), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("batch", [(0,), (2, 0), (0, 3)])
+def test_nothing_of_anything(batch):
+    loc, tril = torch.zeros(*batch, 2, 3), torch.eye(3).expand(*batch, 2, 3, 3)
+    m = GaussianMixture(torch.zeros(*batch, 2, requires_grad=True), loc=loc, scale_tril=tril)
+    x = torch.zeros(*batch, 3)
+    for value in (m.log_prob(x), m.log_inner_product(m), m.reduce(1).kl_bound, m.posterior_mode(x), m.entropy()):
+        assert value.shape == batch
+    for other in (m.marginal([0]), m.condition([1], x[..., :1]), m.product(m), m.to_mvn(), m.reduce(1).mixture):
+        assert other.batch_shape == batch
+    for value in (m.mean, m.variance, m.sample(), m.rsample()):
+        assert value.shape == (*batch, 3)
+    normal = stablekl.MultivariateNormal(torch.zeros(3), torch.eye(3))
+    bounds = stablekl.kl_bounds(m, normal)
+    assert bounds.lower.shape == bounds.upper.shape == stablekl.kl_divergence(m, normal).shape == batch
+    diagonal = GaussianMixture(torch.zeros(*batch, 2), loc=loc, scale_diag=torch.ones(*batch, 2, 3))
+    assert diagonal.log_cdf(x).shape == batch
+    m.log_prob(x).sum().backward()
+
+
+def test_no_points():
+    m = GaussianMixture(torch.zeros(2), loc=torch.zeros(2, 3, requires_grad=True), scale_diag=torch.ones(2, 3))
+    x = torch.zeros(0, 3)
+    for value in (m.log_prob(x), m.posterior_mode(x), m.log_cdf(x), m.cdf(x)):
+        assert value.shape == (0,)
+    assert m.condition([0], x[:, :1]).batch_shape == (0,)
+    for value in (m.sample((0,)), m.rsample((0,)), m.expand((4,)).sample((2, 0))):
+        assert value.shape[-1] == 3
+        assert value.numel() == 0
+    m.rsample((0,)).sum().backward()
+    assert m.stratified_sample((0,)).shape == (0, 2, 3)

@@ -103,6 +103,8 @@ def test_constructor_errors_are_torchs():
             MixtureSameFamily(*bad)
     with pytest.raises(ValueError, match="not compatible"):
         MixtureSameFamily(Categorical(torch.ones(3, 2)), Normal(torch.zeros(4, 2), torch.ones(4, 2)))
+    with pytest.raises(ValueError, match="give all K components' parameters in one distribution"):
+        MixtureSameFamily(even(), Normal(0.0, 1.0))
 
 
 @pytest.mark.parametrize(

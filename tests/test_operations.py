@@ -309,6 +309,14 @@ def test_errors_say_what_and_where():
         m.condition([0, 1], torch.zeros(3, dtype=F64))
     with pytest.raises(ValueError, match="broadcast"):
         m.expand((5,)).condition([0], torch.zeros(4, 1, dtype=F64))
+    with pytest.raises(ValueError, match="must be a tensor"):
+        m.condition([0], [0.0])
+    for mask in ([True, False, False, False], T([True, False, False, False])):
+        with pytest.raises(ValueError, match="sequence of integers"):
+            m.marginal(mask)
+    for number in (0, K + 1, 1.0, "2"):
+        with pytest.raises(ValueError, match="num_components must be an integer between 1 and 3"):
+            m.reduce(number)
     with pytest.raises(ValueError, match=r"entry nan at \[1, 0\]"):
         m.condition([0], T([[0.0], [math.nan]], dtype=F64))
     with pytest.raises(ValueError, match=r"value at \[1\] has log-density -inf under every component"):

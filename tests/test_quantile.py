@@ -144,9 +144,25 @@ def test_ends_and_errors():
     with pytest.raises(ValueError, match="tensor"):
         m.icdf(0.5)
     with pytest.raises(NotImplementedError, match="no quantiles"):
-        GaussianMixture(torch.zeros(2), loc=torch.zeros(2, 1), scale_diag=torch.ones(2, 1)).icdf(T(0.5))
+        GaussianMixture(torch.zeros(2), loc=torch.zeros(2, 2), scale_diag=torch.ones(2, 2)).icdf(T(0.5))
+    with pytest.raises(ValueError, match=r"shape \(2,\) must broadcast with the batch shape \(3,\)"):
+        m.expand((3,)).icdf(T([0.5, 0.5]))
     with pytest.raises(NotImplementedError, match="Beta has no icdf"):
         MixtureSameFamily(Categorical(torch.ones(2)), Beta(T([1.0, 2.0]), T([2.0, 2.0]))).icdf(T(0.5))
+
+
+def test_marginals_have_quantiles():
+    """Vectors of length 1 have what scalars have: it is where the error of longer ones sends its reader."""
+    g = torch.Generator().manual_seed(1)
+    loc, a = torch.randn(4, 2, 3, generator=g, dtype=F64), torch.randn(4, 2, 3, 3, generator=g, dtype=F64)
+    cov = a @ a.mT + torch.eye(3, dtype=F64)
+    m = GaussianMixture(probs=torch.ones(4, 2), loc=loc, covariance_matrix=cov)
+    u = torch.rand(5, 4, generator=g, dtype=F64)
+    x = m.marginal([2]).icdf(u)
+    scalars = MixtureSameFamily(Categorical(torch.ones(4, 2)), Normal(loc[..., 2], cov[..., 2, 2].sqrt()))
+    assert x.shape == (5, 4, 1)
+    torch.testing.assert_close(x.squeeze(-1), scalars.icdf(u), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(m.marginal([2]).cdf(x), u, rtol=1e-13, atol=0)
 
 
 FAMILIES = {

@@ -27,6 +27,7 @@ from torch.distributions import (
 from .._autograd import is_plain
 from ..distributions._base import widened
 from ..distributions._gaussian import Gaussian, as_gaussian
+from ..mixtures.components import broadcast_shape
 from . import concentrations, families, laplace
 
 __all__ = ["Family", "chosen", "gaussians", "inner", "order", "parameter", "rounded"]
@@ -64,8 +65,25 @@ def _raise_event_shapes(p: Distribution, q: Distribution) -> None:
     )
 
 
+def _check_distribution(distribution: object) -> None:
+    if not isinstance(distribution, Distribution):
+        raise ValueError(f"a divergence is that of two distributions, got {distribution!r}")
+
+
 def gaussians(p: Distribution, q: Distribution) -> tuple[Gaussian, Gaussian] | None:
-    """Both as Gaussians over vectors of one length, or None if one of them is none."""
+    """Both as Gaussians over vectors of one length, or None if one of them is none.
+
+    Raises:
+        ValueError: one is no distribution, or the batch or event shapes do not go together.
+    """
+    _check_distribution(p)
+    _check_distribution(q)
+    try:
+        broadcast_shape(p.batch_shape, q.batch_shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the batch shapes {tuple(p.batch_shape)} and {tuple(q.batch_shape)} do not broadcast"
+        ) from error
     g_p, g_q = as_gaussian(p), as_gaussian(q)
     if g_p is None or g_q is None:
         return None
@@ -121,6 +139,7 @@ def order(alpha: float | Tensor, like: Tensor, highest: float = torch.inf) -> Te
 
 def parameter(distribution: Distribution) -> Tensor:
     """One of its parameters: what dtype and device it has."""
+    _check_distribution(distribution)
     if isinstance(distribution, Independent):
         return parameter(distribution.base_dist)
     if isinstance(distribution, OneHotCategorical):

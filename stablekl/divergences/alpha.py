@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 
 from ..special import expm1_value
 from ._dispatch import chosen, gaussians, inner, order, parameter, rounded
-from .gaps import weights
+from .gaps import times, weights
 from .gaussian import gaussian_renyi
 
 __all__ = ["bhattacharyya_distance", "chernoff_distance", "renyi_divergence", "squared_hellinger"]
@@ -27,10 +27,8 @@ def _renyi(p: Distribution, q: Distribution, alpha: Tensor, what: str) -> Tensor
     """D_alpha in float64."""
     pair = gaussians(p, q)
     if pair is not None:
-        value = gaussian_renyi(*pair, alpha)
-        capped = weights(alpha)[0]
-        # 0 where alpha = 0, even if the ratio of the two overflows
-        return torch.where(capped == 0, 0.0, value) * capped
+        # 0 where alpha = 0, even if the ratio of the two overflows; the derivative by alpha there is the ratio
+        return times(weights(alpha)[0], gaussian_renyi(*pair, alpha))
     p, q, n = inner(p, q)
     if n:
         value = _renyi(p, q, alpha.reshape(alpha.shape + (1,) * n), what)

@@ -5,13 +5,13 @@ The formulas and their accuracy are in `gaussian`, `transport`, `families`, `con
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ..distributions._gaussian import Gaussian
 from ._dispatch import chosen, gaussians, inner, rounded
 from .gaussian import gaussian_jeffreys
-from .transport import gaussian_transport
+from .transport import gaussian_distance, gaussian_transport
 
 __all__ = ["jeffreys_divergence", "squared_wasserstein2", "wasserstein2"]
 
@@ -55,14 +55,14 @@ def jeffreys_divergence(p: Distribution, q: Distribution) -> Tensor:
     return rounded(_jeffreys(p, q), p, q)
 
 
-def _transport(p: Distribution, q: Distribution) -> Tensor:
+def _two_gaussians(p: Distribution, q: Distribution) -> tuple[Gaussian, Gaussian]:
     pair = gaussians(p, q)
     if pair is None:
         raise NotImplementedError(
             f"the 2-Wasserstein distance of {type(p).__name__} and {type(q).__name__} has no closed form here: there "
             "is one for two Gaussians of any class"
         )
-    return gaussian_transport(*pair)
+    return pair
 
 
 def squared_wasserstein2(p: Distribution, q: Distribution) -> Tensor:
@@ -88,7 +88,7 @@ def squared_wasserstein2(p: Distribution, q: Distribution) -> Tensor:
         >>> print(f"{stablekl.squared_wasserstein2(p, q):.1f}")
         25.0
     """
-    return rounded(_transport(p, q), p, q)
+    return rounded(gaussian_transport(*_two_gaussians(p, q)), p, q)
 
 
 def wasserstein2(p: Distribution, q: Distribution) -> Tensor:
@@ -114,6 +114,4 @@ def wasserstein2(p: Distribution, q: Distribution) -> Tensor:
         >>> print(f"{stablekl.wasserstein2(p, q):.1f}")
         5.0
     """
-    square = _transport(p, q)
-    apart = square > 0
-    return rounded(torch.where(apart, torch.where(apart, square, 1.0).sqrt(), square), p, q)
+    return rounded(gaussian_distance(*_two_gaussians(p, q)), p, q)

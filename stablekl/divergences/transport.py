@@ -37,7 +37,7 @@ from ..distributions._gaussian import Gaussian
 from .gaussian import as_diagonal
 from .pairs import full_pair, symmetric
 
-__all__ = ["gaussian_transport"]
+__all__ = ["gaussian_distance", "gaussian_transport"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -53,6 +53,22 @@ def gaussian_transport(p: Gaussian, q: Gaussian) -> Tensor:
         return (mu_p - mu_q).square().sum(-1) + (sigma_p - sigma_q).square().sum(-1)
     pair = full_pair(p, q)
     return pair.shift.square().sum(-1) + _bures(*pair[1:])
+
+
+def gaussian_distance(p: Gaussian, q: Gaussian) -> Tensor:
+    """Its root, with gradient 0 where it is 0; of independent coordinates to 1e308, where the square overflows."""
+    first, second = as_diagonal(p), as_diagonal(q)
+    if first is not None and second is not None:
+        moved = torch.cat([(a - b) for a, b in zip(first, second, strict=True)], -1)
+        unit = moved.detach().abs().amax(-1, keepdim=True)
+        scale = torch.where((unit > 0) & (unit < torch.inf), unit, 1.0)
+        return scale.squeeze(-1) * _root((moved / scale).square().sum(-1))
+    return _root(gaussian_transport(p, q))
+
+
+def _root(square: Tensor) -> Tensor:
+    apart = square > 0
+    return torch.where(apart, torch.where(apart, square, 1.0).sqrt(), square)
 
 
 # ---- matrix functions, differentiable any number of times -------------------------------------------------------

@@ -68,9 +68,20 @@ def positions(dims: Sequence[int], size: int) -> list[int]:
     """``dims`` counted from the front.
 
     Raises:
-        ValueError: there are none, or one is out of range or occurs twice.
+        ValueError: there are none, one is out of range or occurs twice, or they are no sequence of integers.
     """
-    given = [operator.index(i) for i in dims]
+    listed = dims.tolist() if isinstance(dims, Tensor) else dims
+    try:
+        given = [operator.index(i) for i in listed]
+        # A mask would be read as the coordinates 0 and 1. (numpy's booleans are no integers to begin with.)
+        integers = not any(isinstance(i, bool) or getattr(i, "dtype", None) is torch.bool for i in listed)
+    except TypeError:
+        integers = False
+    if not integers:
+        raise ValueError(
+            f"dims must be a sequence of integers, the coordinates by their numbers, got {dims!r}. For a single "
+            "coordinate write [i], for a mask m.nonzero()[:, 0]."
+        )
     for i in given:
         if not -size <= i < size:
             raise ValueError(
@@ -303,7 +314,11 @@ def matched(log_weights: Tensor, g: Gaussian) -> Gaussian:
     if g.kind in ("scale_diag", "low_rank"):
         factor, _ = _low_rank(g)
         deviation = g.scale if g.kind == "scale_diag" else g.scale.sqrt()
-        pooled = torch.linalg.vector_norm(root * torch.where(alive, deviation, 0.0), dim=-2)
+        # In units of the largest: below 1e-154 squares underflow.
+        share = root * torch.where(alive, deviation, 0.0)
+        unit = share.detach().amax(-2, keepdim=True)
+        unit = torch.where(unit > 0, unit, 1.0)
+        pooled = unit.squeeze(-2) * torch.linalg.vector_norm(share / unit, dim=-2)
         rows.append(torch.diag_embed(pooled))
     else:
         factor = lower_factor(g)

@@ -14,8 +14,8 @@ Normal components take their l_k from `special.log_ndtr`, in float64: log F is r
 deviations, where it is -5e7, and so is its gradient. Accuracy in float64, the largest error observed on the
 cases of ``tests/test_cumulative.py`` (x up to 1e4 standard deviations either side, weights down to 1e-300): 5 eps of
 the value. The slope in x has 160 eps of its own where components 100 standard deviations apart take over from one
-another (posterior weights are exponentials of thousands), 5 otherwise. Other families have what torch's ``cdf`` leaves
-them: its logarithm, and log1p of minus it.
+another (posterior weights are exponentials of thousands), 5 otherwise. The families of `family_tails` have both tails
+in log space as well; others have what torch's ``cdf`` leaves them: its logarithm, and log1p of minus it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ..distributions._gaussian import Gaussian, as_gaussian, lower_factor
 from ..special import log_ndtr, logsumexp
 from .density_terms import living
 from .engines.line import expm1
+from .family_tails import known_tails
 from .interior import interior_point
 from .weights import log_probability
 
@@ -61,6 +62,7 @@ def log_cumulative(mixture: Any, value: Tensor, *, upper: bool = False) -> Tenso
         ``sample_shape + batch_shape``.
 
     Raises:
+        ValueError: the value has the wrong shape or is NaN, when validation is on.
         NotImplementedError: events are vectors with dependent coordinates, or the family has no ``cdf``.
 
     Example:
@@ -70,6 +72,14 @@ def log_cumulative(mixture: Any, value: Tensor, *, upper: bool = False) -> Tenso
         >>> print(f"{m.log_cdf(torch.tensor([-42.0])):.4f}, {m.cdf(torch.tensor([-42.0])):.4f}")
         -805.8124, 0.0000
     """
+    result, dtype = _log_cumulative(mixture, value, upper)
+    return result.to(dtype)
+
+
+def _log_cumulative(mixture: Any, value: Tensor, upper: bool) -> tuple[Tensor, torch.dtype]:
+    """`log_cumulative` in working precision, and the dtype that it is to be rounded to."""
+    if mixture._validate_args:
+        mixture._check_point(value)
     component = mixture.component_distribution
     gaussian = diagonal_gaussian(component)
     log_weights = mixture._log_weights(widened(mixture.mixture_distribution._param).dtype)
@@ -82,26 +92,53 @@ def log_cumulative(mixture: Any, value: Tensor, *, upper: bool = False) -> Tenso
     elif component.event_shape:
         raise NotImplementedError(_refusal(component))
     else:
-        cdf = family_cdf(mixture, value)
-        by_component = _log_complement(widened(cdf)) if upper else log_probability(widened(cdf))
-        dtype = cdf.dtype
+        by_component, dtype = _family_log_tail(mixture, value, upper)
     dtype = torch.promote_types(dtype, mixture.mixture_distribution._param.dtype)
-    return _pooled(by_component, log_weights).to(common_dtype(value.new_empty(0, dtype=dtype), value))
+    return _pooled(by_component, log_weights), common_dtype(value.new_empty(0, dtype=dtype), value)
 
 
 def cumulative(mixture: Any, value: Tensor) -> Tensor:
-    """P(X <= x): of normal components the exponential of its logarithm, of others the sum of their own."""
-    if mixture.event_shape or diagonal_gaussian(mixture.component_distribution) is not None:
-        return log_cumulative(mixture, value).exp()
+    """P(X <= x): the exponential of its logarithm where that is known, else the sum of the components' own."""
+    component = mixture.component_distribution
+    if component.event_shape or diagonal_gaussian(component) is not None or known_tails(component) is not None:
+        # Rounded once: the exponential of a rounded logarithm l is off by l eps.
+        log_cdf, dtype = _log_cumulative(mixture, value, False)
+        return log_cdf.exp().to(dtype)
+    if mixture._validate_args:
+        mixture._check_point(value)
     result: Tensor = (family_cdf(mixture, value) * mixture.log_weights.exp()).sum(-1)
     return result
 
 
 def nearer_tail(mixture: Any, value: Tensor, lower: Tensor) -> Tensor:
     """Log F where ``lower``, else log(1 - F), of a scalar mixture of any family, from one evaluation of its cdf."""
-    cdf = family_cdf(mixture, value)
-    by_component = torch.where(lower.unsqueeze(-1), log_probability(cdf), _log_complement(cdf))
+    lower = lower.unsqueeze(-1)
+    if known_tails(mixture.component_distribution) is None:
+        cdf = family_cdf(mixture, value)
+        by_component = torch.where(lower, log_probability(cdf), _log_complement(cdf))
+    else:
+        below, above = (_family_log_tail(mixture, value, upper)[0] for upper in (False, True))
+        by_component = torch.where(lower, below, above)
     return _pooled(by_component, mixture.log_weights)
+
+
+def _family_log_tail(mixture: Any, value: Tensor, upper: bool) -> tuple[Tensor, torch.dtype]:
+    """Log F or log(1 - F) of each scalar component, in working precision, and the dtype of parameters and value."""
+    tails = known_tails(mixture.component_distribution)
+    if tails is None:
+        cdf = family_cdf(mixture, value)
+        return _log_complement(widened(cdf)) if upper else log_probability(widened(cdf)), cdf.dtype
+    padded = value.unsqueeze(-1)
+    inside = mixture._inside(value) & padded.isfinite()
+    if tails.quantile is not None:  # at an edge a gradient may be infinite, and 0 times it NaN
+        zero = torch.zeros_like(widened(padded.detach()))
+        low, high = (tails.quantile(zero, side).detach() for side in (False, True))
+        inside = inside & (padded > low) & (padded < high)
+    interior = interior_point(mixture.component_distribution, padded)
+    result = (tails.upper if upper else tails.lower)(widened(torch.where(inside, padded, interior)))
+    outside = torch.where((padded > interior) == upper, -torch.inf, 0.0).to(result.dtype)
+    outside = torch.where(padded.isnan(), torch.nan, outside)
+    return torch.where(inside, result, outside), common_dtype(value, *tails.parameters)
 
 
 def _refusal(component: Distribution) -> str:

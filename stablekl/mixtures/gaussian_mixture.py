@@ -58,6 +58,8 @@ class GaussianMixture(MixtureSameFamily):
         validate_args: bool | None = None,
     ) -> None:
         """Keep the weights as they were given and build the two distributions."""
+        _check_tensors(logits=logits, probs=probs, loc=loc, covariance_matrix=covariance_matrix)
+        _check_tensors(scale_tril=scale_tril, scale_diag=scale_diag)
         if (logits is None) == (probs is None):
             raise ValueError(f"give exactly one of logits and probs; got {'both' if probs is not None else 'neither'}")
         if loc is None or loc.dim() < 2:
@@ -69,10 +71,16 @@ class GaussianMixture(MixtureSameFamily):
             raise ValueError(
                 f"the weights must have shape batch_shape + (K,) with K = {loc.shape[-2]} as in loc, got {shape}"
             )
+        if not loc.is_floating_point():
+            loc = loc.to(torch.get_default_dtype())
         component = MultivariateNormal(loc, covariance_matrix, None, scale_tril, validate_args, scale_diag=scale_diag)
-        if Distribution._validate_args if validate_args is None else validate_args:
+        validate = Distribution._validate_args if validate_args is None else validate_args
+        if validate:
             _check_weights("logits" if probs is None else "probs", weights)
-        super().__init__(Categorical(probs, logits, validate_args), component, validate_args)
+        # Checked already: torch's own check refuses an empty batch, and what normalising in bfloat16 leaves of the sum.
+        labels = Categorical(probs, logits, validate_args=False)
+        labels._validate_args = validate
+        super().__init__(labels, component, validate_args)
         # As they were given: the Categorical normalises them, which rounds.
         self._given_logits, self._given_probs = logits, probs
 
@@ -118,6 +126,7 @@ class GaussianMixture(MixtureSameFamily):
             tensor([[2.0000, 1.0000],
                     [1.0000, 2.0000]])
         """
+        _check_tensors(loc=loc, eigenvalues=eigenvalues, eigenvectors=eigenvectors)
         if loc is None or eigenvalues is None or eigenvectors is None:
             raise ValueError("from_eigh takes loc, eigenvalues and eigenvectors; give all three")
         d = loc.shape[-1] if loc.ndim else 0
@@ -141,6 +150,12 @@ class GaussianMixture(MixtureSameFamily):
         logits, probs = (self._given_logits, self._given_probs) if log_weights is None else (log_weights, None)
         parameter: dict[str, Any] = {component.kind: component.scale}
         return GaussianMixture(logits, probs, component.loc, validate_args=self._validate_args, **parameter)
+
+
+def _check_tensors(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {value!r}: write torch.tensor(...)")
 
 
 # Largest deviation of V'V from the identity, in units of D eps: eigh leaves a few.

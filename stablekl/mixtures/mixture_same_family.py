@@ -25,6 +25,7 @@ from .density import component_log_probs, mixture_log_prob
 from .entropies import entropy_estimate
 from .estimate import warn_of_excess
 from .interior import interior_point
+from .moments import mixture_covariance, mixture_mean, mixture_variance
 from .operations import GaussianOperations, gaussian_distribution
 from .quantile import quantile
 from .sampling import one_per_component, reparameterised
@@ -64,6 +65,11 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
         validate_args: bool | None = None,
     ) -> None:
         """Build torch's mixture, over the batch shape the weights and the components broadcast to."""
+        if isinstance(component_distribution, Distribution) and not component_distribution.batch_shape:
+            raise ValueError(
+                f"the last batch dimension of the components counts them, but {component_distribution} has batch shape "
+                "(): give all K components' parameters in one distribution"
+            )
         # Read before torch's constructor asks the Categorical for logits, which it clamps.
         self._given_logits, self._given_probs = given_weights(mixture_distribution)
         super().__init__(mixture_distribution, component_distribution, validate_args=validate_args)
@@ -165,8 +171,12 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
     def _inside(self, value: Tensor) -> Tensor:
         """Whether each component's support contains the value, ``(..., K)``."""
         padded = self._pad(value)
+        component = self._component_distribution
+        shape = torch.broadcast_shapes(padded.shape[: padded.ndim - self._event_ndims], component.batch_shape)
+        if 0 in shape:  # torch's check of vectors cannot reshape nothing (2.13)
+            return torch.ones(shape, dtype=torch.bool, device=value.device)
         try:
-            support = self._component_distribution.support
+            support = component.support
         except NotImplementedError:  # a component class that does not say where it lives
             support = None
         if support is None:
@@ -213,20 +223,12 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
     @property
     def mean(self) -> Tensor:
         """Mean, ``batch_shape + event_shape``."""
-        return self._weighted(self._component_distribution.mean)
+        return mixture_mean(self)
 
     @property
     def variance(self) -> Tensor:
         """Variance of each coordinate, ``batch_shape + event_shape``: within plus between components."""
-        centred = self._component_distribution.mean - self._pad(self.mean)
-        return self._weighted(self._component_distribution.variance + centred.square())
-
-    def _weighted(self, x: Tensor) -> Tensor:
-        """Sum over components with the weights; a component of weight 0 contributes 0, even if x is infinite there."""
-        w = self.log_weights.exp()
-        w = w.reshape(w.shape + (1,) * self._event_ndims)
-        x = torch.where(w > 0, x, torch.zeros_like(x))
-        return (w * x).sum(-1 - self._event_ndims)
+        return mixture_variance(self)
 
     @property
     def covariance_matrix(self) -> Tensor:
@@ -237,15 +239,7 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
         """
         if self._event_ndims != 1:
             raise AttributeError(f"a covariance matrix needs vector events, not event shape {self.event_shape}")
-        component = self._component_distribution
-        within = getattr(component, "covariance_matrix", None)
-        if within is None:
-            within = torch.diag_embed(component.variance)
-        w = self.log_weights.exp()
-        centred = component.mean - self._pad(self.mean)
-        outer = centred.unsqueeze(-1) * centred.unsqueeze(-2)
-        total = torch.where(w[..., None, None] > 0, within + outer, torch.zeros_like(outer))
-        return (w[..., None, None] * total).sum(-3)
+        return mixture_covariance(self)
 
     @constraints.dependent_property
     def support(self) -> constraints.Constraint:
@@ -273,10 +267,11 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
         r"""Log of the distribution function, :math:`\log P(X \le x)`, ``sample_shape + batch_shape``.
 
         Of vectors with independent normal coordinates, the joint one, :math:`\sum_k w_k \prod_i F_{ki}(x_i)`. Normal
-        components keep their relative accuracy at any distance in both tails; of other families it is the log of the
-        component's ``cdf``, which for most of torch's has nothing below eps.
+        components keep their relative accuracy at any distance in both tails, and so do Laplace, Exponential, Gumbel,
+        Cauchy and others (`mixtures.family_tails`); else it is the log of the component's ``cdf``, to its eps.
 
         Raises:
+            ValueError: the value has the wrong shape or is NaN (when validation is on; says where).
             NotImplementedError: events are vectors that are not diagonal Gaussians, or the family has no ``cdf``.
         """
         return log_cumulative(self, value)
@@ -291,14 +286,24 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
     def icdf(self, value: Tensor) -> Tensor:
         r"""Quantile function of scalar events, ``sample_shape + batch_shape``, differentiable in everything.
 
-        Normal components: to the conditioning of x, in both tails (u from 1e-300 in float64 to the last below 1). Other
-        families: by their own ``cdf`` and ``icdf``, and as accurate as these. 0 and 1 give the ends of the support.
+        Of vectors of length 1, such as those of ``marginal([i])``, too: ``sample_shape + batch_shape + (1,)``.
+
+        Normal components: to the conditioning of x, in both tails (u from 1e-300 in float64 to the last below 1). So
+        those of `mixtures.family_tails`; else by the family's ``cdf`` and ``icdf``. 0 and 1: the support's ends.
 
         Raises:
-            ValueError: a value is NaN or outside [0, 1] (says where; inside transforms the result is NaN).
-            NotImplementedError: events are vectors, or the family has no ``cdf`` or no ``icdf``.
+            ValueError: a value is NaN or outside [0, 1] (says where; inside transforms the result is NaN), or its shape
+                does not broadcast with the batch shape.
+            NotImplementedError: events are longer vectors, or the family has no ``cdf`` or no ``icdf``.
         """
         return quantile(self, value)
+
+    def sample(self, sample_shape: _size = _NO_SHAPE) -> Tensor:
+        """Samples, ``sample_shape + batch_shape + event_shape``; without a gradient."""
+        if 0 in sample_shape:  # a Categorical refuses to draw no labels
+            return self._component_distribution.sample(torch.Size(sample_shape)).select(-1 - self._event_ndims, 0)
+        drawn: Tensor = super().sample(torch.Size(sample_shape))  # type: ignore[no-untyped-call]
+        return drawn
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
@@ -313,7 +318,7 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
         Raises:
             NotImplementedError: the components are not Gaussian.
         """
-        return reparameterised(self, self.sample(torch.Size(sample_shape)))  # type: ignore[no-untyped-call]
+        return reparameterised(self, self.sample(torch.Size(sample_shape)))
 
     def stratified_sample(self, sample_shape: _size = _NO_SHAPE) -> Tensor:
         r"""A point of every component, ``sample_shape + (K,) + batch_shape + event_shape``.
@@ -337,7 +342,7 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(\n  {self.mixture_distribution},\n  {self.component_distribution})"
 
-    def _check_value(self, value: Tensor) -> None:
+    def _check_shape(self, value: Tensor) -> None:
         if not isinstance(value, Tensor):
             raise ValueError(f"the value must be a tensor, got {value!r}")
         n = value.ndim - self._event_ndims
@@ -347,6 +352,19 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
                 f"the value of shape {tuple(value.shape)} must end in the event shape {tuple(self.event_shape)}, and "
                 f"what comes before that must broadcast with the batch shape {tuple(self.batch_shape)}"
             )
+
+    def _check_point(self, value: Tensor) -> None:
+        """For distribution functions, which are 0 or 1 outside the support."""
+        self._check_shape(value)
+        missing = value.detach().isnan()
+        if is_plain((missing,)) and bool(missing.any()):
+            raise ValueError(
+                f"the value is NaN at {missing.nonzero()[0].tolist()}. Look for the first such value upstream, or pass "
+                "validate_args=False to get NaN."
+            )
+
+    def _check_value(self, value: Tensor) -> None:
+        self._check_shape(value)
         inside = self._inside(value.detach())
         if not is_plain((inside,)):
             return

@@ -6,6 +6,7 @@ in `algebra` and `reduction`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,7 +107,8 @@ class GaussianOperations:
             A mixture of this class, batch shape as before, event shape ``(len(dims),)``.
 
         Raises:
-            ValueError: an index is out of range or occurs twice, there is none, or events are not vectors.
+            ValueError: an index is out of range or occurs twice, there is none, dims are no sequence of integers (a
+                mask), or events are not vectors.
             NotImplementedError: the components' family has no marginals here.
 
         Example:
@@ -152,9 +154,9 @@ class GaussianOperations:
             parameters.
 
         Raises:
-            ValueError: an index is out of range or occurs twice, none or every coordinate is named, events are not
-                vectors, or the value has the wrong shape, is not finite, or is so far away that every component's
-                log-density is -inf (says where).
+            ValueError: an index is out of range or occurs twice, dims are no sequence of integers (a mask), none or
+                every coordinate is named, events are not vectors, or the value is no tensor, has the wrong shape, is
+                not finite, or is so far away that every component's log-density is -inf (says where).
             NotImplementedError: components are not Gaussian.
 
         Example:
@@ -181,6 +183,8 @@ class GaussianOperations:
         return self._rebuilt(rest, (joint - total.unsqueeze(-1)).to(rest.loc.dtype))
 
     def _check_known(self, value: Tensor, n: int) -> None:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the value must be a tensor, got {value!r}")
         shape = tuple(value.shape)
         wanted = f"sample_shape + {tuple(self.batch_shape)} + ({n},)"
         if not shape or shape[-1] != n:
@@ -311,7 +315,7 @@ class GaussianOperations:
             inequality (up to rounding) and equals the sum of the costs. With K' = K this mixture itself and 0.
 
         Raises:
-            ValueError: K' is not between 1 and K.
+            ValueError: K' is no integer between 1 and K.
             NotImplementedError: components are not Gaussian.
 
         Example:
@@ -324,12 +328,16 @@ class GaussianOperations:
         """
         log_weights, g, _ = as_mixture(self, "reduce")  # type: ignore[arg-type]
         k = log_weights.shape[-1]
-        if not 1 <= num_components <= k:
+        try:
+            count = operator.index(num_components)
+        except TypeError:
+            count = 0
+        if not 1 <= count <= k:
             raise ValueError(
-                f"num_components must be between 1 and {k}, the number of components, got {num_components}"
+                f"num_components must be an integer between 1 and {k}, the number of components, got {num_components!r}"
             )
-        if num_components == k:
+        if count == k:
             return Reduction(self, log_weights.new_zeros(self.batch_shape, dtype=g.dtype))
-        result = merged(log_weights, g, num_components)
+        result = merged(log_weights, g, count)
         mixture = self._rebuilt(result.gaussian.to(g.dtype), result.log_weights.to(g.dtype))
         return Reduction(mixture, result.bound.to(g.dtype))

@@ -40,6 +40,7 @@ from ..special import log_ndtr, logsumexp
 from .components import Components
 from .cumulative import diagonal_gaussian, nearer_tail
 from .density_terms import living
+from .family_tails import known_tails
 from .implicit import implicit_point
 from .interior import interior_point
 
@@ -56,15 +57,15 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
     """Quantiles of a scalar mixture, differentiable in u and in the parameters.
 
     Args:
-        mixture: a `MixtureSameFamily` of scalar components.
+        mixture: a `MixtureSameFamily` of scalar components, or of Gaussians over vectors of length 1.
         u: probabilities, ``sample_shape + batch_shape``. 0 and 1 give the ends of the support.
 
     Returns:
-        ``sample_shape + batch_shape``, in the dtype that u and the parameters promote to.
+        ``sample_shape + batch_shape + event_shape``, in the dtype that u and the parameters promote to.
 
     Raises:
-        NotImplementedError: events are vectors, or the family has no ``cdf`` or no ``icdf``.
-        ValueError: u is NaN or outside [0, 1]; says where.
+        NotImplementedError: events are vectors longer than 1, or the family has no ``cdf`` or no ``icdf``.
+        ValueError: u is NaN or outside [0, 1], and says where; its shape does not broadcast with the batch shape.
 
     Example:
         >>> import torch, stablekl
@@ -75,7 +76,7 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
         ['-11.4039', '-0.6745', '10.0000']
     """
     component = mixture.component_distribution
-    if component.event_shape:
+    if component.event_shape not in ((), (1,)):
         raise NotImplementedError(
             f"events of shape {tuple(component.event_shape)} have no quantiles: many points x share one probability "
             "P(X <= x). Take those of a marginal, a mixture of the components' marginals"
@@ -84,7 +85,12 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
         raise ValueError(f"the probabilities must be a tensor, got {u!r}")
     _check(u)
     gaussian = diagonal_gaussian(component)
-    shape = torch.broadcast_shapes(u.shape, mixture.batch_shape)
+    try:
+        shape = torch.broadcast_shapes(u.shape, mixture.batch_shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"probabilities of shape {tuple(u.shape)} must broadcast with the batch shape {tuple(mixture.batch_shape)}"
+        ) from error
     u_wide = widened(u).expand(shape)
     if gaussian is None:
         dtype = _dtype(u, mixture, _middle(component, u))
@@ -95,7 +101,8 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
     points = u_wide.reshape(math.prod(shape[:split]), *shape[split:]).movedim(0, -1)
     parameters = (t.detach() for t in (components.log_weights, gaussian.loc[..., 0], gaussian.scale[..., 0]))
     x = _normal_root(points.detach(), *parameters).movedim(-1, 0).reshape(shape)
-    result = implicit_point(x.unsqueeze(-1), components, u_wide.unsqueeze(-1)).squeeze(-1)
+    result = implicit_point(x.unsqueeze(-1), components, u_wide.unsqueeze(-1))
+    result = result if component.event_shape else result.squeeze(-1)
     return result.to(_dtype(u, mixture, component.mean))
 
 
@@ -106,7 +113,7 @@ def _dtype(u: Tensor, mixture: Any, like: Tensor) -> torch.dtype:
 def _middle(component: Distribution, u: Tensor) -> Tensor:
     """The components' medians, if there is such a thing."""
     try:
-        median: Tensor = component.icdf(u.new_tensor(0.5))
+        median: Tensor = component.icdf(u.new_tensor(0.5, dtype=torch.promote_types(u.dtype, torch.float16)))
     except NotImplementedError as error:
         raise NotImplementedError(
             f"{type(component).__name__} has no icdf in torch, which would bracket the quantiles of its mixtures"
@@ -236,17 +243,38 @@ _normal_root = custom(
 )
 
 
+def _family_bracket(
+    by_formula: Callable[..., Tensor], p: Tensor, upper: bool, log_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The module's bracket of the quantile of p, or of 1 - p if ``upper``, from the components' own."""
+    dead = log_weights == -math.inf
+    log_share = p.log() - torch.where(dead, 0.0, log_weights)
+    whole, part, all_of_it = (
+        by_formula(v.clamp(max=1.0), upper)
+        for v in (p, (log_share - math.log(log_weights.shape[-1])).exp(), log_share.exp())
+    )
+    # More than a component has says nothing: the end of its support need not be an end of the mixture's.
+    all_of_it = torch.where(log_share >= 0, -math.inf if upper else math.inf, all_of_it)
+    least = [torch.where(dead, math.inf, x).amin(-1) for x in (whole, part, all_of_it)]
+    most = [torch.where(dead, -math.inf, x).amax(-1) for x in (whole, part, all_of_it)]
+    if upper:
+        return torch.maximum(least[0], most[2]), torch.minimum(most[0], most[1])
+    return torch.maximum(least[0], least[1]), torch.minimum(most[0], least[2])
+
+
 def _family_quantile(u: Tensor, mixture: Any) -> Tensor:
     """The same for any family, by its own cdf, icdf and log_prob in working precision."""
     wide = moved(mixture, u.dtype)
     wide._validate_args = False
     component: Distribution = wide.component_distribution
-    lower, _, log_p, inner = _half(u)
+    lower, p, log_p, inner = _half(u)
     sign = torch.where(lower, 1.0, -1.0).to(u.dtype)
     dead = wide.log_weights == -math.inf
+    tails = known_tails(component)
+    by_formula = None if tails is None else tails.quantile
 
     def ends(u: Tensor) -> tuple[Tensor, Tensor]:
-        q = component.icdf(u.unsqueeze(-1))
+        q = (by_formula or component.icdf)(u.unsqueeze(-1))
         return torch.where(dead, math.inf, q).amin(-1), torch.where(dead, -math.inf, q).amax(-1)
 
     def rise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,13 +282,20 @@ def _family_quantile(u: Tensor, mixture: Any) -> Tensor:
         return sign * (log_tail - log_p), (wide.log_prob(x) - log_tail).exp()
 
     with torch.no_grad():
-        low, high = ends(torch.where(inner, u.detach(), 0.25))
+        if by_formula is None:
+            low, high = ends(torch.where(inner, u.detach(), 0.25))
+        else:
+            column = p.detach().unsqueeze(-1)
+            sides = [_family_bracket(by_formula, column, upper, wide.log_weights) for upper in (False, True)]
+            low, high = (torch.where(lower, a, b) for a, b in zip(*sides, strict=True))
         x = _root(rise, 2.0 * torch.finfo(u.dtype).eps * (1.0 + log_p.abs()), low, high)
         # What the family's icdf cannot tell from the end of the support is the end.
         x = torch.where(low.isinf(), low, torch.where(high.isinf(), high, x))
         start, end = ends(torch.where(inner, torch.zeros_like(u), u.detach()))
         x = torch.where(inner, x, _ends(u, start, end))
-        inner = inner & x.isfinite() & (wide.log_prob(torch.where(inner, x, start)) > -math.inf)
+        # At a point of the edge there is nothing to move by.
+        at = torch.where(inner & x.isfinite(), x, start)
+        inner = inner & x.isfinite() & (wide.log_prob(at) > -math.inf) & (nearer_tail(wide, at, lower) > -math.inf)
     # Each Newton step at the root doubles the number of derivatives that are right: 1, 3. Its value is 0.
     safe = interior_point(component, u)[..., 0]
     for _ in range(2):

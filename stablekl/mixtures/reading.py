@@ -110,7 +110,11 @@ def simplified(m: Mixture) -> Mixture:
     Looks at the data, and so does nothing inside transforms. Derivatives of the first order are right for a merged
     mixture too; those of the second order, with respect to single components, are not.
     """
-    if m.num_components == 1 or not is_eager(m.log_weights, m.gaussian.loc, m.gaussian.scale):
+    if (
+        m.num_components == 1
+        or not m.log_weights.numel()
+        or not is_eager(m.log_weights, m.gaussian.loc, m.gaussian.scale)
+    ):
         return m
     g = m.gaussian
     alive = m.log_weights.detach() > -torch.inf

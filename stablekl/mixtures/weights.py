@@ -12,6 +12,7 @@ from torch.distributions import Categorical
 from torch.distributions.utils import probs_to_logits
 
 from .._autograd import rowwise
+from ..distributions._base import common_dtype
 
 __all__ = [
     "categorical_log_weights",
@@ -49,7 +50,7 @@ def normalised_log_weights(logits: Tensor | None, probs: Tensor | None, dtype: t
     given = logits if probs is None else probs
     if given is None:
         raise ValueError("give exactly one of logits and probs; got neither")
-    target = given.dtype if dtype is None else dtype
+    target = common_dtype(given) if dtype is None else dtype
     working = given.to(torch.promote_types(target, torch.float32))
     if probs is not None:
         result = log_probability(working) - working.sum(-1, keepdim=True).log()

@@ -21,6 +21,8 @@ __all__ = ["BLOCK", "Problem", "chunks", "evaluate", "moments"]
 BLOCK = 2**14
 # The errors of the boxes as estimated, times this: see `evaluate`.
 EXCESS = 0.5
+# A posterior weight of exp(FAINT) is below the rounding errors of the others.
+FAINT = -40.0
 SQRT_2PI = math.sqrt(2.0 * math.pi)
 
 
@@ -111,17 +113,46 @@ def _divergence(problem: Problem, cells: Cells, nodes: Tensor, *, paired: bool) 
     return _excess(_log_ratios(problem, cells, constant, gradient, hessian, nodes, paired=paired)[3])
 
 
-def _information(problem: Problem, cells: Cells, nodes: Tensor) -> Tensor:
-    """KL(posterior of the label || w) = sum r_k e_k - log sum w_k exp(e_k)."""
+def matters(problem: Problem, cells: Cells) -> Tensor:
+    """Which components have a posterior weight above exp(`FAINT`) somewhere in the box, (K, C).
+
+    By the largest difference of its quadratic and that of the component that leads at the centre.
+    """
+    k, dim = problem.seen.shift.shape[:2]
+    parts = []
+    everything = torch.arange(len(cells.frame), device=cells.frame.device)
+    for index in everything.split(max(1, 2**20 // (k * dim * dim))):
+        part = cells.take(index)
+        constant, gradient, hessian, _, _ = quadratics(problem.seen, part)
+        constant = constant + problem.seen.log_weights.index_select(-1, part.frame)
+        lead = constant.argmax(0, keepdim=True)
+        gap = constant - constant.gather(0, lead)
+        steep = (gradient - gradient.gather(0, lead.unsqueeze(1).expand(1, dim, -1))).abs()
+        bent = hessian - hessian.gather(0, lead.reshape(1, 1, 1, -1).expand(1, dim, dim, -1))
+        for i in range(dim):
+            gap = gap + steep[:, i] + 0.5 * bent[:, i, i].clamp(min=0.0)
+            for j in range(i):
+                gap = gap + bent[:, i, j].abs()
+        parts.append(gap > FAINT)
+    return torch.cat(parts, -1) if parts else torch.ones(k, 0, dtype=torch.bool, device=cells.frame.device)
+
+
+def _information(problem: Problem, cells: Cells, nodes: Tensor, use: Tensor) -> Tensor:
+    """KL(posterior of the label || w) = sum r_k e_k - log sum w_k exp(e_k), without the components that are not used."""
     constant, gradient, hessian, _, _ = quadratics(problem.seen, cells)
     weights = torch.exp(problem.seen.log_weights).index_select(-1, cells.frame)
-    mass = weighted = total = torch.zeros((), dtype=nodes.dtype, device=nodes.device)
-    for c, b, h, w in zip(constant, gradient, hessian, weights, strict=True):
+    total = functools.reduce(torch.add, weights.unbind(0))
+    # In the exponential of -1000 is nothing: in the company of boxes that need it or not, the bits of a box are the same.
+    constant = torch.where(use, constant, -math.inf)
+    gradient = torch.where(use.unsqueeze(1), gradient, 0.0)
+    hessian = torch.where(use.unsqueeze(1).unsqueeze(1), hessian, 0.0)
+    mass = weighted = torch.zeros((), dtype=nodes.dtype, device=nodes.device)
+    for k in use.any(-1).nonzero()[:, 0].tolist():
         # Beyond exp(500) one component has everything there, and the frame's own nothing.
-        e = on_nodes(c, b, h, nodes).clamp_(-1000.0, 500.0)
-        density = torch.exp(e).mul_(w)
+        e = on_nodes(constant[k], gradient[k], hessian[k], nodes).clamp_(-1000.0, 500.0)
+        density = torch.exp(e).mul_(weights[k])
         e.mul_(density)
-        mass, weighted, total = density.add_(mass), e.add_(weighted), w + total
+        mass, weighted = density.add_(mass), e.add_(weighted)
     # The weights sum to 1 but for rounding, and in this order: where all components are the same the result is 0.
     return weighted.div_(mass).sub_(torch.log(mass.div_(total)))
 
@@ -160,9 +191,19 @@ def evaluate(problem: Problem, cells: Cells, n: int) -> tuple[Tensor, Tensor]:
     nodes = table(rule[0], cells.centre.device)
     dim = cells.centre.shape[0]
     value, error = torch.empty_like(cells.centre[0]), torch.empty_like(cells.centre)
+    order = use = None
+    if not problem.split:
+        use = matters(problem, cells)
+        digits = 2 ** (torch.arange(len(use), device=use.device) % 62)
+        order = (use * digits.unsqueeze(-1)).sum(0).argsort(stable=True)
     for index, paired in chunks(problem, cells, n):
-        chunk = cells.take(index)
-        f = _divergence(problem, chunk, nodes, paired=paired) if problem.split else _information(problem, chunk, nodes)
+        if use is None:
+            chunk = cells.take(index)
+            f = _divergence(problem, chunk, nodes, paired=paired)
+        else:
+            index = order[index]
+            chunk = cells.take(index)
+            f = _information(problem, chunk, nodes, use[:, index])
         f = f * _normal(chunk, nodes)
         mass = torch.exp(problem.log_mass[chunk.frame])
         value[index] = mass * _integral(f, rule[1])

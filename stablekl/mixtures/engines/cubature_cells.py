@@ -22,7 +22,10 @@ OWN_WIDTH = {2: 6.0, 3: 9.0}
 # A component matters where it is less than so many standard deviations away.
 REACH = 9.0
 # Share of the tolerance that a box may cost unseen.
-UNSEEN = 1e-4
+UNSEEN = 1e-2
+HID = 1.0
+MULTI = 4.0
+GREEDY = 0.5
 
 
 def bounds(problem: Problem, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,11 +56,19 @@ def bounds(problem: Problem, cells: Cells) -> tuple[Tensor, Tensor, Tensor]:
     else:
         factor = -torch.where(torch.isinf(lw), 0.0, lw).amin(0)[cells.frame]
         share = share - least.amax(0)
-    mass = problem.log_mass[cells.frame].exp()
+    mass = peak = problem.log_mass[cells.frame].exp()
     for y, half in zip(cells.centre.abs(), cells.half, strict=True):
         density = torch.exp(-0.5 * (y - half).clamp(min=0.0) ** 2) * (2.0 / math.sqrt(2.0 * math.pi))
         mass = mass * torch.clamp(density * half, max=1.0)
-    return mass * factor, share, steepness
+        peak = peak * (0.5 * density)
+    if split:
+        return mass * factor, share, steepness, (mass * factor).expand_as(share)
+    # ball around the component in which its share may matter, in the frame's volume
+    square = 2.0 * (share + 0.5 * nearest * nearest).clamp(min=0.0) + 4.0
+    dim = len(cells.half)
+    ball = {2: math.pi, 3: 4.0 * math.pi / 3.0}[dim] * square ** (0.5 * dim)
+    hidden = torch.minimum(mass, peak * torch.exp(-problem.seen.constant.index_select(-1, cells.frame)) * ball) * factor
+    return mass * factor, share, steepness, hidden
 
 
 def row_totals(rows: int, index: Tensor, values: Tensor) -> Tensor:
@@ -94,12 +105,16 @@ def first_boxes(problem: Problem, row: Tensor, tolerance: Tensor, most: int) -> 
     done: list[Cells] = []
     open_bounds: list[Tensor] = []
     while len(cells.frame):
-        bound, share, steepness = bounds(problem, cells)
+        bound, share, steepness, hidden = bounds(problem, cells)
         here = row[cells.frame]
         negligible = bound <= unseen[here]
         outside += row_totals(rows, here[negligible], bound[negligible])
         relevant = share > torch.log(unseen)[here]
         wide = (2.0 * cells.half * steepness > WIDTH[dim]) & relevant.unsqueeze(1)
+        if HID:
+            faint = (hidden * share.clamp(max=0.0).exp() < (HID * unseen)[here])
+            left = (hidden * share.clamp(max=0.0).exp() * (faint & wide.any(1))).sum(0)
+            wide &= ~faint.unsqueeze(1)
         cut = (wide.any(0) | (2.0 * cells.half > OWN_WIDTH[dim])) & ~negligible
         count = row_totals(rows, here, torch.pow(2.0, cut.sum(0)))
         for c in done:
@@ -107,7 +122,7 @@ def first_boxes(problem: Problem, row: Tensor, tolerance: Tensor, most: int) -> 
         exhausted = (count > most)[here] & ~negligible
         final = (~cut.any(0) | exhausted) & ~negligible
         done.append(cells.take(final))
-        open_bounds.append(torch.where(cut.any(0), bound, 0.0)[final])
+        open_bounds.append(torch.where(cut.any(0), bound, left if HID else 0.0)[final])
         going = ~final & ~negligible
         cells, cut = cells.take(going), cut[:, going]
         for axis in range(dim):
@@ -132,41 +147,52 @@ def refined(
         count = row_totals(rows, here, torch.ones_like(value))
         active = (total > goal) & ~frozen
         worst, axis = error.max(0)
-        chosen = active[here] & (error.sum(0) > (goal / count)[here])
-        chosen &= _within(here, worst, chosen, ((most - used) / 2).floor())
+        share = goal / count
+        each = error.sum(0)
+        if GREEDY:
+            for m in range(1, 10):
+                candidate = goal / count * 2.0**m
+                rest = row_totals(rows, here, torch.where(each <= candidate[here], each, 0.0))
+                share = torch.where(rest <= GREEDY * goal, candidate, share)
+        chosen = active[here] & (each > share[here])
+        cut = error > MULTI * share[here]
+        cut |= axis == torch.arange(len(error), device=row.device).unsqueeze(1)
+        children = torch.pow(2.0, cut.sum(0))
+        chosen &= _within(here, worst, chosen, ((most - used) / 2).floor(), children)
         frozen |= row_totals(rows, here, chosen.to(value.dtype)) == 0
         if not bool(chosen.any()):
             break
-        used += 2.0 * row_totals(rows, here, chosen.to(value.dtype))
-        children = cells.take(chosen)
-        half, step = children.half.clone(), torch.zeros_like(children.half)
-        cut = axis[chosen].unsqueeze(0)
-        half.scatter_(0, cut, 0.5 * half.gather(0, cut))
-        step.scatter_(0, cut, half.gather(0, cut))
-        pair = [children._replace(centre=children.centre + s * step, half=half) for s in (-1.0, 1.0)]
-        children = Cells(*(torch.cat(x, -1) for x in zip(*pair, strict=True)))
+        used += row_totals(rows, here, torch.where(chosen, children, 0.0))
+        children, parts = cells.take(chosen), children[chosen]
+        rest = [cut[:, chosen], missed[chosen] / parts]
+        for i in range(len(error)):
+            children, rest = _split(children, i, rest[0][i], *rest)
         new_value, new_error = evaluate(problem, children, n)
         kept = cells.take(~chosen)
         cells = Cells(*(torch.cat(x, -1) for x in zip(kept, children, strict=True)))
         value = torch.cat((value[~chosen], new_value))
         error = torch.cat((error[:, ~chosen], new_error), -1)
-        missed = torch.cat((missed[~chosen], 0.5 * missed[chosen].repeat(2)))
+        missed = torch.cat((missed[~chosen], rest[1]))
     order = torch.argsort(row[cells.frame], stable=True)
     cells, value = cells.take(order), value[order]
     value = _sums(value, row[cells.frame], rows)
     return cells, value, total
 
 
-def _within(row: Tensor, worst: Tensor, chosen: Tensor, most: Tensor) -> Tensor:
+def _within(row: Tensor, worst: Tensor, chosen: Tensor, most: Tensor, parts: Tensor) -> Tensor:
     """The worst boxes of each row, as many as it may have."""
-    if bool((row_totals(len(most), row, chosen.to(worst.dtype)) <= most).all()):
+    most = 2 * most
+    if bool((row_totals(len(most), row, torch.where(chosen, parts, 0.0)) <= most).all()):
         return torch.ones_like(chosen)
     order = torch.argsort(torch.where(chosen, worst, -1.0), descending=True, stable=True)
     order = order[torch.argsort(row[order], stable=True)]
     start = torch.searchsorted(row[order], torch.arange(len(most), device=row.device))
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(row), device=row.device) - start[row[order]]
-    return rank < most[row]
+    # whole numbers: their sums are exact whatever else is in the batch
+    total = torch.where(chosen, parts, 0.0)[order].cumsum(0)
+    before = torch.cat((total.new_zeros(1), total))[start]
+    within = torch.empty_like(chosen)
+    within[order] = total - before[row[order]] <= most[row[order]]
+    return within
 
 
 def _sums(values: Tensor, row: Tensor, rows: int) -> Tensor:

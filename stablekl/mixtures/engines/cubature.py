@@ -194,7 +194,7 @@ def _rows(
             torch.zeros_like(frame.loc.mT),
             torch.full_like(frame.loc.mT, 12.0),
         )
-        size = row_totals(rows, row, bounds(problem, whole)[0])
+        size = row_totals(rows, row, bounds(problem, whole).bound)
         finest = torch.where(by_row & (size > 0.0) & (size < 1.0), 1e-8 * size, 1.0) * tolerance(zero)
         cells, _, _ = first_boxes(problem, row, finest, max_points // n ** loc.shape[-1])
         look = row_totals(rows, row[cells.frame], evaluate(problem, cells, n)[0])

@@ -105,12 +105,12 @@ def _gradient(split: int, n: int, inputs: Sequence[Tensor]) -> tuple[Tensor, Ten
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3])
     rows = log_weights.shape[0]
     totals: list[Tensor] | None = None
-    for index, paired in chunks(problem, cells, n, RECORDED if recorded else BLOCK):
+    for index, paired, use in chunks(problem, cells, n, RECORDED if recorded else BLOCK):
         chunk = cells.take(index)
         if recorded:
-            parts = checkpoint(moments, problem, chunk, n, paired, use_reentrant=False, preserve_rng_state=False)
+            parts = checkpoint(moments, problem, chunk, n, paired, use, use_reentrant=False, preserve_rng_state=False)
         else:
-            parts = moments(problem, chunk, n, paired)
+            parts = moments(problem, chunk, n, paired, use)
         sums = [x.new_zeros(*x.shape[:-1], len(frame.row)).index_add(-1, chunk.frame, x) for x in parts]
         totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
     if totals is None:

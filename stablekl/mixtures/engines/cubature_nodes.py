@@ -168,17 +168,21 @@ def _normal(cells: Cells, nodes: Tensor) -> Tensor:
     return total
 
 
-def chunks(problem: Problem, cells: Cells, n: int, block: int = BLOCK) -> Iterator[tuple[Tensor, bool]]:
-    """Indices of the boxes to take at a time, and whether p is near q there."""
+def chunks(problem: Problem, cells: Cells, n: int, block: int = BLOCK) -> Iterator[tuple[Tensor, bool, Tensor | None]]:
+    """Indices of the boxes to take at a time, whether p is near q there, and for the information what `matters`."""
     everything = torch.arange(len(cells.frame), device=cells.frame.device)
-    parts = [(everything, False)]
+    parts, use = [(everything, False)], None
     if problem.near is not None:
         near = problem.near[cells.frame]
         parts = [(everything[~near], False), (everything[near], True)]
+    if not problem.split:  # boxes with the same components together
+        use = matters(problem, cells)
+        digits = 2 ** (torch.arange(len(use), device=use.device) % 62)
+        parts = [((use * digits.unsqueeze(-1)).sum(0).argsort(stable=True), False)]
     step = max(1, block // n ** cells.centre.shape[0])
     for index, paired in parts:
         for part in index.split(step) if index.numel() else ():
-            yield part, paired
+            yield part, paired, None if use is None else use[:, part]
 
 
 def evaluate(problem: Problem, cells: Cells, n: int) -> tuple[Tensor, Tensor]:
@@ -192,19 +196,12 @@ def evaluate(problem: Problem, cells: Cells, n: int) -> tuple[Tensor, Tensor]:
     nodes = table(rule[0], cells.centre.device)
     dim = cells.centre.shape[0]
     value, error = torch.empty_like(cells.centre[0]), torch.empty_like(cells.centre)
-    order, use = torch.arange(0), torch.ones(0)
-    if not problem.split:
-        use = matters(problem, cells)
-        digits = 2 ** (torch.arange(len(use), device=use.device) % 62)
-        order = (use * digits.unsqueeze(-1)).sum(0).argsort(stable=True)
-    for index, paired in chunks(problem, cells, n):
-        if problem.split:
-            chunk = cells.take(index)
+    for index, paired, use in chunks(problem, cells, n):
+        chunk = cells.take(index)
+        if use is None:
             f = _divergence(problem, chunk, nodes, paired=paired)
-        else:  # those that use the same components together
-            index = order[index]
-            chunk = cells.take(index)
-            f = _information(problem, chunk, nodes, use[:, index])
+        else:
+            f = _information(problem, chunk, nodes, use)
         f = f * _normal(chunk, nodes)
         mass = torch.exp(problem.log_mass[chunk.frame])
         value[index] = mass * _integral(f, rule[1])
@@ -216,7 +213,9 @@ def evaluate(problem: Problem, cells: Cells, n: int) -> tuple[Tensor, Tensor]:
     return value, error
 
 
-def moments(problem: Problem, cells: Cells, n: int, paired: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def moments(
+    problem: Problem, cells: Cells, n: int, paired: bool, use: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums of the derivatives of the integrand on the boxes, each box by itself; differentiable.
 
     Returns:
@@ -227,6 +226,7 @@ def moments(problem: Problem, cells: Cells, n: int, paired: bool) -> tuple[Tenso
     nodes, weights = (table(x, cells.centre.device) for x in rule[:2])
     dim = cells.centre.shape[0]
     constant, gradient, hessian, z, jacobian = quadratics(problem.seen, cells)
+    kept = list(range(len(constant))) if use is None else use.any(-1).nonzero()[:, 0].tolist()
     by_weight: list[Tensor] = []
     if problem.split:
         terms, log_p, log_q, u = _log_ratios(problem, cells, constant, gradient, hessian, nodes, paired=paired)
@@ -236,12 +236,11 @@ def moments(problem: Problem, cells: Cells, n: int, paired: bool) -> tuple[Tenso
         by_density += [q_side * torch.exp(x - log_q) for x in terms[problem.split :]]
     else:
         log_w = problem.seen.log_weights.index_select(-1, cells.frame)
-        logs = [on_nodes(*x, nodes).clamp(-1000.0, 500.0) for x in zip(constant, gradient, hessian, strict=True)]
-        total = _log_sum([e + w for e, w in zip(logs, log_w, strict=True)])
-        weight = torch.exp(log_w)
-        shares = [torch.exp(e + w - total) for e, w in zip(logs, log_w, strict=True)]
+        logs = [on_nodes(constant[k], gradient[k], hessian[k], nodes).clamp(-1000.0, 500.0) for k in kept]
+        total = _log_sum([e + log_w[k] for k, e in zip(kept, logs, strict=True)])
+        shares = [torch.exp(e + log_w[k] - total) for k, e in zip(kept, logs, strict=True)]
         by_density = [r * (e - total) for r, e in zip(shares, logs, strict=True)]
-        by_weight = [d - r + w for d, r, w in zip(by_density, shares, weight, strict=True)]
+        by_weight = [d - r + torch.exp(log_w[k]) for k, d, r in zip(kept, by_density, shares, strict=True)]
     # The frame's share of the whole is fixed, not the whole: a factor of 1 that has a derivative.
     whole = torch.exp(total - total.detach())
     measure = _normal(cells, nodes) * torch.exp(problem.log_mass[cells.frame]) * whole
@@ -250,11 +249,15 @@ def moments(problem: Problem, cells: Cells, n: int, paired: bool) -> tuple[Tenso
     axes = [along(nodes, i, dim).squeeze(-1) for i in range(dim)]
     rows = [grid, *(grid * t for t in axes), *(grid * a * b for a in axes for b in axes)]
     monomials = torch.stack([x.reshape(-1) for x in rows])
-    sums = torch.stack([monomials @ (c * measure).flatten(0, dim - 1) for c in by_density])
+    place = torch.tensor(kept, device=nodes.device)
+    found = torch.stack([monomials @ (c * measure).flatten(0, dim - 1) for c in by_density])
+    sums = found.new_zeros(len(constant), *found.shape[1:]).index_copy(0, place, found)
     mass, first = sums[:, 0], sums[:, 1 : dim + 1]
     second = sums[:, dim + 1 :].reshape(len(sums), dim, dim, -1)
     if by_weight:
-        from_weight = torch.stack([monomials[0] @ (c * measure).flatten(0, dim - 1) for c in by_weight])
+        found = torch.stack([monomials[0] @ (c * measure).flatten(0, dim - 1) for c in by_weight])
+        from_weight = torch.exp(log_w) * (monomials[0] @ measure.flatten(0, dim - 1))
+        from_weight = from_weight.index_copy(0, place, found)
     else:
         from_weight = mass
     turned = (jacobian * first.unsqueeze(1)).sum(2)

@@ -73,8 +73,8 @@ PLANE, PLANE_SHARED, SPACE = 1e-9, 1e-13, 3e-7
 CAUTION, CUBATURE_ERROR = 2.0, 1e-14
 # Nodes of a cubature per point that may be sampled: a node takes a hundredth of a point's time.
 NODES_PER_POINT = 128
-# In space, for the information of so few components, six times as many: 16 of scales 1e3 apart need them, and a node
-# costs only as much as the components that matter there.
+# In space, for the information of so few components, so many times more: 16 of scales 1e3 apart need up to 3.5e7, and a
+# node costs only as much as the components that matter there. Of many the first boxes are too many already.
 SPACE_NODES, FEW = 6, 16
 # Engines, the least exact last. (`contour` is for divergences only.)
 ENGINES = ("closed form", "line", "spectral", "triple", "contour", "cubature", "sobol")
@@ -252,7 +252,7 @@ def cubature_tolerance(p: Components) -> Tensor:
 def cubature_nodes(p: Components, max_points: int) -> int:
     """Most nodes of a cubature of the information, where so many points may be sampled."""
     k, dim = p.loc.shape[-2:]
-    more = max(1.0, SPACE_NODES * min(1.0, FEW / k)) if dim == 3 else 1.0
+    more = max(1.0, SPACE_NODES * min(1.0, FEW / k) ** 2) if dim == 3 else 1.0
     return int(NODES_PER_POINT * more * max_points)
 
 

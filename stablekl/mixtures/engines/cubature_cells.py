@@ -15,8 +15,8 @@ from .cubature_nodes import Problem, evaluate
 __all__ = ["bounds", "first_boxes", "refined", "row_totals"]
 
 # Boxes are at first at most so wide, in standard deviations, given the other coordinates, of any component in reach:
-# nodes are then 2 apart at most (2.2 at the centre), and see it. Three dimensions cannot afford more (5 thin components
-# at random angles: 8, 5 and 2.5 million nodes for 9, 16 and 30, where nothing forced 1.3 million and an error of 6e-6).
+# nodes are then 2 apart at most, and see it. Three dimensions cannot afford the same: 3.7 at the centre. (16 components
+# of scales 2e3 apart take 2.8e7 nodes for 12 and 3.2e7 for 10; 5 of scales 2e4 apart, errors of 1e-7 and 3e-8.)
 WIDTH = {2: 6.0, 3: 10.0}
 # The same for the frame's own component, of which there is one.
 OWN_WIDTH = {2: 6.0, 3: 9.0}
@@ -24,12 +24,14 @@ OWN_WIDTH = {2: 6.0, 3: 9.0}
 REACH = 9.0
 # Volume of the unit ball.
 BALL = {2: math.pi, 3: 4.0 * math.pi / 3.0}
-# Share of the tolerance that a box may cost unseen: all of them together come to a tenth of it at most (observed).
-UNSEEN = 3e-3
-# Share of the tolerance that is left to the boxes with the smallest errors.
-LEFT = 0.5
+# Share of the tolerance that a box may cost unseen: all of them together come to a tenth of it (observed), to a third of
+# it where components are thin and many.
+UNSEEN = 1e-3
+# Share of the tolerance that is left to the boxes with the smallest errors; and to one of them at most, unless there are
+# fewer: the error of a single box may be several times what was estimated (observed: six).
+LEFT, MOST_LEFT = 0.5, 1 / 400
 # What may be missed cannot be refined: nothing is gained by errors below this share of it.
-PROPORTION = 1e-3
+PROPORTION = 1e-2
 # Boxes are halved across every axis whose error is more than so many times the largest that is left.
 STEEP = 4.0
 
@@ -175,12 +177,12 @@ def refined(
         count = row_totals(rows, here, torch.ones_like(value))
         active = (seen + unseen > goal) & (seen > PROPORTION * unseen) & ~frozen
         worst, axis = error.max(0)
-        # As few boxes as bring the error down to its goal: those that are left have half of it, whatever each one has.
+        # As few boxes as bring the error down to its goal: it is the sum of what the others have that counts.
         room = LEFT * (goal - unseen)
         share = goal / count
         for candidate in [share * 2.0**m for m in range(1, 10)]:
             rest = row_totals(rows, here, torch.where(each <= candidate[here], each, 0.0))
-            share = torch.where(rest <= room, candidate, share)
+            share = torch.where((rest <= room) & (candidate <= MOST_LEFT * goal), candidate, share)
         chosen = active[here] & (each > share[here])
         cut = error > STEEP * share[here]
         cut |= axis == torch.arange(len(error), device=row.device).unsqueeze(1)

@@ -24,11 +24,11 @@ OWN_WIDTH = {2: 6.0, 3: 9.0}
 REACH = 9.0
 # Volume of the unit ball.
 BALL = {2: math.pi, 3: 4.0 * math.pi / 3.0}
-# Share of the tolerance that a box may cost unseen: all of them together come to a tenth of it (observed), to a third of
-# it where components are thin and many.
+# Share of the tolerance that a box may cost unseen: all of them together come to a tenth of it, and to a third where
+# components are thin and many (observed).
 UNSEEN = 1e-3
-# Share of the tolerance that is left to the boxes with the smallest errors; and to one of them at most, unless there are
-# fewer: the error of a single box may be several times what was estimated (observed: six).
+# Share of the tolerance that is left to the boxes with the smallest errors; and the most that is left to one of them,
+# where there are more: the error of a single box may be several times what was estimated (observed: six).
 LEFT, MOST_LEFT = 0.5, 1 / 400
 # What may be missed cannot be refined: nothing is gained by errors below this share of it.
 PROPORTION = 1e-2

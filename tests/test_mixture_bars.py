@@ -47,9 +47,10 @@ def test_a_few(family, k_p, k_q, dim):
     assert all(o.covered or o.engine == "sobol" for o in results)
 
 
-@pytest.mark.parametrize(
-    ("family", "seed"), [("radial", 7_000_001), pytest.param("axial", 7_000_000, marks=pytest.mark.slow)]
-)
+SLOW_SIXTEEN = pytest.param("axial", 7_000_000, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "seed"), [("radial", 7_000_001), SLOW_SIXTEEN])
 def test_sixteen_components_of_very_different_scales_in_space(family, seed):
     """Scales 600 apart and more: boxes that see the narrowest must not take all the nodes."""
     o = outcome(draw(family, 16, 1, 3, seed), torch.float64)

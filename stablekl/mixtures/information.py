@@ -73,7 +73,7 @@ PLANE, PLANE_SHARED, SPACE = 1e-9, 1e-13, 3e-7
 CAUTION, CUBATURE_ERROR = 2.0, 1e-14
 # Nodes of a cubature per point that may be sampled: a node takes a hundredth of a point's time.
 NODES_PER_POINT = 128
-# In space, for the information of so few components, so many times more: 16 of scales 1e3 apart need up to 3.5e7, and a
+# In space, for the information of so few components, so many times more: 16 of scales 1e3 apart need up to 4e7, and a
 # node costs only as much as the components that matter there. Of many the first boxes are too many already.
 SPACE_NODES, FEW = 6, 16
 # Engines, the least exact last. (`contour` is for divergences only.)

@@ -26,8 +26,8 @@ Near p = q, u comes from differences of parameters, as in `line`, and the tolera
 weights from 1e-9, scales to 1e3 apart, correlations of 0.999), on problems that no constant was chosen on: errors below
 1e-12 and 1e-9 in the plane, where that was asked for, covered by the reported error in 99 to 100 % of each kind. The
 divergence of 1 to 5 from 1 to 3 components in space, to 1e-6 (1 + S): 3.3e-7 at most, 23 or 24 of 24 covered. The
-information of 16 components in space of scales up to 2e3 apart, 3e-7 asked for: 4e-8 at most, all covered, 3.5e7 nodes
-and 3 s on one core at most. Nodes for 3, 5 and 16 components of moderate covariances: 5e4, 9e4 and 3e5 in the plane at
+information of 16 components in space of scales up to 2e3 apart, 3e-7 asked for: 4e-8 at most, all covered, 4e7 nodes
+and 4 s on one core at most. Nodes for 3, 5 and 16 components of moderate covariances: 5e4, 9e4 and 3e5 in the plane at
 1e-9; 5e5, 1e6 and 4e6 in space at 1e-6. Thin ones at random angles (correlation 0.999) cost thirty times that with 5 in
 space, and more than 2e8 with 16: then the error says so.
 

@@ -47,6 +47,19 @@ def test_a_few(family, k_p, k_q, dim):
     assert all(o.covered or o.engine == "sobol" for o in results)
 
 
+SLOW_SIXTEEN = pytest.param("axial", 7_000_000, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "seed"), [("radial", 7_000_001), SLOW_SIXTEEN])
+def test_sixteen_components_of_very_different_scales_in_space(family, seed):
+    """Scales 600 apart and more: boxes that see the narrowest must not take all the nodes."""
+    o = outcome(draw(family, 16, 1, 3, seed), torch.float64)
+    assert o.engine == "cubature"
+    assert o.error <= 1e-8
+    assert o.reported <= 1e-6
+    assert o.covered
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "k_p", "k_q", "dim"), cases([*TO_ONE, *TO_TWO, *TO_MANY]))
 def test_many(family, k_p, k_q, dim):

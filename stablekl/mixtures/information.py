@@ -53,6 +53,7 @@ __all__ = [
     "NODES_PER_POINT",
     "SPECTRAL_ERROR",
     "Information",
+    "cubature_nodes",
     "cubature_tolerance",
     "least_exact",
     "line_information",
@@ -72,6 +73,9 @@ PLANE, PLANE_SHARED, SPACE = 1e-9, 1e-13, 3e-7
 CAUTION, CUBATURE_ERROR = 2.0, 1e-14
 # Nodes of a cubature per point that may be sampled: a node takes a hundredth of a point's time.
 NODES_PER_POINT = 128
+# In space, for the information of so few components, so many times more: 16 of scales 1e3 apart need up to 4e7, and a
+# node costs only as much as the components that matter there. Of many the first boxes are too many already.
+SPACE_NODES, FEW = 6, 16
 # Engines, the least exact last. (`contour` is for divergences only.)
 ENGINES = ("closed form", "line", "spectral", "triple", "contour", "cubature", "sobol")
 
@@ -245,6 +249,13 @@ def cubature_tolerance(p: Components) -> Tensor:
     return torch.where(shared, torch.full_like(scale[:, 0, 0], PLANE_SHARED), PLANE)
 
 
+def cubature_nodes(p: Components, max_points: int) -> int:
+    """Most nodes of a cubature of the information, where so many points may be sampled."""
+    k, dim = p.loc.shape[-2:]
+    more = max(1.0, SPACE_NODES * min(1.0, FEW / k) ** 2) if dim == 3 else 1.0
+    return int(NODES_PER_POINT * more * max_points)
+
+
 def replaced(value: Tensor, error: Tensor, index: Tensor, other: Tensor, other_error: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of ``index`` by another engine, where its error is smaller."""
     better = other_error < error[index]
@@ -269,7 +280,7 @@ def _evaluate(name: str, p: Components, atol: Tensor, max_points: int) -> tuple[
         return *triple_information(p), name
     if name == "cubature":
         goal = torch.minimum(atol, cubature_tolerance(p))
-        value, error = cubature_information(p, atol=goal, max_points=NODES_PER_POINT * max_points)
+        value, error = cubature_information(p, atol=goal, max_points=cubature_nodes(p, max_points))
         error = CAUTION * error + CUBATURE_ERROR
         missed = (error > atol).nonzero().squeeze(-1)
         if not missed.numel():

@@ -43,8 +43,8 @@ from .engines.spectral import label_information
 from .engines.triple import triple_information
 from .estimate import Bounds, KLEstimate, Method
 from .information import (
-    NODES_PER_POINT,
     Information,
+    cubature_nodes,
     mixture_information,
 )
 from .mixture_kl import EXACT_ERROR, by_subspace, mixture_kl
@@ -192,7 +192,7 @@ def _information(method: Method, p: Components, goal: Tensor, max_points: int, s
     if method == "triple":
         return Information(*triple_information(p), method)
     if method == "cubature":
-        return Information(*cubature_information(p, atol=goal, max_points=NODES_PER_POINT * max_points), method)
+        return Information(*cubature_information(p, atol=goal, max_points=cubature_nodes(p, max_points)), method)
     if method == "sobol":
         return Information(*adaptive_information(p, goal, max_points), method)
     return mixture_information(p, goal, max_points, slack)

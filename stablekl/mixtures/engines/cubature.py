@@ -14,19 +14,22 @@ a thin component at an angle into thousands, and loses digits to distance: here 
 from the next costs nothing.
 
 Boxes are first halved until none is much wider than a component that it may contain, so that nothing narrow is
-overlooked, then wherever the estimated error is more than its share (Gauss-Legendre rules of 8 to 10 nodes per axis;
-last Legendre coefficients as in `line`). All rows of a batch are refined together, each on its own tolerance and by
-elementwise arithmetic: what else is in the batch does not change a bit of a row, on a CPU.
+overlooked, unless its posterior weight is large only where the frame's own mass is too small to matter; then where
+the estimated error is largest, across all axes that have a part in it, until the others' errors fit the tolerance
+(Gauss-Legendre rules of 8 to 10 nodes per axis; last Legendre coefficients as in `line`). Components whose posterior
+weight in a box is below rounding are left out of its sums. All rows of a batch are refined together, each on its own
+tolerance and by elementwise arithmetic: what else is in the batch does not change a bit of a row, on a CPU.
 
 Near p = q, u comes from differences of parameters, as in `line`, and the tolerance is relative to the divergence.
 
 **Accuracy** observed for the information of two components against `spectral` (separations to 20 standard deviations,
 weights from 1e-9, scales to 1e3 apart, correlations of 0.999), on problems that no constant was chosen on: errors below
 1e-12 and 1e-9 in the plane, where that was asked for, covered by the reported error in 99 to 100 % of each kind. The
-divergence of 1 to 5 from 1 to 3 components in space, to 1e-6 (1 + S): 3.3e-7 at most, 23 or 24 of 24 covered. Nodes for
-3, 5 and 16 components of any covariance: 8e4, 1.4e5 and 6e5 in the plane at 1e-9; about 1e6, 2e6 and 1e7 in space at
-1e-6. Thin ones at random angles (correlation 0.999) cost six times that with 5 in space, and more than 4e7 with 16:
-then the error says so.
+divergence of 1 to 5 from 1 to 3 components in space, to 1e-6 (1 + S): 3.3e-7 at most, 23 or 24 of 24 covered. The
+information of 16 components in space of scales up to 2e3 apart, 3e-7 asked for: 4e-8 at most, all covered, 4e7 nodes
+and 4 s on one core at most. Nodes for 3, 5 and 16 components of moderate covariances: 5e4, 9e4 and 3e5 in the plane at
+1e-9; 5e5, 1e6 and 4e6 in space at 1e-6. Thin ones at random angles (correlation 0.999) cost thirty times that with 5 in
+space, and more than 2e8 with 16: then the error says so.
 
 Reference for cells halved where null rules point: J. Berntsen, T. O. Espelid and A. Genz, "An adaptive algorithm for
 the approximate calculation of multiple integrals", ACM Transactions on Mathematical Software 17 (1991), 437-451.
@@ -105,12 +108,12 @@ def _gradient(split: int, n: int, inputs: Sequence[Tensor]) -> tuple[Tensor, Ten
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3])
     rows = log_weights.shape[0]
     totals: list[Tensor] | None = None
-    for index, paired in chunks(problem, cells, n, RECORDED if recorded else BLOCK):
+    for index, paired, use in chunks(problem, cells, n, RECORDED if recorded else BLOCK):
         chunk = cells.take(index)
         if recorded:
-            parts = checkpoint(moments, problem, chunk, n, paired, use_reentrant=False, preserve_rng_state=False)
+            parts = checkpoint(moments, problem, chunk, n, paired, use, use_reentrant=False, preserve_rng_state=False)
         else:
-            parts = moments(problem, chunk, n, paired)
+            parts = moments(problem, chunk, n, paired, use)
         sums = [x.new_zeros(*x.shape[:-1], len(frame.row)).index_add(-1, chunk.frame, x) for x in parts]
         totals = sums if totals is None else [a + b for a, b in zip(totals, sums, strict=True)]
     if totals is None:
@@ -194,7 +197,7 @@ def _rows(
             torch.zeros_like(frame.loc.mT),
             torch.full_like(frame.loc.mT, 12.0),
         )
-        size = row_totals(rows, row, bounds(problem, whole)[0])
+        size = row_totals(rows, row, bounds(problem, whole).bound)
         finest = torch.where(by_row & (size > 0.0) & (size < 1.0), 1e-8 * size, 1.0) * tolerance(zero)
         cells, _, _ = first_boxes(problem, row, finest, max_points // n ** loc.shape[-1])
         look = row_totals(rows, row[cells.frame], evaluate(problem, cells, n)[0])

@@ -45,7 +45,7 @@ def _crossings(problem: Problem, cells: Cells, n: int) -> Tensor:
     below = (constant - reach)[split:].amax(0) - (constant + reach)[:split].amax(0) - math.log(split)
     c, b, h = (x[split:] for x in (constant, gradient, hessian))
     c = c.clamp(min=-1e300)  # weights of zero: no difference of infinities
-    weight = largest_mass(problem, cells) * torch.exp(-below.clamp(min=0.0))
+    weight = largest_mass(problem, cells)[0] * torch.exp(-below.clamp(min=0.0))
     if problem.near is not None:  # where p is next to q it is no wider, and has the same creases
         weight = torch.where(problem.near[cells.frame], 0.0, weight)
     # by how much at least another component is above each of them in all of the box

@@ -78,6 +78,6 @@ def chosen_components(p: Components, index: Tensor) -> Components:
     scale_index = flat.reshape(*flat.shape, *(1,) * len(events)).expand(*flat.shape, *events)
     return Components(
         p.log_weights.gather(-1, flat).reshape(index.shape),
-        p.loc.gather(batch, loc_index).reshape(*index.shape, -1),
+        p.loc.gather(batch, loc_index).reshape(*index.shape, p.loc.shape[-1]),
         p.scale.gather(batch, scale_index).reshape(*index.shape, *events),
     )

@@ -91,11 +91,19 @@ def as_mixture(distribution: Distribution, what: str = "a KL rule") -> Mixture:
 
 
 def check_same_space(p: Distribution, q: Distribution, m_p: Mixture, m_q: Mixture) -> None:
-    """ValueError unless both live in the same space."""
+    """ValueError unless both live in the same space, and their batch shapes broadcast."""
     if m_p.dim != m_q.dim:
         raise ValueError(
             "a divergence needs distributions over the same space, but the event shapes are "
-            f"{tuple(p.event_shape)} and {tuple(q.event_shape)}"
+            f"{tuple(p.event_shape)} and {tuple(q.event_shape)}. If the last batch dimension of a Normal holds the "
+            "coordinates of one vector, wrap it: Independent(Normal(loc, scale), 1)"
+        )
+    sizes = zip(reversed(p.batch_shape), reversed(q.batch_shape), strict=False)
+    if any(a not in (b, 1) and b != 1 for a, b in sizes):
+        raise ValueError(
+            f"the batch shapes {tuple(p.batch_shape)} and {tuple(q.batch_shape)} do not broadcast: from the last on, "
+            "each pair of sizes must be equal or have a 1 in it. For every p against every q insert a 1 in the "
+            "parameters of one of them"
         )
 
 
@@ -113,6 +121,8 @@ def simplified(m: Mixture) -> Mixture:
     if m.num_components == 1 or not is_eager(m.log_weights, m.gaussian.loc, m.gaussian.scale):
         return m
     g = m.gaussian
+    if not (m.log_weights.numel() and g.loc.numel()):  # of no rows, all components would be dead
+        return m
     alive = (m.log_weights.detach() > -torch.inf).reshape(-1, m.num_components).any(0)
     if not bool(alive.all()):
         keep = alive.nonzero()[:, 0]

@@ -201,7 +201,8 @@ def test_gradients(full, k_p, k_q):
     def f(*x):
         x = [y.tril() if y.ndim == 3 else y for y in x]
         p, q = (as_mixture(build(*part)) for part in (x[:3], x[3:]))
-        return (*closed_bounds(p, q, pairwise_kl(p, q)), *refined_bounds(p, q), module._variational(p, q, pairwise_kl(p, q)))
+        pairs = pairwise_kl(p, q)
+        return (*closed_bounds(p, q, pairs), *refined_bounds(p, q), module._variational(p, q, pairs))
 
     assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
 

@@ -195,13 +195,14 @@ def test_bounds_know_no_units(full, unit, dim):
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("k_p", "k_q"), [(1, 3), (3, 1), (4, 2)])
 def test_gradients(full, k_p, k_q):
-    """Of the upper bound at the closed bounds but the coupling, which is a constant only at its optimum."""
+    """Of the coupling, too, which is a constant only at its optimum."""
     leaves = [x.requires_grad_() for seed, k in ((7, k_p), (8, k_q)) for x in random(seed, k, 2, full=full)]
 
     def f(*x):
         x = [y.tril() if y.ndim == 3 else y for y in x]
         p, q = (as_mixture(build(*part)) for part in (x[:3], x[3:]))
-        return tuple(closed_bounds(p, q, pairwise_kl(p, q))) if q.num_components == 1 else refined_bounds(p, q).lower
+        pairs = pairwise_kl(p, q)
+        return (*closed_bounds(p, q, pairs), *refined_bounds(p, q), module._variational(p, q, pairs))
 
     assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
 

@@ -489,7 +489,30 @@ def test_dimensions_must_agree():
         kl_divergence(gaussian(TWO["bimodal"][0], 2), gaussian(TWO["bimodal"][1], 3))
 
 
+@pytest.mark.parametrize("divergence", [kl_divergence, stablekl.kl_bounds, stablekl.jensen_shannon])
+def test_batches_must_broadcast(divergence):
+    p = single_or_mixture("scale_diag", (2, 5), 2, 3, 1, stablekl)
+    q = single_or_mixture("scale_diag", (4,), 1, 3, 2, stablekl)
+    with pytest.raises(ValueError, match=r"batch shapes \(2, 5\) and \(4,\) do not broadcast"):
+        divergence(p, q)
+
+
 # ------------------------------------------------------------------------------------- batches, transforms
+
+
+@pytest.mark.parametrize(("k_p", "k_q"), [(1, 3), (2, 1), (3, 1), (4, 1), (2, 2), (3, 3)])
+@pytest.mark.parametrize("dim", [1, 2, 4])
+def test_no_rows(k_p, k_q, dim):
+    p, q = (
+        stablekl.GaussianMixture(
+            probs=torch.ones(*batch, k), loc=torch.zeros(*batch, k, dim), covariance_matrix=torch.eye(dim)
+        )
+        for batch, k in (((2, 0), k_p), ((1,), k_q))
+    )
+    assert kl_divergence(p, q).shape == (2, 0)
+    results = [*stablekl.kl_estimate(p, q)[:4], *stablekl.kl_bounds(p, q), stablekl.jensen_shannon(p, q)]
+    results += [stablekl.cross_entropy(p, q), stablekl.mutual_information(p), stablekl.entropy_estimate(p).value]
+    assert all(x.shape == (2, 0) for x in results)
 
 
 @pytest.mark.parametrize(("k_p", "k_q"), [(2, 1), (3, 1), (1, 3), (2, 2)])

@@ -188,6 +188,15 @@ def test_sums_of_geometric_overlaps(full, n, dim):
 
 
 @pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("unit", [2.0**-700, 2.0**700])
+def test_geometric_overlaps_whatever_the_unit(full, unit):
+    c = random(14, 4, 3, full=full)
+    truth = geometric_overlaps(c, 3)
+    value = geometric_overlaps(c._replace(loc=c.loc * unit, scale=c.scale * unit), 3)
+    torch.testing.assert_close(value, truth, rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("ratio", [1e-8, 1e-4, 1e4, 1e8])
 def test_geometric_overlaps_of_a_needle(full, ratio):
     c = random(20, 3, 3, full=full, spread=0.5)

@@ -102,6 +102,26 @@ def test_relative_accuracy_along_a_line(k, dim, step, sharper):
     assert abs(float(mp.mpf(float(e.value)) / truth - 1)) <= 1e-12 + 2e-14 / step  # `embedded` rounds
 
 
+@pytest.mark.parametrize("change", [0, 1, 2])
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_a_certified_interval_near_each_other(dim, change, sharper):
+    """Weights, means or scales changed a little: their rounding, relative to the change, is in the interval."""
+    unit, step = torch.ones(2, dim, dtype=F64), 1e-7
+    rows = torch.tensor([[0.3, -0.7, 1.1], [0.7, 1.3, 0.6]], dtype=F64)
+    near = rows.clone()
+    near[:, change] *= 1 + step * torch.tensor([3.0, -1.0], dtype=F64)
+    mixtures = []
+    for w, m, s in (rows.T, near.T):
+        loc, scale = 0.7 * unit, 0.3 * unit
+        loc[:, -1], scale[:, -1] = m, s
+        mixtures.append(stablekl.GaussianMixture(probs=w, loc=loc, scale_diag=scale))
+    e = stablekl.kl_estimate(*mixtures)
+    truth = line(rows.tolist(), near.tolist())
+    assert e.method == "line"
+    assert abs(mp.mpf(float(e.value)) - truth) <= float(e.error) <= 1e-6 * truth
+    assert float(e.lower) <= truth <= float(e.upper)
+
+
 @pytest.mark.parametrize(("k", "dim", "bar"), [(2, 2, 1e-8), (3, 2, 1e-8), (2, 3, 1e-4), (2, 5, 0.1), (3, 5, 0.1)])
 def test_the_square_of_the_step(k, dim, bar):
     """In all directions at once, KL/step^2 has a limit."""

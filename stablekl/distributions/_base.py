@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from .._autograd import is_plain
 
-__all__ = ["Movable", "broadcast_shape", "common_dtype", "moved", "of_both", "widened"]
+__all__ = ["Movable", "broadcast_shape", "check_batch_shapes", "common_dtype", "moved", "of_both", "widened"]
 
 DistributionT = TypeVar("DistributionT", bound=Distribution)
 
@@ -48,6 +48,17 @@ def broadcast_shape(*shapes: torch.Size) -> torch.Size:
                 return widest
     result: torch.Size = torch.broadcast_shapes(*shapes)
     return result
+
+
+def check_batch_shapes(p: Distribution, q: Distribution) -> None:
+    """ValueError unless the batch shapes of two distributions broadcast."""
+    sizes = zip(reversed(p.batch_shape), reversed(q.batch_shape), strict=False)
+    if any(a not in (b, 1) and b != 1 for a, b in sizes):
+        raise ValueError(
+            f"the batch shapes {tuple(p.batch_shape)} and {tuple(q.batch_shape)} do not broadcast: from the last on, "
+            "each pair of sizes must be equal or have a 1 in it. For every p against every q insert a 1 in the "
+            "parameters of one of them"
+        )
 
 
 def _distinct(a: Tensor) -> Tensor:

@@ -25,9 +25,8 @@ from torch.distributions import (
 )
 
 from .._autograd import is_plain
-from ..distributions._base import widened
+from ..distributions._base import check_batch_shapes, widened
 from ..distributions._gaussian import Gaussian, as_gaussian
-from ..mixtures.components import broadcast_shape
 from . import concentrations, families, laplace
 
 __all__ = ["Family", "chosen", "gaussians", "inner", "order", "parameter", "rounded"]
@@ -78,12 +77,7 @@ def gaussians(p: Distribution, q: Distribution) -> tuple[Gaussian, Gaussian] | N
     """
     _check_distribution(p)
     _check_distribution(q)
-    try:
-        broadcast_shape(p.batch_shape, q.batch_shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the batch shapes {tuple(p.batch_shape)} and {tuple(q.batch_shape)} do not broadcast"
-        ) from error
+    check_batch_shapes(p, q)
     g_p, g_q = as_gaussian(p), as_gaussian(q)
     if g_p is None or g_q is None:
         return None

@@ -10,7 +10,7 @@ from torch.distributions import Distribution, Independent
 from torch.distributions import MixtureSameFamily as TorchMixtureSameFamily
 
 from .._autograd import is_eager
-from ..distributions._base import widened
+from ..distributions._base import check_batch_shapes, widened
 from ..distributions._gaussian import Gaussian, as_gaussian
 from .components import Components, gaussian_components
 from .weights import categorical_log_weights
@@ -91,12 +91,14 @@ def as_mixture(distribution: Distribution, what: str = "a KL rule") -> Mixture:
 
 
 def check_same_space(p: Distribution, q: Distribution, m_p: Mixture, m_q: Mixture) -> None:
-    """ValueError unless both live in the same space."""
+    """ValueError unless both live in the same space, and their batch shapes broadcast."""
     if m_p.dim != m_q.dim:
         raise ValueError(
             "a divergence needs distributions over the same space, but the event shapes are "
-            f"{tuple(p.event_shape)} and {tuple(q.event_shape)}"
+            f"{tuple(p.event_shape)} and {tuple(q.event_shape)}. If the last batch dimension of a Normal holds the "
+            "coordinates of one vector, wrap it: Independent(Normal(loc, scale), 1)"
         )
+    check_batch_shapes(p, q)
 
 
 def _k_dim(g: Gaussian) -> int:
@@ -110,13 +112,11 @@ def simplified(m: Mixture) -> Mixture:
     Looks at the data, and so does nothing inside transforms. Derivatives of the first order are right for a merged
     mixture too; those of the second order, with respect to single components, are not.
     """
-    if (
-        m.num_components == 1
-        or not m.log_weights.numel()
-        or not is_eager(m.log_weights, m.gaussian.loc, m.gaussian.scale)
-    ):
-        return m
     g = m.gaussian
+    if m.num_components == 1 or not is_eager(m.log_weights, g.loc, g.scale):
+        return m
+    if not (m.log_weights.numel() and g.loc.numel()):  # of no rows, all components would be dead
+        return m
     alive = m.log_weights.detach() > -torch.inf
     if not bool(alive.all()):
         keep = alive.reshape(-1, m.num_components).any(0).nonzero()[:, 0]

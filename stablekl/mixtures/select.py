@@ -47,7 +47,7 @@ from .information import (
     cubature_nodes,
     mixture_information,
 )
-from .mixture_kl import EXACT_ERROR, by_subspace, mixture_kl
+from .mixture_kl import EXACT_ERROR, by_subspace, mixture_kl, parameter_rounding
 from .reading import Mixture
 from .weights import label_entropy, weighted
 
@@ -230,4 +230,8 @@ def _to_many(method: Method, p: Mixture, q: Mixture, rtol: float, max_points: in
 def _on_the_line(p: Mixture, q: Mixture) -> Information:
     c_p, c_q = p.components(), q.components()
     batch = broadcast_shape(c_p.log_weights.shape[:-1], c_q.log_weights.shape[:-1])
-    return Information(*line_kl(c_p.expand(batch), c_q.expand(batch)), "line")
+    c_p, c_q = c_p.expand(batch), c_q.expand(batch)
+    value, error = line_kl(c_p, c_q)
+    with torch.no_grad():
+        error = error + parameter_rounding(c_p, c_q, value)
+    return Information(value, error, "line")

@@ -113,7 +113,8 @@ def whitened(c: Components) -> Components:
     with torch.no_grad():
         centre = c.loc.mean(-2, keepdim=True)
         if c.is_diagonal:
-            unit = c.scale.square().mean(-2, keepdim=True).sqrt()
+            top = c.scale.amax(-2, keepdim=True)  # the square of a scale of 1e-170 is 0
+            unit = top * (c.scale / top).square().mean(-2, keepdim=True).sqrt()
         else:
             stacked = c.scale.mT.flatten(-3, -2) / math.sqrt(c.scale.shape[-3])
             root = torch.linalg.qr(stacked).R

@@ -324,3 +324,32 @@ def test_in_the_plane_by_name_and_not():
     value, error = cubature_kl(*parts, rtol=1e-12, max_points=2**22)
     assert abs(float(stablekl.kl_estimate(p, q).value - value)) <= 1e-9
     assert float(error) <= 1e-11
+
+
+def test_an_interval_does_not_depend_on_the_rest_of_the_batch():
+    """Five components, of which a row has groups, one a line, and one must be sampled."""
+    generator = torch.Generator().manual_seed(4)
+    loc = 2 * torch.randn(3, 5, 6, generator=generator, dtype=F64)
+    loc[0] += 1e3 * torch.tensor([0, 0, 1, 1, 2], dtype=F64).unsqueeze(-1)
+    loc[1, :, 1:] = 0.0
+    weights = torch.softmax(torch.randn(3, 5, generator=generator, dtype=F64), -1)
+    scale = torch.ones(3, 5, 6, dtype=F64)
+    scale[2] = torch.exp(0.3 * torch.randn(5, 6, generator=generator, dtype=F64))
+    q = stablekl.MultivariateNormal(torch.zeros(6, dtype=F64), scale_diag=torch.full((6,), 3.0, dtype=F64))
+    two = stablekl.GaussianMixture(probs=weights[2, :3], loc=loc[2, :3], scale_diag=scale[2, :3])
+
+    def of(rows):
+        return stablekl.GaussianMixture(probs=weights[rows], loc=loc[rows], scale_diag=scale[rows])
+
+    for function in (
+        lambda p: stablekl.kl_estimate(p, q),
+        lambda p: stablekl.kl_estimate(p, two),
+        lambda p: stablekl.jensen_shannon_estimate(p, q),
+        stablekl.entropy_estimate,
+    ):
+        together = function(of(slice(None)))
+        for i in range(3):
+            alone = function(of(slice(i, i + 1)))
+            for a, b in zip(alone[:4], together[:4], strict=True):
+                torch.testing.assert_close(a[0], b[i], rtol=1e-6, atol=1e-12)
+    assert stablekl.kl_estimate(of(slice(2, 3)), q).method == "sobol"

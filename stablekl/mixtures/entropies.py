@@ -29,9 +29,9 @@ from .bounds import closed_bounds, information_bounds, pairwise_kl
 from .components import Components
 from .engines.overlaps import log_determinants
 from .estimate import Bounds, KLEstimate, requested, warn_of_excess
-from .information import Information, least_exact, mixture_information, replaced
+from .information import least_exact, mixture_information
 from .reading import Mixture, as_mixture, check_same_space, simplified
-from .select import CERTAIN, evaluate_kl, slack_for
+from .select import evaluate_kl, narrowed, slack_for
 from .weights import weighted
 
 __all__ = [
@@ -51,23 +51,14 @@ def _component_entropies(m: Mixture, components: Components) -> Tensor:
     return log_determinants(components) + 0.5 * m.dim * (1 + math.log(2 * math.pi))
 
 
-def _narrowed(value: Tensor, error: Tensor, bounds: Bounds, method: str) -> KLEstimate:
-    """With the certified interval, narrowed to the error where that is a bound."""
-    bounds = Bounds(bounds.lower.detach(), bounds.upper.detach())
-    if method in CERTAIN:
-        still = value.detach()
-        bounds = Bounds(torch.maximum(bounds.lower, still - error), torch.minimum(bounds.upper, still + error))
-    return KLEstimate(bounds.clipped(value), error, *bounds, method)
-
-
 def _information(m: Mixture, rtol: float, max_points: int) -> tuple[Components, KLEstimate]:
     """The components of a mixture in working precision, and their information."""
     components = m.components()
     goal = torch.full_like(components.log_weights[..., 0].detach(), rtol)
     found = mixture_information(components, goal, max_points, slack_for(m.dtype))
     with torch.no_grad():
-        bounds = information_bounds(m, components)
-    return components, _narrowed(found.value, found.error, bounds, found.method)
+        bounds = narrowed(found.value.detach(), found.error, information_bounds(m, components), found.estimated)
+    return components, KLEstimate(bounds.clipped(found.value), found.error, *bounds, found.method)
 
 
 def mutual_information_estimate(
@@ -223,39 +214,42 @@ def _rows(m: Mixture, batch: torch.Size, index: Tensor) -> Mixture:
     return m._replace(log_weights=lw, gaussian=Gaussian("scale_diag" if c.is_diagonal else "scale_tril", loc, scale))
 
 
-def _js_by_divergences(p: Mixture, q: Mixture, rtol: float, max_points: int) -> Information:
+def _js_by_divergences(p: Mixture, q: Mixture, rtol: float, max_points: int) -> KLEstimate:
     m = _mean_of(p, q)
     if p.num_components == q.num_components:
         p, q = _mean_of(p, p), _mean_of(q, q)
-    parts = [evaluate_kl("auto", x, m, rtol, max_points) for x in (p, q)]
-    return Information(
-        0.5 * (parts[0].value + parts[1].value),
-        0.5 * (parts[0].error + parts[1].error),
-        least_exact(*[x.method for x in parts]),
+    one, two = (evaluate_kl("auto", x, m, rtol, max_points) for x in (p, q))
+    value, error, lower, upper = (0.5 * (a + b) for a, b in zip(one[:4], two[:4], strict=True))
+    return KLEstimate(value, error, lower, upper, least_exact(one.method, two.method))
+
+
+def _js_by_information(p: Mixture, q: Mixture, m: Mixture, rtol: float, max_points: int) -> KLEstimate:
+    total, one, two = (_information(x, rtol, max_points)[1] for x in (m, p, q))
+    return KLEstimate(
+        total.value - 0.5 * (one.value + two.value),
+        total.error + 0.5 * (one.error + two.error),
+        total.lower - 0.5 * (one.upper + two.upper),
+        total.upper - 0.5 * (one.lower + two.lower),
+        least_exact(total.method, one.method, two.method),
     )
 
 
-def _js_by_information(p: Mixture, q: Mixture, m: Mixture, rtol: float, max_points: int) -> Information:
-    total, *own = (_information(x, rtol, max_points)[1] for x in (m, p, q))
-    return Information(
-        total.value - 0.5 * (own[0].value + own[1].value),
-        total.error + 0.5 * (own[0].error + own[1].error),
-        least_exact(*[x.method for x in (total, *own)]),
-    )
-
-
-def _positive_where_small(found: Information, p: Mixture, q: Mixture, rtol: float, max_points: int) -> Information:
+def _positive_where_small(found: KLEstimate, p: Mixture, q: Mixture, rtol: float, max_points: int) -> KLEstimate:
     """Rows where the difference leaves fewer than three digits, anew by positive integrals."""
     batch = found.value.shape
-    value, error = found.value.reshape(-1), found.error.expand(batch).reshape(-1)
+    value, error, lower, upper = (x.expand(batch).reshape(-1) for x in found[:4])
     few = (value.detach() < 1e3 * error).nonzero().squeeze(-1)
     if not few.numel():
         return found
     other = _js_by_divergences(_rows(p, batch, few), _rows(q, batch, few), rtol, max_points)
-    better = bool((other.error < error[few]).any())
-    value, error = replaced(value, error, few, other.value, other.error)
-    method = least_exact(found.method, other.method) if better else found.method
-    return Information(value.reshape(batch), error.reshape(batch), method)
+    better = other.error < error[few]
+    value = value.index_copy(0, few, torch.where(better, other.value, value.index_select(0, few)))
+    error = error.index_copy(0, few, torch.where(better, other.error, error[few]))
+    lower = lower.index_copy(0, few, torch.maximum(other.lower, lower[few]))
+    upper = upper.index_copy(0, few, torch.minimum(other.upper, upper[few]))
+    method = least_exact(found.method, other.method) if bool(better.any()) else found.method
+    value, error, lower, upper = (x.reshape(batch) for x in (value, error, lower, upper))
+    return KLEstimate(value, error, lower, upper, method)
 
 
 def jensen_shannon_estimate(
@@ -301,10 +295,10 @@ def jensen_shannon_estimate(
     with torch.no_grad():
         parts = [closed_bounds(x, m, pairwise_kl(x, m)) for x in (m_p, m_q)]
         lower, upper = (0.5 * (a + b) for a, b in zip(*parts, strict=True))
-    bounds = Bounds(lower.clamp(max=LOG2), upper.clamp(max=LOG2 * (1 + 4 * torch.finfo(upper.dtype).eps)))
-    estimate = _narrowed(found.value, found.error, bounds, found.method)
-    most = Bounds(estimate.lower, torch.full_like(estimate.upper, LOG2))  # rounding may say more
-    return estimate._replace(value=most.clipped(estimate.value)).rounded(m.dtype)
+        lower = torch.maximum(lower, found.lower).clamp(max=LOG2)
+        upper = torch.minimum(upper, found.upper).clamp(max=LOG2 * (1 + 4 * torch.finfo(upper.dtype).eps))
+    value = Bounds(lower, upper.clamp(max=LOG2)).clipped(found.value)  # rounding may say more than log 2
+    return KLEstimate(value, found.error, lower, upper, found.method).rounded(m.dtype)
 
 
 def jensen_shannon(p: Distribution, q: Distribution) -> Tensor:

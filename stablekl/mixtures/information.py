@@ -48,17 +48,20 @@ from .weights import weighted
 
 __all__ = [
     "CAUTION",
+    "CERTAIN",
     "CUBATURE_ERROR",
     "ENGINES",
     "NODES_PER_POINT",
     "SPECTRAL_ERROR",
     "Information",
+    "by_engine",
     "cubature_nodes",
     "cubature_tolerance",
+    "gathered",
+    "improved",
     "least_exact",
     "line_information",
     "mixture_information",
-    "replaced",
 ]
 
 # On the pair's entropy: its sum over all pairs stays below the rounding errors of the rest.
@@ -78,6 +81,9 @@ NODES_PER_POINT = 128
 SPACE_NODES, FEW = 6, 16
 # Engines, the least exact last. (`contour` is for divergences only.)
 ENGINES = ("closed form", "line", "spectral", "triple", "contour", "cubature", "sobol")
+# Those whose error is a bound rather than an estimate. Not the contour: components with condition numbers of 1e7 are
+# off by more than it claims.
+CERTAIN = ENGINES[:4]
 
 
 def least_exact(*methods: str) -> str:
@@ -91,12 +97,24 @@ class Information(NamedTuple):
     Attributes:
         value: in nats, of the batch shape; differentiable.
         error: bound on its error, or half-width of a 95 % interval where some of it was sampled.
-        method: the least exact of the engines that took part.
+        method: the least exact of the engines that took part, in any row.
+        estimated: in which rows the error is, in part, an estimate; of the batch shape.
     """
 
     value: Tensor
     error: Tensor
     method: str
+    estimated: Tensor
+
+    def reshaped(self, batch: torch.Size) -> Information:
+        """Rows as a batch."""
+        value, error, estimated = (x.reshape(batch) for x in (self.value, self.error, self.estimated))
+        return Information(value, error, self.method, estimated)
+
+
+def by_engine(value: Tensor, error: Tensor, method: str) -> Information:
+    """What one engine says of all rows."""
+    return Information(value, error, method, torch.full_like(error, method not in CERTAIN, dtype=torch.bool))
 
 
 def line_information(p: Components) -> tuple[Tensor, Tensor]:
@@ -129,17 +147,16 @@ def mixture_information(p: Components, atol: Tensor, max_points: int, slack: flo
     k = p.log_weights.shape[-1]
     if k == 1:
         zero = _zero(p)
-        return Information(zero, zero.detach(), "closed form")
+        return by_engine(zero, zero.detach(), "closed form")
     if k == 2:
-        return Information(label_information(p), torch.full_like(atol, SPECTRAL_ERROR), "spectral")
+        return by_engine(label_information(p), torch.full_like(atol, SPECTRAL_ERROR), "spectral")
     if not is_eager(*p):
         name = "line" if p.loc.shape[-1] == 1 else "triple" if k == 3 else "sobol"
-        return Information(*_evaluate(name, p, atol, max_points)[:2], name)
+        return _evaluate(name, p, atol, max_points)
     batch = atol.shape
     rows = math.prod(batch)
     flat = Components(*(x.reshape(rows, *x.shape[len(batch) :]) for x in p))
-    value, error, method = _by_groups(flat, atol.reshape(rows), max_points, slack)
-    return Information(value.reshape(batch), error.reshape(batch), method)
+    return _by_groups(flat, atol.reshape(rows), max_points, slack).reshaped(batch)
 
 
 def _zero(p: Components) -> Tensor:
@@ -184,10 +201,11 @@ def _connected(p: Components) -> tuple[list[_Groups], Tensor]:
     return groups, lost
 
 
-def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> tuple[Tensor, Tensor, str]:
+def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> Information:
     k = p.log_weights.shape[-1]
     groups, error = _connected(p)
     value = _zero(p)
+    estimated = torch.zeros_like(error, dtype=torch.bool)
     methods = {"closed form"}
     for row, index in groups:
         whole = index.shape[-1] == k
@@ -202,41 +220,45 @@ def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> tu
         if index.shape[-1] == 1:
             continue
         goal = atol.index_select(0, row)
-        inside, inside_error, used = _group_information(part, goal, max_points, slack)
+        inside = _group_information(part, goal, max_points, slack)
         weight = 1.0 if whole else log_weight.exp()
-        value = value.index_add(0, row, weight * inside)
-        error = error.index_add(0, row, (weight * inside_error).detach())
-        methods |= used
-    return value, error, least_exact(*methods)
+        value = value.index_add(0, row, weight * inside.value)
+        error = error.index_add(0, row, (weight * inside.error).detach())
+        estimated[row[inside.estimated]] = True
+        methods.add(inside.method)
+    return Information(value, error, least_exact(*methods), estimated)
 
 
 def _rows(p: Components, row: Tensor) -> Components:
     return Components(*(x.index_select(0, row) for x in p))
 
 
-def _group_information(p: Components, atol: Tensor, max_points: int, slack: float) -> tuple[Tensor, Tensor, set[str]]:
-    """Value, error and engines for tasks, ``(tasks, n)`` components, all of which overlap."""
+def _group_information(p: Components, atol: Tensor, max_points: int, slack: float) -> Information:
+    """That of tasks, ``(tasks, n)`` components, all of which overlap."""
     n, dim = p.loc.shape[-2:]
     if n == 2:
-        return label_information(p), torch.full_like(atol, SPECTRAL_ERROR), {"spectral"}
+        return by_engine(label_information(p), torch.full_like(atol, SPECTRAL_ERROR), "spectral")
     if dim == 1:
-        value, error, name = _evaluate("line", p, atol, max_points)
-        return value, error, {name}
+        return _evaluate("line", p, atol, max_points)
     found = subspace(p, slack)
     rank = found.rank.tolist()
-    results: list[tuple[Tensor, Tensor, Tensor]] = []
-    used = set()
+    results: list[tuple[Tensor, Information]] = []
     for r in sorted(set(rank)):
         index = torch.tensor([i for i, x in enumerate(rank) if x == r], device=p.loc.device)
         part, goal, loss = _rows(p, index), atol[index], found.loss[index].nan_to_num(posinf=0.0)
         if 0 < r < min(dim, 4):
             part = projected(part, found.basis[index, :r], found.origin[index])
-        value, error, name = _evaluate(_engine_for(n, r), part, goal, max_points)
-        results.append((index, value, error + loss))
-        used.add(name)
-    order = torch.cat([index for index, _, _ in results]).argsort()
-    value, error = (torch.cat([x[i] for x in results]).index_select(0, order) for i in (1, 2))
-    return value, error, used
+        inside = _evaluate(_engine_for(n, r), part, goal, max_points)
+        results.append((index, inside._replace(error=inside.error + loss)))
+    return gathered(results)
+
+
+def gathered(parts: list[tuple[Tensor, Information]]) -> Information:
+    """One row after the other, from parts with the indices of theirs."""
+    order = torch.cat([index for index, _ in parts]).argsort()
+    columns = ([getattr(x, name) for _, x in parts] for name in ("value", "error", "estimated"))
+    value, error, estimated = (torch.cat(x).index_select(0, order) for x in columns)
+    return Information(value, error, least_exact(*{x.method for _, x in parts}), estimated)
 
 
 def cubature_tolerance(p: Components) -> Tensor:
@@ -256,11 +278,18 @@ def cubature_nodes(p: Components, max_points: int) -> int:
     return int(NODES_PER_POINT * more * max_points)
 
 
-def replaced(value: Tensor, error: Tensor, index: Tensor, other: Tensor, other_error: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of ``index`` by another engine, where its error is smaller."""
-    better = other_error < error[index]
-    value = value.index_copy(0, index, torch.where(better, other, value.index_select(0, index)))
-    return value, error.index_copy(0, index, torch.where(better, other_error, error[index]))
+def improved(found: Information, index: Tensor, other: Information) -> Information:
+    """With the rows of ``index`` by another engine, where its error is smaller."""
+    better = other.error < found.error[index]
+    value = torch.where(better, other.value, found.value.index_select(0, index))
+    error = torch.where(better, other.error, found.error[index])
+    estimated = torch.where(better, other.estimated, found.estimated[index])
+    return Information(
+        found.value.index_copy(0, index, value),
+        found.error.index_copy(0, index, error),
+        least_exact(found.method, other.method) if bool(better.any()) else found.method,
+        found.estimated.index_copy(0, index, estimated),
+    )
 
 
 def _engine_for(n: int, rank: int) -> str:
@@ -272,22 +301,20 @@ def _engine_for(n: int, rank: int) -> str:
     return "cubature" if rank <= 3 else "sobol"
 
 
-def _evaluate(name: str, p: Components, atol: Tensor, max_points: int) -> tuple[Tensor, Tensor, str]:
-    """Value, error, and the engine: another where the one that was asked for did not suffice."""
+def _evaluate(name: str, p: Components, atol: Tensor, max_points: int) -> Information:
+    """By this engine; or another where that did not suffice."""
     if name == "line":
-        return *line_information(p._replace(scale=p.scale if p.is_diagonal else p.scale.squeeze(-1))), name
+        return by_engine(*line_information(p._replace(scale=p.scale if p.is_diagonal else p.scale.squeeze(-1))), name)
     if name == "triple":
-        return *triple_information(p), name
+        return by_engine(*triple_information(p), name)
     if name == "cubature":
         goal = torch.minimum(atol, cubature_tolerance(p))
         value, error = cubature_information(p, atol=goal, max_points=cubature_nodes(p, max_points))
-        error = CAUTION * error + CUBATURE_ERROR
-        missed = (error > atol).nonzero().squeeze(-1)
+        found = by_engine(value, CAUTION * error + CUBATURE_ERROR, name)
+        missed = (found.error > atol).nonzero().squeeze(-1)
         if not missed.numel():
-            return value, error, name
-        other, other_error = adaptive_information(_rows(p, missed), atol[missed], max_points)
-        name = "sobol" if bool((other_error < error[missed]).any()) else name
-        return *replaced(value, error, missed, other, other_error), name
+            return found
+        return improved(found, missed, _evaluate("sobol", _rows(p, missed), atol[missed], max_points))
     if name == "sobol":
-        return *adaptive_information(p, atol, max_points), name
-    return _zero(p), torch.zeros_like(atol), name  # components that are all the same
+        return by_engine(*adaptive_information(p, atol, max_points), name)
+    return by_engine(_zero(p), torch.zeros_like(atol), name)  # components that are all the same

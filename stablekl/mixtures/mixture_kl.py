@@ -19,10 +19,12 @@ from .information import (
     CUBATURE_ERROR,
     NODES_PER_POINT,
     Information,
+    by_engine,
     cubature_tolerance,
+    gathered,
+    improved,
     least_exact,
     mixture_information,
-    replaced,
 )
 from .weights import label_entropy, weighted
 
@@ -80,12 +82,12 @@ def mixture_kl(
         mean_kl = weighted(p.log_weights, parts)
         goal = rtol * (1 + (mean_kl.detach() - label_entropy(p.log_weights)).clamp(min=0))
         found = mixture_information(p, goal, max_points, slack)
-        error = weighted(p.log_weights, part_error) + found.error + EXACT_ERROR * (1 + mean_kl.detach())
-        return Information(mean_kl - found.value, error, least_exact(method, found.method))
+        error = weighted(p.log_weights, part_error).detach() + found.error + EXACT_ERROR * (1 + mean_kl.detach())
+        return by_engine(mean_kl - found.value, error, least_exact(method, found.method))
     else:
         value, error = adaptive_kl(p, q, rtol, max_points)
         error = error + EXACT_ERROR * (1 + value.detach())
-    return Information(value, error, method)
+    return by_engine(value, error, method)
 
 
 def _rows(c: Components, index: Tensor) -> Components:
@@ -101,7 +103,7 @@ def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: 
     value, error = adaptive_kl(p, q, rtol, min(FIRST_BUDGET, max_points))
     hard = (error > rtol * (1 + value.detach())).nonzero().squeeze(-1)
     if not hard.numel():
-        return Information(value, error, "sobol")
+        return by_engine(value, error, "sobol")
     here_p, here_q = _rows(p, hard), _rows(q, hard)
     with torch.no_grad():
         by_difference = adaptive_cross(here_p, here_q, rtol, min(FIRST_BUDGET, max_points))[1] < error[hard]
@@ -119,7 +121,7 @@ def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: 
             part, part_error = adaptive_kl(part_p, part_q, rtol, max_points)
         value = value.index_copy(0, hard[chosen], part)
         error = error.index_copy(0, hard[chosen], part_error)
-    return Information(value, error + EXACT_ERROR * (1 + value.detach()), "sobol")
+    return by_engine(value, error + EXACT_ERROR * (1 + value.detach()), "sobol")
 
 
 def _by_cubature(p: Components, q: Components, tolerance: Tensor, max_points: int) -> Information:
@@ -129,7 +131,7 @@ def _by_cubature(p: Components, q: Components, tolerance: Tensor, max_points: in
         here = _rows(p, index), _rows(q, index)
         part, part_error = cubature_kl(*here, rtol=fine, max_points=NODES_PER_POINT * max_points)
         value, error = value.index_copy(0, index, part), error.index_copy(0, index, part_error)
-    return Information(value, error, "cubature")
+    return by_engine(value, error, "cubature")
 
 
 def _in_few_dimensions(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
@@ -140,14 +142,7 @@ def _in_few_dimensions(p: Components, q: Components, rtol: float, max_points: in
     missed = (found.error > rtol * (1 + found.value.detach())).nonzero().squeeze(-1)
     if not missed.numel():
         return found
-    return _improved(found, missed, _sampled(_rows(p, missed), _rows(q, missed), rtol, max_points, slack))
-
-
-def _improved(found: Information, index: Tensor, other: Information) -> Information:
-    """The rows of ``index`` by another engine, where its error is smaller."""
-    better = bool((other.error < found.error[index]).any())
-    method = least_exact(found.method, other.method) if better else found.method
-    return Information(*replaced(found.value, found.error, index, other.value, other.error), method)
+    return improved(found, missed, _sampled(_rows(p, missed), _rows(q, missed), rtol, max_points, slack))
 
 
 def _positive_where_small(
@@ -160,14 +155,14 @@ def _positive_where_small(
             return found
         here_p, here_q = _rows(p, few), _rows(q, few)
         if engine == "sobol":
-            other = Information(*adaptive_kl(here_p, here_q, rtol, max_points), engine)
+            other = by_engine(*adaptive_kl(here_p, here_q, rtol, max_points), engine)
         else:
             if rank < p.loc.shape[-1]:
                 here_p, here_q = (projected(c, seen.basis[few, :rank], seen.origin[few]) for c in (here_p, here_q))
             fine = cubature_tolerance(here_p).clamp(min=NEARBY if rank == 3 else 0.0)
             other = _by_cubature(here_p, here_q, fine, max_points)
             other = other._replace(error=other.error + seen.loss[few])
-        found = _improved(found, few, other)
+        found = improved(found, few, other)
     return found
 
 
@@ -177,9 +172,8 @@ def by_subspace(p: Components, q: Components, rtol: float, max_points: int, slac
     rows = math.prod(batch)
     flat_p, flat_q = (Components(*(x.reshape(rows, *x.shape[len(batch) :]) for x in c)) for c in (p, q))
     if not rows:
-        return Information(p.log_weights.sum(-1), p.log_weights.detach().sum(-1), "line")
-    value, error, method = _in_subspaces(flat_p, flat_q, rtol, max_points, slack)
-    return Information(value.reshape(batch), error.reshape(batch), method)
+        return by_engine(p.log_weights.sum(-1), p.log_weights.detach().sum(-1), "line")
+    return _in_subspaces(flat_p, flat_q, rtol, max_points, slack).reshaped(batch)
 
 
 def _in_subspaces(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
@@ -189,8 +183,8 @@ def _in_subspaces(p: Components, q: Components, rtol: float, max_points: int, sl
     seen = subspace(joined, slack)
     seen = seen._replace(loss=4 * torch.where(seen.loss.isfinite(), seen.loss, 0.0))  # of a divergence
     two = q.log_weights.shape[-1] == 2
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    methods = set()
+    parts: list[tuple[Tensor, Information]] = []
+    lost = torch.zeros_like(seen.loss)
     dim = p.loc.shape[-1]
     ranks = seen.rank.tolist()
     for r in sorted(set(ranks)):
@@ -210,13 +204,11 @@ def _in_subspaces(p: Components, q: Components, rtol: float, max_points: int, sl
         if method == "contour":
             here = Subspace(*(x[index] for x in seen))
             result = _positive_where_small(result, here_p, here_q, here, r, rtol, max_points)
-        lost = seen.loss[index] if low else torch.zeros_like(result.error)
-        parts.append((index, result.value, result.error + lost, lost))
-        methods.add(result.method)
-    order = torch.cat([index for index, *_ in parts]).argsort()
-    value, error, lost = (torch.cat(x).index_select(0, order) for x in [*zip(*parts, strict=True)][1:])
-    found = Information(value, error, least_exact(*methods))
-    lossy = ((value.detach() < LOSSY * lost) & (lost > ROUNDING)).nonzero().squeeze(-1)
+        if low:
+            lost[index] = seen.loss[index]
+        parts.append((index, result._replace(error=result.error + lost[index])))
+    found = gathered(parts)
+    lossy = ((found.value.detach() < LOSSY * lost) & (lost > ROUNDING)).nonzero().squeeze(-1)
     if not lossy.numel():
         return found
-    return _improved(found, lossy, _in_subspaces(_rows(p, lossy), _rows(q, lossy), rtol, max_points, TIGHTER * slack))
+    return improved(found, lossy, _in_subspaces(_rows(p, lossy), _rows(q, lossy), rtol, max_points, TIGHTER * slack))

@@ -42,20 +42,12 @@ from .engines.line import line_kl
 from .engines.spectral import label_information
 from .engines.triple import triple_information
 from .estimate import Bounds, KLEstimate, Method
-from .information import (
-    Information,
-    cubature_nodes,
-    mixture_information,
-)
+from .information import CERTAIN, Information, by_engine, cubature_nodes, mixture_information
 from .mixture_kl import EXACT_ERROR, by_subspace, mixture_kl, parameter_rounding
 from .reading import Mixture
 from .weights import label_entropy, weighted
 
-__all__ = ["CERTAIN", "applies", "check_method", "evaluate_kl", "slack_for"]
-
-# Engines whose error is a bound rather than an estimate. Not the contour: components with condition numbers of 1e7 are
-# off by more than it claims.
-CERTAIN = ("closed form", "line", "spectral", "triple")
+__all__ = ["applies", "check_method", "evaluate_kl", "narrowed", "slack_for"]
 
 
 def slack_for(dtype: torch.dtype) -> float:
@@ -116,20 +108,21 @@ def evaluate_kl(method: Method, p: Mixture, q: Mixture, rtol: float, max_points:
     if q.num_components == 1:
         pairs = pairwise_kl(p, q)
         nearest = weighted(p.log_weights, pairs.squeeze(-1))
-        value, error, engine = _to_one(method, p, q, nearest, rtol, max_points, slack_for(dtype))
+        found = _to_one(method, p, q, nearest, rtol, max_points, slack_for(dtype))
     else:
         with torch.no_grad():
             pairs = pairwise_kl(p, q)
             nearest = weighted(p.log_weights, (pairs - q.log_weights.unsqueeze(-2)).amin(-1))
-        value, error, engine = _to_many(method, p, q, rtol, max_points, slack_for(dtype))
+        found = _to_many(method, p, q, rtol, max_points, slack_for(dtype))
     with torch.no_grad():
-        bounds = _quick_bounds(p, q, nearest) if engine in CERTAIN else closed_bounds(p, q, pairs)
-    value = torch.where(bounds.upper.isinf(), bounds.upper, value)
+        bounds = _quick_bounds(p, q, nearest)
+        if found.method not in CERTAIN:  # of each row by itself, whatever else is in the batch
+            tight = closed_bounds(p, q, pairs)
+            bounds = Bounds(*(torch.where(found.estimated, a, b) for a, b in zip(tight, bounds, strict=True)))
+    value = torch.where(bounds.upper.isinf(), bounds.upper, found.value)
     value = bounds.clipped(value)
-    error = torch.where(value.detach().isinf(), torch.inf, error)
-    if engine in CERTAIN:
-        bounds = _narrowed(value.detach(), error, bounds)
-    return KLEstimate(value, error, *bounds, engine)
+    error = torch.where(value.detach().isinf(), torch.inf, found.error.detach())
+    return KLEstimate(value, error, *narrowed(value.detach(), error, bounds, found.estimated), found.method)
 
 
 def _closed_form(p: Mixture, q: Mixture) -> KLEstimate:
@@ -137,13 +130,15 @@ def _closed_form(p: Mixture, q: Mixture) -> KLEstimate:
     # Observed at most 16 eps for condition numbers up to 1e3; an ill-conditioned covariance has eps * cond.
     error = 16 * torch.finfo(value.dtype).eps * value.detach()
     unknown = Bounds(torch.zeros_like(error), torch.full_like(error, torch.inf))
-    return KLEstimate(value, error, *_narrowed(value.detach(), error, unknown), "closed form")
+    bounds = narrowed(value.detach(), error, unknown, torch.zeros_like(error, dtype=torch.bool))
+    return KLEstimate(value, error, *bounds, "closed form")
 
 
-def _narrowed(value: Tensor, error: Tensor, bounds: Bounds) -> Bounds:
-    """The certified interval narrowed to ``value +- error``."""
+def narrowed(value: Tensor, error: Tensor, bounds: Bounds, estimated: Tensor) -> Bounds:
+    """The certified interval narrowed to ``value +- error``, where that is not an estimate."""
     low = torch.where(value.isinf(), value, value - error)
-    return Bounds(torch.maximum(bounds.lower, low), torch.minimum(bounds.upper, value + error))
+    lower = torch.where(estimated, bounds.lower, torch.maximum(bounds.lower, low))
+    return Bounds(lower, torch.where(estimated, bounds.upper, torch.minimum(bounds.upper, value + error)))
 
 
 def _quick_bounds(p: Mixture, q: Mixture, upper: Tensor) -> Bounds:
@@ -167,7 +162,7 @@ def _to_one(
     components = p.components()
     if p.num_components == 2 and method in ("auto", "spectral"):  # nothing to ask for, and no time to lose
         value = mean_kl - label_information(components)
-        return Information(value, EXACT_ERROR * (1 + mean_kl.detach().expand_as(value)), "spectral")
+        return by_engine(value, EXACT_ERROR * (1 + mean_kl.detach().expand_as(value)), "spectral")
     with torch.no_grad():
         # what is sampled is sampled once for all q that share a p: to the tolerance of the smallest divergence
         goal = rtol * (1 + (mean_kl - label_entropy(p.log_weights)).clamp(min=0))
@@ -175,7 +170,7 @@ def _to_one(
     found = _information(method, components, goal, max_points, slack)
     value = mean_kl - found.value
     error = found.error + EXACT_ERROR * (1 + mean_kl.detach())
-    return Information(value, error.expand_as(value), found.method)
+    return Information(value, error.expand_as(value), found.method, found.estimated.expand_as(value))
 
 
 def _least(x: Tensor, shape: torch.Size) -> Tensor:
@@ -190,11 +185,11 @@ def _least(x: Tensor, shape: torch.Size) -> Tensor:
 
 def _information(method: Method, p: Components, goal: Tensor, max_points: int, slack: float) -> Information:
     if method == "triple":
-        return Information(*triple_information(p), method)
+        return by_engine(*triple_information(p), method)
     if method == "cubature":
-        return Information(*cubature_information(p, atol=goal, max_points=cubature_nodes(p, max_points)), method)
+        return by_engine(*cubature_information(p, atol=goal, max_points=cubature_nodes(p, max_points)), method)
     if method == "sobol":
-        return Information(*adaptive_information(p, goal, max_points), method)
+        return by_engine(*adaptive_information(p, goal, max_points), method)
     return mixture_information(p, goal, max_points, slack)
 
 
@@ -224,7 +219,7 @@ def _to_many(method: Method, p: Mixture, q: Mixture, rtol: float, max_points: in
         for a, b in zip(c_p, c_q, strict=True):
             same = same & (a == b).flatten(len(batch)).all(-1)
     value, error = (torch.where(same, 0.0, x) for x in result[:2])
-    return Information(value, error, result.method)
+    return Information(value, error, result.method, result.estimated & ~same)
 
 
 def _on_the_line(p: Mixture, q: Mixture) -> Information:
@@ -234,4 +229,4 @@ def _on_the_line(p: Mixture, q: Mixture) -> Information:
     value, error = line_kl(c_p, c_q)
     with torch.no_grad():
         error = error + parameter_rounding(c_p, c_q, value)
-    return Information(value, error, "line")
+    return by_engine(value, error, "line")

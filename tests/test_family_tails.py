@@ -120,7 +120,7 @@ def build(name, *parameters, ours=True):
     kind = CASES[name][0]
     parameters = parameters or [T(v, dtype=F64) for v in CASES[name][1]]
     component = kind(*parameters, validate_args=False)
-    weights = Categorical(probs=T(WEIGHTS, dtype=F64))
+    weights = Categorical(probs=T(WEIGHTS, dtype=F64), validate_args=False)
     return (MixtureSameFamily if ours else TorchMixture)(weights, component, validate_args=False)
 
 

@@ -39,7 +39,7 @@ PROBABILITIES = (
 def test_to_the_conditioning(name, monkeypatch):
     """|log F(x) - log u|, in the nearer tail, against eps (1 + |log u|) and what an ulp of x changes; and how fast."""
     evaluations = [0]
-    root = module._root
+    root = module.find_root
 
     def counted(rise, *rest):
         def f(x):
@@ -48,7 +48,7 @@ def test_to_the_conditioning(name, monkeypatch):
 
         return root(f, *rest)
 
-    monkeypatch.setattr(module, "_root", counted)
+    monkeypatch.setattr(module, "find_root", counted)
     parameters = CASES[name]
     x = mixture(*parameters).icdf(T(PROBABILITIES, dtype=F64))
     assert evaluations[0] < 40  # 26 at worst

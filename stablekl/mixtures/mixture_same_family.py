@@ -20,14 +20,13 @@ from ..distributions._base import Movable
 from ..distributions._gaussian import Gaussian, as_gaussian
 from ..special import logsumexp
 from .components import Components, gaussian_components
-from .cumulative import cumulative, log_cumulative
 from .density import component_log_probs, mixture_log_prob
+from .distribution_functions import DistributionFunctions
 from .entropies import entropy_estimate
 from .estimate import warn_of_excess
 from .interior import interior_point
 from .moments import mixture_covariance, mixture_mean, mixture_variance
 from .operations import GaussianOperations, gaussian_distribution
-from .quantile import quantile
 from .sampling import one_per_component, reparameterised
 from .weights import given_weights, normalised_log_weights
 
@@ -36,7 +35,7 @@ __all__ = ["MixtureSameFamily"]
 _NO_SHAPE = torch.Size()
 
 
-class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
+class MixtureSameFamily(GaussianOperations, DistributionFunctions, Movable, TorchMixtureSameFamily):
     r"""`torch.distributions.MixtureSameFamily` with an exact, streamed log-density and exact weights.
 
     The density is :math:`m(x) = \sum_k w_k p_k(x)`. Weights of exactly 0 contribute nothing, as read from what the
@@ -258,45 +257,6 @@ class MixtureSameFamily(GaussianOperations, Movable, TorchMixtureSameFamily):
         estimate = entropy_estimate(self)
         warn_of_excess(estimate, "entropy", stacklevel=2)
         return estimate.value
-
-    def cdf(self, value: Tensor) -> Tensor:
-        """Distribution function P(X <= x), ``sample_shape + batch_shape``; of vectors, and errors, as `log_cdf`."""
-        return cumulative(self, value)
-
-    def log_cdf(self, value: Tensor) -> Tensor:
-        r"""Log of the distribution function, :math:`\log P(X \le x)`, ``sample_shape + batch_shape``.
-
-        Of vectors with independent normal coordinates, the joint one, :math:`\sum_k w_k \prod_i F_{ki}(x_i)`. Normal
-        components keep their relative accuracy at any distance in both tails, and so do Laplace, Exponential, Gumbel,
-        Cauchy and others (`mixtures.family_tails`); else it is the log of the component's ``cdf``, to its eps.
-
-        Raises:
-            ValueError: the value has the wrong shape or is NaN (when validation is on; says where).
-            NotImplementedError: events are vectors that are not diagonal Gaussians, or the family has no ``cdf``.
-        """
-        return log_cumulative(self, value)
-
-    def log_sf(self, value: Tensor) -> Tensor:
-        r"""Log of the survival function, :math:`\log P(X > x)`, ``sample_shape + batch_shape``; otherwise as `log_cdf`.
-
-        Of vectors, the joint one: every coordinate exceeds its own of x, which is not the complement of the `cdf`.
-        """
-        return log_cumulative(self, value, upper=True)
-
-    def icdf(self, value: Tensor) -> Tensor:
-        r"""Quantile function of scalar events, ``sample_shape + batch_shape``, differentiable in everything.
-
-        Of vectors of length 1, such as those of ``marginal([i])``, too: ``sample_shape + batch_shape + (1,)``.
-
-        Normal components: to the conditioning of x, in both tails (u from 1e-300 in float64 to the last below 1). So
-        those of `mixtures.family_tails`; else by the family's ``cdf`` and ``icdf``. 0 and 1: the support's ends.
-
-        Raises:
-            ValueError: a value is NaN or outside [0, 1] (says where; inside transforms the result is NaN), or its shape
-                does not broadcast with the batch shape.
-            NotImplementedError: events are longer vectors, or the family has no ``cdf`` or no ``icdf``.
-        """
-        return quantile(self, value)
 
     def sample(self, sample_shape: _size = _NO_SHAPE) -> Tensor:
         """Samples, ``sample_shape + batch_shape + event_shape``; without a gradient."""

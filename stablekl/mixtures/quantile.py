@@ -44,7 +44,7 @@ from .family_tails import known_tails
 from .implicit import implicit_point
 from .interior import interior_point
 
-__all__ = ["quantile"]
+__all__ = ["common_shape", "find_root", "no_vectors", "quantile"]
 
 # Steps at most. Bisection alone halves any bracket of float64 numbers of one scale in 60; where the data cannot be
 # looked at, all are taken.
@@ -76,21 +76,12 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
         ['-11.4039', '-0.6745', '10.0000']
     """
     component = mixture.component_distribution
-    if component.event_shape not in ((), (1,)):
-        raise NotImplementedError(
-            f"events of shape {tuple(component.event_shape)} have no quantiles: many points x share one probability "
-            "P(X <= x). Take those of a marginal, a mixture of the components' marginals"
-        )
+    no_vectors(component)
     if not isinstance(u, Tensor):
         raise ValueError(f"the probabilities must be a tensor, got {u!r}")
     _check(u)
     gaussian = diagonal_gaussian(component)
-    try:
-        shape = torch.broadcast_shapes(u.shape, mixture.batch_shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"probabilities of shape {tuple(u.shape)} must broadcast with the batch shape {tuple(mixture.batch_shape)}"
-        ) from error
+    shape = common_shape(u, mixture)
     u_wide = widened(u).expand(shape)
     if gaussian is None:
         dtype = _dtype(u, mixture, _middle(component, u))
@@ -104,6 +95,25 @@ def quantile(mixture: Any, u: Tensor) -> Tensor:
     result = implicit_point(x.unsqueeze(-1), components, u_wide.unsqueeze(-1))
     result = result if component.event_shape else result.squeeze(-1)
     return result.to(_dtype(u, mixture, component.mean))
+
+
+def no_vectors(component: Distribution) -> None:
+    """NotImplementedError for events of more than one number."""
+    if component.event_shape not in ((), (1,)):
+        raise NotImplementedError(
+            f"events of shape {tuple(component.event_shape)} have no quantiles: many points x share one probability "
+            "P(X <= x). Take those of a marginal, a mixture of the components' marginals"
+        )
+
+
+def common_shape(u: Tensor, mixture: Any) -> torch.Size:
+    """That of the probabilities and of the batch; ValueError where they do not broadcast."""
+    try:
+        return torch.Size(torch.broadcast_shapes(u.shape, mixture.batch_shape))
+    except RuntimeError as error:
+        raise ValueError(
+            f"probabilities of shape {tuple(u.shape)} must broadcast with the batch shape {tuple(mixture.batch_shape)}"
+        ) from error
 
 
 def _dtype(u: Tensor, mixture: Any, like: Tensor) -> torch.dtype:
@@ -136,7 +146,7 @@ def _capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _root(rise: Callable[[Tensor], tuple[Tensor, Tensor]], tolerance: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def find_root(rise: Callable[[Tensor], tuple[Tensor, Tensor]], tolerance: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Zero of an increasing function between ``low`` and ``high``, from ``high`` down.
 
     Args:
@@ -211,7 +221,7 @@ def _solve_normal(u: Tensor, log_weights: Tensor, loc: Tensor, scale: Tensor) ->
         return log_cdf - log_p, (log_density - log_cdf).exp()
 
     low, high = _normal_bracket(p.unsqueeze(-2), log_p.unsqueeze(-2), log_weights, loc, scale)
-    x = _root(rise, 2.0 * torch.finfo(u.dtype).eps * (1.0 + log_p.abs()), low, high)
+    x = find_root(rise, 2.0 * torch.finfo(u.dtype).eps * (1.0 + log_p.abs()), low, high)
     return torch.where(inner, sign * x, _ends(u, -math.inf, math.inf))
 
 
@@ -288,7 +298,7 @@ def _family_quantile(u: Tensor, mixture: Any) -> Tensor:
             column = p.detach().unsqueeze(-1)
             sides = [_family_bracket(by_formula, column, upper, wide.log_weights) for upper in (False, True)]
             low, high = (torch.where(lower, a, b) for a, b in zip(*sides, strict=True))
-        x = _root(rise, 2.0 * torch.finfo(u.dtype).eps * (1.0 + log_p.abs()), low, high)
+        x = find_root(rise, 2.0 * torch.finfo(u.dtype).eps * (1.0 + log_p.abs()), low, high)
         # What the family's icdf cannot tell from the end of the support is the end.
         x = torch.where(low.isinf(), low, torch.where(high.isinf(), high, x))
         start, end = ends(torch.where(inner, torch.zeros_like(u), u.detach()))

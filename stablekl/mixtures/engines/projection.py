@@ -139,7 +139,7 @@ def _left_outside(u: Tensor, shift: Tensor, factor: Tensor, excess: Tensor) -> T
         norms = torch.linalg.vector_norm(projector, dim=-1)
         rest, trace = (excess * norms).square().sum(-1), (excess * norms.square()).sum(-1)
         mapped, log_det = factor.unsqueeze(-1) * u, factor.log().sum(-1)
-    near = 0.5 * means + 0.25 * rest
+    near = 0.5 * means + 0.25 * rest * (1 + rest.sqrt())  # g - log(1 + g) <= g^2 (1 + |g|)/2 for g > -0.1
     log_inside = torch.zeros_like(means)
     if r > 0:
         # standard deviations in U: of a needle, I + U'GU would leave 1e-16 at best for the variance

@@ -150,7 +150,8 @@ def _definition(p: Table, q: Table, family: str) -> Value:
     if axes == 1 or len(p.weights) * len(q.weights) <= 3:
         return integral(p, q)
     found = integral(p, q, dtype=np.float64, agree=1e-15 if family == "shared" else 1e-13)
-    return found._replace(error=found.error + SUMMED * (1 + mean_divergence(p, q)))
+    # the agreement of a few cells may be chance: three times less than the error was observed
+    return found._replace(error=4 * found.error + SUMMED * (1 + mean_divergence(p, q)))
 
 
 def _mild(tables: list[Table]) -> bool:

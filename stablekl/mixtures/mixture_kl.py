@@ -76,7 +76,7 @@ def mixture_kl(
         value, error = line_kl(p, q)
         error = error + parameter_rounding(p, q, value, dim).detach()
     elif method == "cubature":
-        value, error = cubature_kl(p, q, rtol=rtol, max_points=NODES_PER_POINT * max_points)
+        value, error = cubature_kl(p, q, rtol=rtol, max_points=_nodes(p, max_points))
     elif method == "contour":
         parts, part_error = contour_kl(p, q)
         mean_kl = weighted(p.log_weights, parts)
@@ -124,12 +124,17 @@ def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: 
     return by_engine(value, error + EXACT_ERROR * (1 + value.detach()), "sobol")
 
 
+def _nodes(p: Components, max_points: int) -> int:
+    """Most nodes where so many points may be sampled: in space half of them left scales 1e3 apart at 5e-6 (1 + S)."""
+    return (2 if p.loc.shape[-1] == 3 else 1) * NODES_PER_POINT * max_points
+
+
 def _by_cubature(p: Components, q: Components, tolerance: Tensor, max_points: int) -> Information:
     value, error = torch.zeros_like(p.log_weights[:, 0]), torch.zeros_like(p.log_weights[:, 0].detach())
     for fine in tolerance.unique().tolist():  # each row its own, whatever else is in the batch
         index = (tolerance == fine).nonzero().squeeze(-1)
         here = _rows(p, index), _rows(q, index)
-        part, part_error = cubature_kl(*here, rtol=fine, max_points=NODES_PER_POINT * max_points)
+        part, part_error = cubature_kl(*here, rtol=fine, max_points=_nodes(p, max_points))
         value, error = value.index_copy(0, index, part), error.index_copy(0, index, part_error)
     return by_engine(value, error, "cubature")
 

@@ -49,6 +49,9 @@ RIDGE = 1e-12
 # A control of a smaller deviation, relative to its mean, is not used: the coefficient is the larger, and multiplies the
 # rounding of the mean. (Of even weights the sum of r_k log w_k is constant but for rounding, which was given 3e11.)
 FLAT = 1e-6
+# Points that a control's variance must come from, in effect, for its coefficient to be fitted. One that is large at
+# fewer has any coefficient (5e4 was observed), and what it leaves of the function there says nothing of the error.
+ENOUGH = 16.0
 # Standard errors of 16 replicates: among a million means of controls, none that the points had seen was 7 off.
 TRUST = 8.0
 
@@ -142,7 +145,7 @@ class Fit(NamedTuple):
     missed: Tensor
 
 
-def fit(strata: Sequence[tuple[Tensor, Tensor]], shares: Tensor, means: Tensor) -> Fit:
+def fit(strata: Sequence[tuple[Tensor, Tensor]], shares: Tensor, means: Tensor, prior: Tensor | None = None) -> Fit:
     """Coefficients of a function on its controls, fitted within the strata.
 
     A control that lives where no point fell has a tiny variance, a random coefficient of any size and the wrong mean:
@@ -153,10 +156,13 @@ def fit(strata: Sequence[tuple[Tensor, Tensor]], shares: Tensor, means: Tensor) 
             ``(R, N) + batch_shape + (C,)``.
         shares: the share of each stratum, ``batch_shape + (len(strata),)``.
         means: the exact means of the controls, ``batch_shape + (C,)``.
+        prior: the coefficients of those that are large at fewer than `ENOUGH` points, ``batch_shape + (C,)``; None to
+            fit these as well.
     """
     gram: Tensor | float = 0.0
     right: Tensor | float = 0.0
     seen: Tensor | float = 0.0
+    fourth: Tensor | float = 0.0
     for k, (f, c) in enumerate(strata):
         share = shares[..., k : k + 1]
         size = share / math.sqrt(math.prod(f.shape[:2]))
@@ -164,6 +170,7 @@ def fit(strata: Sequence[tuple[Tensor, Tensor]], shares: Tensor, means: Tensor) 
         target = ((f - f.mean((0, 1))) * size[..., 0]).flatten(0, 1).movedim(0, -1).unsqueeze(-1)
         gram, right = gram + centred @ centred.mT, right + (centred @ target).squeeze(-1)
         seen = seen + share * c.mean(1)
+        fourth = fourth + centred.detach().pow(4).sum(-1)
     gram, right, seen = (torch.as_tensor(x, device=means.device) for x in (gram, right, seen))
     with torch.no_grad():
         off = (seen.mean(0) - means).abs()
@@ -171,7 +178,12 @@ def fit(strata: Sequence[tuple[Tensor, Tensor]], shares: Tensor, means: Tensor) 
         trusted = off <= TRUST * error + 1e-9 * means.abs()
     variance = gram.diagonal(dim1=-2, dim2=-1)
     used = (variance > (FLAT * means.detach()).square()) & trusted
+    given = torch.zeros_like(right)
+    if prior is not None:
+        few = variance.detach().square() < ENOUGH * fourth
+        given, used = torch.where(used & few, prior, 0.0), used & ~few
+        right = right - (gram @ given.unsqueeze(-1)).squeeze(-1)
     unit = torch.where(used, torch.where(used, variance, 1.0).rsqrt(), 0.0)
     scaled = gram * unit.unsqueeze(-1) * unit.unsqueeze(-2)
     solution: Tensor = torch.linalg.solve(scaled + torch.diag_embed(torch.where(used, RIDGE, 1.0)), unit * right)
-    return Fit(unit * solution, torch.where(trusted, 0.0, off))
+    return Fit(unit * solution + given, torch.where(trusted, 0.0, off))

@@ -246,6 +246,7 @@ def test_more_points_less_error():
 
 # torch.compile instantiates autograd functions, against its own advice
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # torch's compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["kl", "information"])
 def test_traced_whole_by_torch_compile(name):

@@ -248,12 +248,13 @@ def test_more_points_less_error():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning")  # torch's compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kl", "information"])
-def test_traced_whole_by_torch_compile(name):
+@pytest.mark.parametrize(("name", "backend"), [("kl", "inductor"), ("information", "aot_eager")])
+def test_traced_whole_by_torch_compile(name, backend):
+    """One graph, forward and backward. Inductor did not come to an end with the control variates' in nine minutes."""
     f = functions(False)[name]
     generator = torch.Generator().manual_seed(10)
     leaves = [t.requires_grad_() for c in (3, 2) for t in random(generator, 2, c, 2, 1.5)]
-    compiled, eager = torch.compile(f, fullgraph=True)(*leaves), f(*leaves)
+    compiled, eager = torch.compile(f, fullgraph=True, backend=backend)(*leaves), f(*leaves)
     assert torch.allclose(compiled, eager, rtol=1e-12, atol=0)
     for a, b in zip(torch.autograd.grad(compiled.sum(), leaves), torch.autograd.grad(eager.sum(), leaves), strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)

@@ -3,7 +3,7 @@ r"""What cubature may miss where the components of the second mixture cross.
 Far from all of its components log q is nearly the largest of log v_k q_k: paraboloids with creases where two of them
 cross, of width 1/\|grad D\|, D the log-ratio of the two. Under a first mixture much wider than q the creases are where
 the mass is, and sharper than any box. Last Legendre coefficients do not measure them: they come squared into an
-estimate for analytic integrands (500 times too little was observed), and a corner that is cut off between the nodes is
+estimate for analytic integrands (200 times too little was observed), and a corner that is cut off between the nodes is
 not in them at all (there 1e-16 was claimed for an error of 5e-8). But D is known, a quadratic, and the error can be
 estimated beforehand. With slopes g_i of D along the axes, in units of the half widths, log(1 + exp(D)) has its
 singularities at :math:`i \pi / g` from the real axis, and n nodes miss of it

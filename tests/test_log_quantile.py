@@ -66,6 +66,9 @@ def test_ten_thousand_standard_deviations():
     x = f64([-1e4, -40.0, 1.0])
     torch.testing.assert_close(m.ilogcdf(m.log_cdf(x)), x, rtol=1e-15, atol=0)
     torch.testing.assert_close(m.ilogccdf(m.log_sf(10 - x)), 10 - x, rtol=1e-15, atol=0)
+    # must fail: the probability itself, which is 0 there, and in the upper tail 1
+    assert m.icdf(m.log_cdf(x[:2]).exp())[0] == -math.inf
+    assert not torch.isclose(m.icdf(-torch.expm1(m.log_sf(10 - x))), 10 - x, rtol=1e-3)[:2].any()
     u = f64([1e-300, 1e-5, 0.3, 0.99])
     torch.testing.assert_close(m.ilogcdf(u.log()), m.icdf(u), rtol=1e-13, atol=0)
 

@@ -29,7 +29,7 @@ from ..distributions._base import moved, widened
 from ..special import log_ndtr, logsumexp
 from .cumulative import diagonal_gaussian, log_cumulative
 from .density_terms import living
-from .quantile import common_shape, find_root, no_vectors
+from .quantile import capturing, common_shape, find_root, no_vectors
 
 __all__ = ["log_quantile"]
 
@@ -101,7 +101,7 @@ def log_quantile(mixture: Any, log_p: Tensor, *, upper: bool = False) -> Tensor:
 def _check(log_p: Tensor) -> None:
     values = log_p.detach()
     bad = ~(values <= 0)
-    if is_plain((bad,)) and bool(bad.any()):
+    if is_plain((bad,)) and not capturing(bad) and bool(bad.any()):
         index = bad.nonzero()[0].tolist()
         raise ValueError(
             f"{float(values[tuple(index)])} at {index} is not the logarithm of a probability, which is at most 0. "

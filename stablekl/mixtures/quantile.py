@@ -44,7 +44,7 @@ from .family_tails import known_tails
 from .implicit import implicit_point
 from .interior import interior_point
 
-__all__ = ["common_shape", "find_root", "no_vectors", "quantile"]
+__all__ = ["capturing", "common_shape", "find_root", "no_vectors", "quantile"]
 
 # Steps at most. Bisection alone halves any bracket of float64 numbers of one scale in 60; where the data cannot be
 # looked at, all are taken.
@@ -134,7 +134,7 @@ def _middle(component: Distribution, u: Tensor) -> Tensor:
 def _check(u: Tensor) -> None:
     values = u.detach()
     bad = ~((values >= 0) & (values <= 1))
-    if is_plain((bad,)) and not _capturing(bad) and bool(bad.any()):
+    if is_plain((bad,)) and not capturing(bad) and bool(bad.any()):
         index = bad.nonzero()[0].tolist()
         raise ValueError(
             f"u = {float(values[tuple(index)])} at {index} is not a probability: quantiles are those of numbers in "
@@ -142,7 +142,8 @@ def _check(u: Tensor) -> None:
         )
 
 
-def _capturing(x: Tensor) -> bool:
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, during which data cannot be looked at."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -156,7 +157,7 @@ def find_root(rise: Callable[[Tensor], tuple[Tensor, Tensor]], tolerance: Tensor
         high: where it is positive.
     """
     x, step, active = high, high - low, torch.ones_like(high, dtype=torch.bool)
-    look = is_plain((x,)) and not _capturing(x)
+    look = is_plain((x,)) and not capturing(x)
     for _ in range(STEPS):
         h, slope = rise(x)
         low, high = torch.where(h < 0, x, low), torch.where(h > 0, x, high)

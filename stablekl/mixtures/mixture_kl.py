@@ -10,6 +10,7 @@ from torch import Tensor
 from .components import Components
 from .engines.adaptive import FIRST_BUDGET, adaptive_cross, adaptive_kl
 from .engines.contour import contour_kl
+from .engines.contour_plane import contour_kl_of_three
 from .engines.cubature import cubature_kl
 from .engines.line import line_kl
 from .engines.projection import Subspace, projected, subspace
@@ -37,6 +38,8 @@ EXACT_ERROR = 4e-14
 LOSSY, TIGHTER, ROUNDING = 1e6, 1e-6, 1e-28
 # A divergence below this many times the error of a difference is computed again by positive terms.
 FEW_DIGITS = 1e3
+# What the plane of a mixture q of three is asked for: two doublings more than for 1e-4.
+PLANE = 1e-8
 # Near p = q a cubature in space that is relative to the divergence costs seconds at 3e-7, a few tenths of one at this.
 NEARBY = 1e-5
 
@@ -92,6 +95,22 @@ def mixture_kl(
 
 def _rows(c: Components, index: Tensor) -> Components:
     return Components(*(x.index_select(0, index) for x in c))
+
+
+def _by_plane(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+    """For a mixture q of three: a plane of contours, and sampled where that is not enough."""
+    parts, part_error = contour_kl_of_three(p, q, min(PLANE, 0.01 * rtol))
+    mean_kl = weighted(p.log_weights, parts)
+    size = 1 + mean_kl.detach()
+    goal = 0.5 * rtol * (1 + (mean_kl.detach() - label_entropy(p.log_weights)).clamp(min=0))
+    found = mixture_information(p, goal, max_points, slack)
+    # an infinite error of a component without weight is none
+    error = weighted(p.log_weights, part_error).detach() + found.error + EXACT_ERROR * size
+    result = by_engine(mean_kl - found.value, error, least_exact("contour", found.method))
+    missed = (~(error <= rtol * size)).nonzero().squeeze(-1)
+    if not missed.numel():
+        return result
+    return improved(result, missed, _sampled(_rows(p, missed), _rows(q, missed), rtol, max_points, slack))
 
 
 def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
@@ -200,7 +219,9 @@ def _in_subspaces(p: Components, q: Components, rtol: float, max_points: int, sl
             basis, origin = seen.basis[index, : max(r, 1)], seen.origin[index]
             here_p, here_q = projected(here_p, basis, origin), projected(here_q, basis, origin)
         method: Method = "line" if r <= 1 else "contour" if two else "cubature" if low else "sobol"
-        if method == "sobol":
+        if method == "sobol" and q.log_weights.shape[-1] == 3:
+            result = _by_plane(here_p, here_q, rtol, max_points, slack)
+        elif method == "sobol":
             result = _sampled(here_p, here_q, rtol, max_points, slack)
         elif method == "cubature":
             result = _in_few_dimensions(here_p, here_q, rtol, max_points, slack)

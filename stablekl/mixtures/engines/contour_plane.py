@@ -62,8 +62,8 @@ from .overlaps import divergences
 
 __all__ = ["contour_kl_of_three", "excess_of_three"]
 
-# How often directions and radii are doubled at most: 2,048 directions in half a turn, steps of 0.016.
-TURNS, FINE = 6, 3
+# How often directions and radii are doubled at most: 1,024 directions in half a turn, steps of 0.016.
+TURNS, FINE = 4, 3
 # Nodes x dimensions of a block of rows: temporaries stay small, whatever the batch.
 BLOCK = 2**19
 EPS = 2.0**-52

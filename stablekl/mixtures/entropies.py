@@ -51,7 +51,7 @@ def _component_entropies(m: Mixture, components: Components) -> Tensor:
     return log_determinants(components) + 0.5 * m.dim * (1 + math.log(2 * math.pi))
 
 
-def _information(m: Mixture, rtol: float, max_points: int) -> tuple[Components, KLEstimate]:
+def _information(m: Mixture, rtol: float, max_points: int | None) -> tuple[Components, KLEstimate]:
     """The components of a mixture in working precision, and their information."""
     components = m.components()
     goal = torch.full_like(components.log_weights[..., 0].detach(), rtol)
@@ -157,7 +157,7 @@ def cross_entropy_estimate(
     return _cross_entropy(p, q, *requested(rtol, max_points))[0]
 
 
-def _cross_entropy(p: Distribution, q: Distribution, rtol: float, max_points: int) -> tuple[KLEstimate, Tensor]:
+def _cross_entropy(p: Distribution, q: Distribution, rtol: float, max_points: int | None) -> tuple[KLEstimate, Tensor]:
     """The estimate, and the mean of KL(p_k || q), which the tolerance is relative to.
 
     Not to the cross-entropy: that may be 0 in one unit of length and 100 in another.
@@ -214,7 +214,7 @@ def _rows(m: Mixture, batch: torch.Size, index: Tensor) -> Mixture:
     return m._replace(log_weights=lw, gaussian=Gaussian("scale_diag" if c.is_diagonal else "scale_tril", loc, scale))
 
 
-def _js_by_divergences(p: Mixture, q: Mixture, rtol: float, max_points: int) -> KLEstimate:
+def _js_by_divergences(p: Mixture, q: Mixture, rtol: float, max_points: int | None) -> KLEstimate:
     m = _mean_of(p, q)
     if p.num_components == q.num_components:
         p, q = _mean_of(p, p), _mean_of(q, q)
@@ -223,7 +223,7 @@ def _js_by_divergences(p: Mixture, q: Mixture, rtol: float, max_points: int) -> 
     return KLEstimate(value, error, lower, upper, least_exact(one.method, two.method))
 
 
-def _js_by_information(p: Mixture, q: Mixture, m: Mixture, rtol: float, max_points: int) -> KLEstimate:
+def _js_by_information(p: Mixture, q: Mixture, m: Mixture, rtol: float, max_points: int | None) -> KLEstimate:
     total, one, two = (_information(x, rtol, max_points)[1] for x in (m, p, q))
     return KLEstimate(
         total.value - 0.5 * (one.value + two.value),
@@ -234,7 +234,7 @@ def _js_by_information(p: Mixture, q: Mixture, m: Mixture, rtol: float, max_poin
     )
 
 
-def _positive_where_small(found: KLEstimate, p: Mixture, q: Mixture, rtol: float, max_points: int) -> KLEstimate:
+def _positive_where_small(found: KLEstimate, p: Mixture, q: Mixture, rtol: float, max_points: int | None) -> KLEstimate:
     """Rows where the difference leaves fewer than three digits, anew by positive integrals."""
     batch = found.value.shape
     value, error, lower, upper = (x.expand(batch).reshape(-1) for x in found[:4])

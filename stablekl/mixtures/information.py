@@ -52,6 +52,7 @@ __all__ = [
     "CUBATURE_ERROR",
     "ENGINES",
     "NODES_PER_POINT",
+    "POINTS",
     "SPECTRAL_ERROR",
     "Information",
     "by_engine",
@@ -74,6 +75,8 @@ PLANE, PLANE_SHARED, SPACE = 1e-9, 1e-13, 3e-7
 # Measured on problems of known truth: the cubature's own estimate is up to 1.3 times too small where thousands of boxes
 # are near their tolerance, and 1e-14 too small where there is nothing to refine.
 CAUTION, CUBATURE_ERROR = 2.0, 1e-14
+# Points that a cubature's nodes are counted by, where nothing else is said.
+POINTS = 2**16
 # Nodes of a cubature per point that may be sampled: a node takes a hundredth of a point's time.
 NODES_PER_POINT = 128
 # In space, for the information of so few components, so many times more: 16 of scales 1e3 apart need up to 4e7, and a
@@ -135,7 +138,7 @@ def line_information(p: Components) -> tuple[Tensor, Tensor]:
     return mean_kl - value, error + 4 * torch.finfo(error.dtype).eps * (1 + mean_kl.detach())
 
 
-def mixture_information(p: Components, atol: Tensor, max_points: int, slack: float = 1e-14) -> Information:
+def mixture_information(p: Components, atol: Tensor, max_points: int | None, slack: float = 1e-14) -> Information:
     """I(X; Z) of Gaussian mixtures, by whichever engines they suit.
 
     Args:
@@ -201,7 +204,7 @@ def _connected(p: Components) -> tuple[list[_Groups], Tensor]:
     return groups, lost
 
 
-def _by_groups(p: Components, atol: Tensor, max_points: int, slack: float) -> Information:
+def _by_groups(p: Components, atol: Tensor, max_points: int | None, slack: float) -> Information:
     k = p.log_weights.shape[-1]
     groups, error = _connected(p)
     value = _zero(p)
@@ -233,7 +236,7 @@ def _rows(p: Components, row: Tensor) -> Components:
     return Components(*(x.index_select(0, row) for x in p))
 
 
-def _group_information(p: Components, atol: Tensor, max_points: int, slack: float) -> Information:
+def _group_information(p: Components, atol: Tensor, max_points: int | None, slack: float) -> Information:
     """That of tasks, ``(tasks, n)`` components, all of which overlap."""
     n, dim = p.loc.shape[-2:]
     if n == 2:
@@ -271,11 +274,11 @@ def cubature_tolerance(p: Components) -> Tensor:
     return torch.where(shared, torch.full_like(scale[:, 0, 0], PLANE_SHARED), PLANE)
 
 
-def cubature_nodes(p: Components, max_points: int) -> int:
+def cubature_nodes(p: Components, max_points: int | None) -> int:
     """Most nodes of a cubature of the information, where so many points may be sampled."""
     k, dim = p.loc.shape[-2:]
     more = max(1.0, SPACE_NODES * min(1.0, FEW / k) ** 2) if dim == 3 else 1.0
-    return int(NODES_PER_POINT * more * max_points)
+    return int(NODES_PER_POINT * more * (max_points or POINTS))
 
 
 def improved(found: Information, index: Tensor, other: Information) -> Information:
@@ -301,7 +304,7 @@ def _engine_for(n: int, rank: int) -> str:
     return "cubature" if rank <= 3 else "sobol"
 
 
-def _evaluate(name: str, p: Components, atol: Tensor, max_points: int) -> Information:
+def _evaluate(name: str, p: Components, atol: Tensor, max_points: int | None) -> Information:
     """By this engine; or another where that did not suffice."""
     if name == "line":
         return by_engine(*line_information(p._replace(scale=p.scale if p.is_diagonal else p.scale.squeeze(-1))), name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .components import Components
-from .engines.adaptive import FIRST_BUDGET, adaptive_cross, adaptive_kl
+from .engines.adaptive import FIRST_BUDGET, adaptive_cross, adaptive_kl, cross_tasks
 from .engines.contour import contour_kl
 from .engines.contour_plane import contour_kl_of_three
 from .engines.cubature import cubature_kl
@@ -19,6 +19,7 @@ from .information import (
     CAUTION,
     CUBATURE_ERROR,
     NODES_PER_POINT,
+    POINTS,
     Information,
     by_engine,
     cubature_tolerance,
@@ -40,6 +41,8 @@ LOSSY, TIGHTER, ROUNDING = 1e6, 1e-6, 1e-28
 FEW_DIGITS = 1e3
 # What the plane of a mixture q of three is asked for: two doublings more than for 1e-4.
 PLANE = 1e-8
+# By how much the triples of a cross term, which the first points are taken without, reduce its error at least.
+GAIN = 2.0
 # Near p = q a cubature in space that is relative to the divergence costs seconds at 3e-7, a few tenths of one at this.
 NEARBY = 1e-5
 
@@ -72,7 +75,7 @@ def parameter_rounding(p: Components, q: Components, value: Tensor, moved: int =
 
 
 def mixture_kl(
-    method: Method, p: Components, q: Components, rtol: float, max_points: int, slack: float, dim: int = 0
+    method: Method, p: Components, q: Components, rtol: float, max_points: int | None, slack: float, dim: int = 0
 ) -> Information:
     """One engine for all rows; those on a line projected from ``dim`` dimensions."""
     if method == "line":
@@ -97,7 +100,7 @@ def _rows(c: Components, index: Tensor) -> Components:
     return Components(*(x.index_select(0, index) for x in c))
 
 
-def _by_plane(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+def _by_plane(p: Components, q: Components, rtol: float, max_points: int | None, slack: float) -> Information:
     """For a mixture q of three: a plane of contours, and sampled where that is not enough."""
     parts, part_error = contour_kl_of_three(p, q, min(PLANE, 0.01 * rtol))
     mean_kl = weighted(p.log_weights, parts)
@@ -113,42 +116,42 @@ def _by_plane(p: Components, q: Components, rtol: float, max_points: int, slack:
     return improved(result, missed, _sampled(_rows(p, missed), _rows(q, missed), rtol, max_points, slack))
 
 
-def _sampled(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+def _sampled(p: Components, q: Components, rtol: float, max_points: int | None, slack: float) -> Information:
     """By positive terms where that is accurate enough at once or better, else as the difference of S and I.
 
     The integrand of the first has no control variate and its error goes with KL; that of the second is far more
     accurate but absolute.
     """
-    value, error = adaptive_kl(p, q, rtol, min(FIRST_BUDGET, max_points))
+    value, error = adaptive_kl(p, q, rtol, min(FIRST_BUDGET, max_points or FIRST_BUDGET))
     hard = (error > rtol * (1 + value.detach())).nonzero().squeeze(-1)
     if not hard.numel():
         return by_engine(value, error, "sobol")
     here_p, here_q = _rows(p, hard), _rows(q, hard)
-    with torch.no_grad():
-        by_difference = adaptive_cross(here_p, here_q, rtol, min(FIRST_BUDGET, max_points))[1] < error[hard]
+    tasks = cross_tasks(here_p, here_q)
+    by_difference = tasks.error < GAIN * error[hard]
     for difference in (False, True):
         chosen = (by_difference == difference).nonzero().squeeze(-1)
         if not chosen.numel():
             continue
-        part_p, part_q = _rows(here_p, chosen), _rows(here_q, chosen)
+        part_p = _rows(here_p, chosen)
         if difference:
-            mean_kl, part_error = adaptive_cross(part_p, part_q, 0.5 * rtol, max_points)
+            mean_kl, part_error = adaptive_cross(tasks.rows(chosen), 0.5 * rtol, max_points)
             goal = 0.5 * rtol * (1 + (mean_kl.detach() - label_entropy(part_p.log_weights)).clamp(min=0))
             found = mixture_information(part_p, goal, max_points, slack)
             part, part_error = mean_kl - found.value, part_error + found.error
         else:
-            part, part_error = adaptive_kl(part_p, part_q, rtol, max_points)
+            part, part_error = adaptive_kl(part_p, _rows(here_q, chosen), rtol, max_points)
         value = value.index_copy(0, hard[chosen], part)
         error = error.index_copy(0, hard[chosen], part_error)
     return by_engine(value, error + EXACT_ERROR * (1 + value.detach()), "sobol")
 
 
-def _nodes(p: Components, max_points: int) -> int:
+def _nodes(p: Components, max_points: int | None) -> int:
     """Most nodes where so many points may be sampled: in space half of them left scales 1e3 apart at 5e-6 (1 + S)."""
-    return (2 if p.loc.shape[-1] == 3 else 1) * NODES_PER_POINT * max_points
+    return (2 if p.loc.shape[-1] == 3 else 1) * NODES_PER_POINT * (max_points or POINTS)
 
 
-def _by_cubature(p: Components, q: Components, tolerance: Tensor, max_points: int) -> Information:
+def _by_cubature(p: Components, q: Components, tolerance: Tensor, max_points: int | None) -> Information:
     value, error = torch.zeros_like(p.log_weights[:, 0]), torch.zeros_like(p.log_weights[:, 0].detach())
     for fine in tolerance.unique().tolist():  # each row its own, whatever else is in the batch
         index = (tolerance == fine).nonzero().squeeze(-1)
@@ -158,7 +161,7 @@ def _by_cubature(p: Components, q: Components, tolerance: Tensor, max_points: in
     return by_engine(value, error, "cubature")
 
 
-def _in_few_dimensions(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+def _in_few_dimensions(p: Components, q: Components, rtol: float, max_points: int | None, slack: float) -> Information:
     """By cubature, and where its nodes do not suffice by what samples better."""
     found = _by_cubature(p, q, cubature_tolerance(p).clamp(max=rtol), max_points)
     error = CAUTION * found.error + 1e2 * CUBATURE_ERROR * found.value.detach()
@@ -170,7 +173,7 @@ def _in_few_dimensions(p: Components, q: Components, rtol: float, max_points: in
 
 
 def _positive_where_small(
-    found: Information, p: Components, q: Components, seen: Subspace, rank: int, rtol: float, max_points: int
+    found: Information, p: Components, q: Components, seen: Subspace, rank: int, rtol: float, max_points: int | None
 ) -> Information:
     """Rows where a difference leaves few digits, near p = q, anew by an integral of positive terms."""
     for engine in ("cubature", "sobol") if 2 <= rank <= 3 else ("sobol",):
@@ -190,7 +193,7 @@ def _positive_where_small(
     return found
 
 
-def by_subspace(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+def by_subspace(p: Components, q: Components, rtol: float, max_points: int | None, slack: float) -> Information:
     """Each row by the engine for the dimensions in which any of its components differ; p and q of one batch shape."""
     batch = p.log_weights.shape[:-1]
     rows = math.prod(batch)
@@ -200,7 +203,7 @@ def by_subspace(p: Components, q: Components, rtol: float, max_points: int, slac
     return _in_subspaces(flat_p, flat_q, rtol, max_points, slack).reshaped(batch)
 
 
-def _in_subspaces(p: Components, q: Components, rtol: float, max_points: int, slack: float) -> Information:
+def _in_subspaces(p: Components, q: Components, rtol: float, max_points: int | None, slack: float) -> Information:
     # a component of q, however rare, may be all of q where p is: it counts in full
     every_q = q._replace(log_weights=torch.where(q.log_weights > -torch.inf, 0.0, -torch.inf))
     joined = Components(*(torch.cat(x, 1) for x in zip(p, every_q, strict=True)))

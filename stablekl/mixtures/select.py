@@ -91,7 +91,7 @@ def check_method(method: Method, p: Mixture, q: Mixture) -> None:
         )
 
 
-def evaluate_kl(method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int) -> KLEstimate:
+def evaluate_kl(method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int | None) -> KLEstimate:
     """Value, error and certified interval, in working precision.
 
     Args:
@@ -154,7 +154,7 @@ def _quick_bounds(p: Mixture, q: Mixture, upper: Tensor) -> Bounds:
 
 
 def _to_one(
-    method: Method, p: Mixture, q: Mixture, mean_kl: Tensor, rtol: float, max_points: int, slack: float
+    method: Method, p: Mixture, q: Mixture, mean_kl: Tensor, rtol: float, max_points: int | None, slack: float
 ) -> Information:
     """KL(p || q) for a single q, given the mean of KL(p_k || q)."""
     if method in ("auto", "line") and p.dim == 1:
@@ -183,7 +183,7 @@ def _least(x: Tensor, shape: torch.Size) -> Tensor:
     return (x.amin(shared, keepdim=True) if shared else x).reshape(shape)
 
 
-def _information(method: Method, p: Components, goal: Tensor, max_points: int, slack: float) -> Information:
+def _information(method: Method, p: Components, goal: Tensor, max_points: int | None, slack: float) -> Information:
     if method == "triple":
         return by_engine(*triple_information(p), method)
     if method == "cubature":
@@ -196,7 +196,7 @@ def _information(method: Method, p: Components, goal: Tensor, max_points: int, s
 # ---------------------------------------------------------------------------------------- against a mixture
 
 
-def _to_many(method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int, slack: float) -> Information:
+def _to_many(method: Method, p: Mixture, q: Mixture, rtol: float, max_points: int | None, slack: float) -> Information:
     """KL(p || q) for a mixture q."""
     if method in ("auto", "line") and p.dim == 1:
         return _on_the_line(p, q)

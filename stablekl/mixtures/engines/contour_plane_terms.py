@@ -82,8 +82,9 @@ class Rule(NamedTuple):
 class Rays(NamedTuple):
     """Directions u in the plane, [B, n, 2], and along each the pencil I + s0 . curvature + i r u . curvature.
 
-    ``share`` is the angle that each stands for, as a part of half a turn, [B, n]. In the basis that makes the first part the identity and the second diagonal, ``vectors`` (None for diagonal
-    components): the ``eigenvalue`` of the second, ``push`` s0 . slope and ``pull`` u . slope, [B, n, D].
+    ``share`` is the angle that each stands for, as a part of half a turn, [B, n]. In the basis ``vectors`` (None for
+    diagonal components) that makes the first part the identity and the second diagonal: the ``eigenvalue`` of the
+    second, ``push`` s0 . slope and ``pull`` u . slope, [B, n, D].
     """
 
     direction: Tensor

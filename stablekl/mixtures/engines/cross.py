@@ -21,6 +21,7 @@ divergences from 0.1 to 6).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,15 +30,21 @@ from ...quadrature import sobol_normals
 from ...special import logsumexp
 from ..components import Components, chosen_components
 from ..density import component_log_probs
+from ..weights import weighted
 from .contour import contour_kl
+from .contour_plane import excess_of_three
 from .controls import Fit, fit
 from .overlaps import component_pairs, divergences, log_determinants
 from .sobol import PILOT, blocks, points, summary
 
-__all__ = ["sobol_cross"]
+__all__ = ["Replicates", "Triples", "nearest_triples", "replicated_cross"]
 
 # Pairs of q's components that are used: each costs K_p contour integrals once, and a logarithm at every point.
 PAIRS = 28
+# Components besides the nearest one of which triples are used, each a plane integral for each of p's components, once.
+OTHERS = 4
+# Error of their means, relative to the tolerance.
+PLANE = 1e-2
 # The least mean of a pair's control, relative to the divergences that it is the difference of.
 KNOWN = 1e-9
 
@@ -54,10 +61,54 @@ def _near_pairs(p: Components, q: Components, pairs: Tensor) -> Tensor:
     return index[torch.topk(relevance, PAIRS, dim=-1).indices]
 
 
+class Triples(NamedTuple):
+    """The nearest component of q to each of p's, and two others, with the mean of what the three have in common.
+
+    Attributes:
+        members: components of q, the nearest first, ``batch_shape + (K_p, M, 3)``.
+        mean: E g of `contour_plane` under p_k, ``batch_shape + (K_p, M)``; NaN where it is not known well enough.
+        error: of the mean.
+    """
+
+    members: Tensor
+    mean: Tensor
+    error: Tensor
+
+
+def nearest_triples(p: Components, q: Components, rtol: float, wanted: Tensor) -> Triples:
+    """The plane integrals that `replicated_cross` takes as means of controls; eager mode only.
+
+    Args:
+        p: single Gaussians, float64, ``(rows, 1)``.
+        q: the second mixture, of three components or more, ``(rows, K_q)``.
+        rtol: the error that the cross term is asked for, relative to 1 + KL.
+        wanted: in which rows; elsewhere nothing is known.
+    """
+    rows = wanted.nonzero().squeeze(-1)
+    p, q = (Components(*(x.index_select(0, rows) for x in c)) for c in (p, q))
+    lv = q.log_weights
+    with torch.no_grad():
+        cost = divergences(p, q).squeeze(1) - torch.where(lv > -torch.inf, lv, -1e300)
+        cost, order = cost.sort(dim=-1, stable=True)
+        first, second = component_pairs(min(lv.shape[-1] - 1, OTHERS), lv.device)
+        index = torch.stack([order[:, torch.zeros_like(first)], order[:, first + 1], order[:, second + 1]], -1)
+        goal = (PLANE * rtol * (1 + cost[:, :1])).expand(-1, len(first))
+    threes = Components(*(x.flatten(0, 1) for x in chosen_components(q, index)))
+    loc, scale = (x.expand(-1, len(first), *x.shape[2:]).flatten(0, 1) for x in p[1:])
+    mean, error = (x.reshape(goal.shape) for x in excess_of_three(threes, loc, scale, goal.flatten()))
+    known = error <= 10 * goal
+    shape = (len(wanted), 1, len(first))
+    return Triples(
+        index.new_zeros((*shape, 3)).index_copy(0, rows, index.unsqueeze(1)),
+        mean.new_full(shape, torch.nan).index_copy(0, rows, torch.where(known, mean, torch.nan).unsqueeze(1)),
+        error.new_zeros(shape).index_copy(0, rows, torch.where(known, error, 0.0).unsqueeze(1)),
+    )
+
+
 class _Controls:
     """The controls for one pair of mixtures: exact means ``batch_shape + (K_p, C)`` and values at points."""
 
-    def __init__(self, p: Components, q: Components) -> None:
+    def __init__(self, p: Components, q: Components, triples: Triples | None) -> None:
         """Choose the pairs and compute the means."""
         self.p, self.q = p, q
         pairs = divergences(p, q)
@@ -77,6 +128,7 @@ class _Controls:
         least = torch.where(self.swapped, second, first)
         self.nearest = least.detach() <= cost.detach().amin(-1, keepdim=True)
         means = -torch.cat([own, pairs], -1) - self.entropy.unsqueeze(-1)
+        self.quadratics = means.shape[-1]
         gain = least - to_pairs.mT
         means = torch.cat([means, gain], -1)
         every_one = torch.ones_like(q.log_weights, dtype=torch.bool)
@@ -84,6 +136,10 @@ class _Controls:
         # a mean of less is rounding, and may be 0 for a control that is not
         known = alive.mT & (gain.detach() > KNOWN * (1 + least.detach()))
         usable = means.isfinite() & torch.cat([live, known], -1)
+        self.triples = triples
+        if triples is not None:
+            means = torch.cat([means, triples.mean], -1)
+            usable = torch.cat([usable, triples.mean.isfinite() & (triples.mean.detach() > KNOWN)], -1)
         self.usable = usable
         self.means = torch.where(usable, means, 0.0)
 
@@ -95,42 +151,78 @@ class _Controls:
         normal = -0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
         own = normal.reshape(*z.shape[:2], *(1,) * (x.ndim - 3)) - log_determinants(self.p)[..., k]
         first, second = (joint.gather(-1, self.index[..., i].expand(*x.shape[:-1], -1)) for i in (0, 1))
-        alive = self.usable[..., k, -first.shape[-1] :]
+        usable = self.usable[..., k, :]
+        alive = usable[..., self.quadratics : self.quadratics + first.shape[-1]]
         ratio = torch.where(alive, second, 0.0) - torch.where(alive, first, 0.0)
         ratio = torch.where(self.swapped[..., k, :], -ratio, ratio)  # of the farther to the nearer
-        controls = torch.cat([own.unsqueeze(-1), each, torch.logaddexp(ratio, torch.zeros_like(ratio))], -1)
-        return logsumexp(joint, -1), torch.where(self.usable[..., k, :], controls, 0.0)
+        controls = [own.unsqueeze(-1), each, torch.logaddexp(ratio, torch.zeros_like(ratio))]
+        if self.triples is not None:
+            three = self.triples.members[..., k, :, :]
+            alive = usable[..., -three.shape[-2] :]
+            parts = (joint.gather(-1, three[..., i].expand(*x.shape[:-1], -1)) for i in range(3))
+            nearest, a, b = (torch.where(alive, part, 0.0) for part in parts)
+            a, b = a - nearest, b - nearest
+            zero = torch.zeros_like(a)
+            both = torch.logaddexp(torch.logaddexp(a, b), zero)
+            controls.append(torch.logaddexp(a, zero) + torch.logaddexp(b, zero) - both)
+        return logsumexp(joint, -1), torch.where(usable, torch.cat(controls, -1), 0.0)
 
     def prior(self, k: int) -> Tensor:
-        """Coefficients of 1 for the pairs of the nearest component of q: log q is its own, and what they add."""
-        quadratic = torch.zeros_like(self.means[..., k, : -self.nearest.shape[-1]])
-        return torch.cat([quadratic, self.nearest[..., k, :].to(quadratic.dtype)], -1)
+        """Coefficients of those that show at few points: log q is that of its nearest component and what they add.
+
+        1 for its pairs, and -1 for its triples, in which two pairs count what is there once.
+        """
+        nearest = self.nearest[..., k, :].to(self.means.dtype)
+        parts = [torch.zeros_like(self.means[..., k, : self.quadratics]), nearest]
+        if self.triples is not None:
+            parts.append(-torch.ones_like(self.triples.mean[..., k, :]))
+        return torch.cat(parts, -1)
 
     def unseen(self, k: int, found: Fit) -> Tensor:
-        """What the points missed of the pairs that the nearest component of q belongs to."""
-        count = self.nearest.shape[-1]
-        return torch.where(self.nearest[..., k, :], found.missed[..., -count:], 0.0).sum(-1)
+        """What the points missed of the pairs and triples that the nearest component of q belongs to."""
+        matters = (self.prior(k) != 0) & self.usable[..., k, :]
+        missed = torch.where(matters, found.missed, 0.0).sum(-1)
+        if self.triples is not None:
+            error = self.triples.error[..., k, :]
+            missed = missed + (found.beta.detach()[..., -error.shape[-1] :].abs() * error).sum(-1)
+        return missed
 
 
-def sobol_cross(
-    p: Components, q: Components, *, num_points: int = 2048, num_replicates: int = 8
-) -> tuple[Tensor, Tensor]:
-    r"""``sum_k w_k KL(p_k || q)`` by scrambled Sobol points of each component, less control variates.
+class Replicates(NamedTuple):
+    """What each scramble makes of KL(p_k || q).
+
+    Attributes:
+        means: with control variates, ``(R,) + batch_shape + (K_p,)``.
+        plain: without them, not differentiable.
+        missed: what no point saw, of ``batch_shape + (K_p,)``, likewise.
+    """
+
+    means: Tensor
+    plain: Tensor
+    missed: Tensor
+
+    def total(self, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over k with these weights, and the half-width of its 95 % interval."""
+        value, error = summary(weighted(log_weights, self.means), weighted(log_weights.detach(), self.plain))
+        return value, error + weighted(log_weights.detach(), self.missed)
+
+
+def replicated_cross(
+    p: Components, q: Components, triples: Triples | None = None, *, num_points: int = 2048, num_replicates: int = 8
+) -> Replicates:
+    r"""``KL(p_k || q)`` by scrambled Sobol points of each component, less control variates.
 
     Args:
-        p: the first mixture, float64.
+        p: the first mixture, float64; its weights do not matter.
         q: the second, with the same batch shape.
+        triples: those of `nearest_triples`, to be used as controls.
         num_points: points per component of p and replicate; a power of two.
         num_replicates: independent scrambles, at least 2.
-
-    Returns:
-        The value and the half-width of its 95 % confidence interval, both of the batch shape.
     """
     z = sobol_normals(p.loc.shape[-1], num_points, num_replicates, p.loc.device)
-    controls = _Controls(p, q)
+    controls = _Controls(p, q, triples)
     one = torch.ones_like(p.log_weights[..., :1])
-    total = torch.zeros((num_replicates, *p.loc.shape[:-2]), dtype=p.loc.dtype, device=p.loc.device)
-    raw, missed = torch.zeros_like(total), torch.zeros_like(total[0])
+    columns: list[Replicates] = []
     for k in range(p.loc.shape[-2]):
         f, c = controls.at(k, z[:, :PILOT])
         found = fit([(f, c)], one, controls.means[..., k, :], controls.prior(k))
@@ -140,9 +232,7 @@ def sobol_cross(
             f, c = controls.at(k, block)
             mean, plain = mean + (f - (c * beta).sum(-1)).sum(1), plain + f.detach().sum(1)
         log_q = mean / num_points + (controls.means[..., k, :] * beta).sum(-1)
-        weight = torch.exp(p.log_weights[..., k])
-        total = total + weight * (-controls.entropy[..., k] - log_q)
-        raw = raw + weight * plain / num_points
-        missed = missed + weight.detach() * controls.unseen(k, found)
-    value, error = summary(total, raw)
-    return value, error + missed
+        columns.append(
+            Replicates(-controls.entropy[..., k] - log_q, plain / num_points, controls.unseen(k, found).detach())
+        )
+    return Replicates(*(torch.stack(x, -1) for x in zip(*columns, strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,10 @@ class Components(NamedTuple):
         """Whether ``scale`` holds standard deviations rather than Cholesky factors."""
         return self.scale.ndim == self.loc.ndim
 
+    def full(self) -> Components:
+        """With Cholesky factors, whichever they have."""
+        return self._replace(scale=torch.diag_embed(self.scale)) if self.is_diagonal else self
+
     def to(self, dtype: torch.dtype) -> Components:
         """The same in another dtype."""
         return Components(self.log_weights.to(dtype), self.loc.to(dtype), self.scale.to(dtype))
@@ -40,6 +45,12 @@ class Components(NamedTuple):
         """The same with the batch shape expanded; no memory is allocated."""
         n = self.log_weights.ndim - 1
         return Components(*(x.expand(batch_shape + x.shape[n:]) for x in self))
+
+    def flattened(self) -> Components:
+        """The same with one batch dimension."""
+        n = self.log_weights.ndim - 1
+        rows = math.prod(self.log_weights.shape[:-1])
+        return Components(*(x.reshape(rows, *x.shape[n:]) for x in self))
 
 
 def gaussian_components(log_weights: Tensor, gaussian: Gaussian) -> Components:

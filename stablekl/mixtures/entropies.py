@@ -200,7 +200,7 @@ def _mean_of(p: Mixture, q: Mixture) -> Mixture:
     """The mixture (p + q)/2, its components in a common form."""
     parts = [p.components(), q.components()]
     if parts[0].is_diagonal != parts[1].is_diagonal:
-        parts = [c._replace(scale=torch.diag_embed(c.scale)) if c.is_diagonal else c for c in parts]
+        parts = [c.full() for c in parts]
     batch = broadcast_shape(*(c.log_weights.shape[:-1] for c in parts))
     lw, loc, scale = (torch.cat(x, len(batch)) for x in zip(*(c.expand(batch) for c in parts), strict=True))
     gaussian = Gaussian("scale_diag" if parts[0].is_diagonal else "scale_tril", loc, scale)

@@ -158,8 +158,7 @@ def mixture_information(p: Components, atol: Tensor, max_points: int | None, sla
         return _evaluate(name, p, atol, max_points)
     batch = atol.shape
     rows = math.prod(batch)
-    flat = Components(*(x.reshape(rows, *x.shape[len(batch) :]) for x in p))
-    return _by_groups(flat, atol.reshape(rows), max_points, slack).reshaped(batch)
+    return _by_groups(p.flattened(), atol.reshape(rows), max_points, slack).reshaped(batch)
 
 
 def _zero(p: Components) -> Tensor:

@@ -30,7 +30,7 @@ from .information import (
 )
 from .weights import label_entropy, weighted
 
-__all__ = ["EXACT_ERROR", "by_subspace", "mixture_kl", "parameter_rounding"]
+__all__ = ["EXACT_ERROR", "by_subspace", "mixture_kl", "parameter_rounding", "positive_where_sampled"]
 
 # Bounds on the error of the exact engines, relative to 1 + S: twice what was observed against mpmath.
 EXACT_ERROR = 4e-14
@@ -193,11 +193,35 @@ def _positive_where_small(
     return found
 
 
+def positive_where_sampled(
+    found: Information, p: Components, q: Components, rtol: float, max_points: int | None
+) -> Information:
+    """Rows where a sampled difference misses the tolerance, or leaves few digits, anew by positive terms.
+
+    Args:
+        found: ``KL(p || q)`` as a difference, of the batch shape.
+        p: the first mixture, of that batch shape or broadcastable with it.
+        q: the second, likewise.
+        rtol: the error asked for, relative to 1 + KL.
+        max_points: most points per component.
+    """
+    value, error = found.value.detach(), found.error
+    doubtful = (error > rtol * (1 + value)) | (value < FEW_DIGITS * error)
+    few = (found.estimated & doubtful).reshape(-1).nonzero().squeeze(-1)
+    if not few.numel():
+        return found
+    batch = value.shape
+    flat = found.reshaped(torch.Size((value.numel(),)))
+    here_p, here_q = (_rows(c.expand(batch).flattened(), few) for c in (p, q))
+    other = by_engine(*adaptive_kl(here_p, here_q, rtol, max_points), "sobol")
+    return improved(flat, few, other).reshaped(batch)
+
+
 def by_subspace(p: Components, q: Components, rtol: float, max_points: int | None, slack: float) -> Information:
     """Each row by the engine for the dimensions in which any of its components differ; p and q of one batch shape."""
     batch = p.log_weights.shape[:-1]
     rows = math.prod(batch)
-    flat_p, flat_q = (Components(*(x.reshape(rows, *x.shape[len(batch) :]) for x in c)) for c in (p, q))
+    flat_p, flat_q = p.flattened(), q.flattened()
     if not rows:
         return by_engine(p.log_weights.sum(-1), p.log_weights.detach().sum(-1), "line")
     return _in_subspaces(flat_p, flat_q, rtol, max_points, slack).reshaped(batch)
@@ -222,7 +246,8 @@ def _in_subspaces(p: Components, q: Components, rtol: float, max_points: int | N
             basis, origin = seen.basis[index, : max(r, 1)], seen.origin[index]
             here_p, here_q = projected(here_p, basis, origin), projected(here_q, basis, origin)
         method: Method = "line" if r <= 1 else "contour" if two else "cubature" if low else "sobol"
-        if method == "sobol" and q.log_weights.shape[-1] == 3:
+        plane = method == "sobol" and q.log_weights.shape[-1] == 3
+        if plane:
             result = _by_plane(here_p, here_q, rtol, max_points, slack)
         elif method == "sobol":
             result = _sampled(here_p, here_q, rtol, max_points, slack)
@@ -230,7 +255,7 @@ def _in_subspaces(p: Components, q: Components, rtol: float, max_points: int | N
             result = _in_few_dimensions(here_p, here_q, rtol, max_points, slack)
         else:
             result = mixture_kl(method, here_p, here_q, rtol, max_points, slack, dim)
-        if method == "contour":
+        if plane or method == "contour":
             here = Subspace(*(x[index] for x in seen))
             result = _positive_where_small(result, here_p, here_q, here, r, rtol, max_points)
         if low:

@@ -43,7 +43,7 @@ from .engines.spectral import label_information
 from .engines.triple import triple_information
 from .estimate import Bounds, KLEstimate, Method
 from .information import CERTAIN, Information, by_engine, cubature_nodes, mixture_information
-from .mixture_kl import EXACT_ERROR, by_subspace, mixture_kl, parameter_rounding
+from .mixture_kl import EXACT_ERROR, by_subspace, mixture_kl, parameter_rounding, positive_where_sampled
 from .reading import Mixture
 from .weights import label_entropy, weighted
 
@@ -170,7 +170,13 @@ def _to_one(
     found = _information(method, components, goal, max_points, slack)
     value = mean_kl - found.value
     error = found.error + EXACT_ERROR * (1 + mean_kl.detach())
-    return Information(value, error.expand_as(value), found.method, found.estimated.expand_as(value))
+    result = Information(value, error.expand_as(value), found.method, found.estimated.expand_as(value))
+    if method != "auto" or not is_eager(*components) or not bool(found.estimated.any()):
+        return result
+    one = q.components()
+    if one.is_diagonal != components.is_diagonal:
+        components, one = components.full(), one.full()
+    return positive_where_sampled(result, components, one, rtol, max_points)
 
 
 def _least(x: Tensor, shape: torch.Size) -> Tensor:
@@ -202,7 +208,7 @@ def _to_many(method: Method, p: Mixture, q: Mixture, rtol: float, max_points: in
         return _on_the_line(p, q)
     c_p, c_q = p.components(), q.components()
     if c_p.is_diagonal != c_q.is_diagonal:
-        c_p, c_q = (c._replace(scale=torch.diag_embed(c.scale)) if c.is_diagonal else c for c in (c_p, c_q))
+        c_p, c_q = c_p.full(), c_q.full()
     batch = broadcast_shape(c_p.log_weights.shape[:-1], c_q.log_weights.shape[:-1])
     c_p, c_q = c_p.expand(batch), c_q.expand(batch)
     if method == "auto" and is_eager(*c_p, *c_q):

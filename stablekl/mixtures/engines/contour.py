@@ -184,7 +184,7 @@ def _rows(p: Components, q: Components) -> tuple[Components, Components, bool]:
         p, q = (c if c.is_diagonal else c._replace(scale=c.scale.squeeze(-1)) for c in (p, q))
     diagonal = p.is_diagonal and q.is_diagonal
     if not diagonal:
-        p, q = (c._replace(scale=torch.diag_embed(c.scale)) if c.is_diagonal else c for c in (p, q))
+        p, q = p.full(), q.full()
     return p, q, diagonal
 
 

@@ -32,6 +32,8 @@ __all__ = [
 ITERATIONS, HALVINGS = 60, 40
 # What is left of the decrement squared where the saddle is good enough: the plane may cross anywhere near it.
 CONVERGED = 1e-4
+# Of the logarithm at the saddle.
+LARGEST = 600.0
 # Rays in half a turn of the coarsest rule. Radii are exp(t - exp(-t)), of a trapezoid rule in t that takes a power-law
 # decay, of wide p's, and a Gaussian one, of narrow p's, alike; below the first their weights are 1e-16.
 DIRECTIONS, STEP, NEAREST = 64, 0.13, -2.8
@@ -193,30 +195,29 @@ def saddle(y: LogRatios, diagonal: bool) -> Saddle:
     inside = 0.5 / steepest.sum(-1).clamp(min=1.25)
     s = inside.unsqueeze(-1).expand(-1, 2).contiguous()
     here = _local(y, s, diagonal)
-    found = here.value.isfinite()
-    working = found
+    working = here.value.isfinite()
+    decrement = torch.full_like(inside, torch.inf)
     for _ in range(ITERATIONS):
         step = -torch.linalg.solve_ex(here.hessian, here.gradient.unsqueeze(-1))[0].squeeze(-1)
         decrement = -(here.gradient * step).sum(-1)
-        found = found & (decrement >= 0)
-        working = working & found & (decrement > CONVERGED)
+        working = working & (decrement > CONVERGED)  # not where it is NaN
         if not bool(working.any()):
             break
-        length = torch.where(working, 1 / (1 + decrement.clamp(min=0).sqrt()), 0.0)
-        length = torch.where(decrement < 0.1, length.sign(), length)
+        length = working.to(s.dtype)
         for _ in range(HALVINGS):
             moved = s + length.unsqueeze(-1) * step
             there = _local(y, moved, diagonal)
-            worse = working & ~(there.value <= here.value + 1e-12 * here.value.abs())
+            worse = working & ~(there.value <= here.value - 0.1 * length * decrement + 1e-12 * here.value.abs())
             if not bool(worse.any()):
                 break
             length = torch.where(worse, 0.5 * length, length)
         working = working & ~worse
-        better = working.reshape(-1, 1)
-        s = torch.where(better, moved, s)
+        s = torch.where(working.unsqueeze(-1), moved, s)
         here = _Local(
             *(torch.where(working.reshape(-1, *(1,) * (a.ndim - 1)), a, b) for a, b in zip(there, here, strict=True))
         )
+    # near enough for the plane; and a peak within the range of float64
+    found = (decrement >= 0) & (decrement < 0.1) & (here.value < LARGEST)
     root, failed = torch.linalg.cholesky_ex(here.hessian)
     identity = torch.eye(2, dtype=s.dtype, device=s.device)
     found = found & (failed == 0)

@@ -65,14 +65,10 @@ def log_determinants(c: Components) -> Tensor:
     return (c.scale if c.is_diagonal else c.scale.diagonal(dim1=-2, dim2=-1)).log().sum(-1)
 
 
-def _full(c: Components) -> Components:
-    return c._replace(scale=torch.diag_embed(c.scale)) if c.is_diagonal else c
-
-
 def overlaps(a: Components, b: Components) -> Overlaps:
     """The closed forms of the module's head, for each pair of components; differentiable."""
     if a.is_diagonal != b.is_diagonal:
-        a, b = _full(a), _full(b)
+        a, b = a.full(), b.full()
     shift = a.loc.unsqueeze(-2) - b.loc.unsqueeze(-3)
     if a.is_diagonal:
         s_a, s_b = a.scale.unsqueeze(-2), b.scale.unsqueeze(-3)

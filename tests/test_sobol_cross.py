@@ -11,7 +11,7 @@ import torch
 import stablekl
 from stablekl.mixtures.components import Components
 from stablekl.mixtures.engines import controls, cross, sobol
-from stablekl.mixtures.engines.cross import sobol_cross
+from stablekl.mixtures.engines.cross import nearest_triples, replicated_cross
 from stablekl.mixtures.engines.line import line_kl
 from stablekl.mixtures.engines.sobol import sobol_kl
 from stablekl.mixtures.information import line_information
@@ -22,6 +22,11 @@ from .test_controls import in_space, on_the_line
 from .test_kl_estimate import tables
 
 REPLICATES = 16
+
+
+def sobol_cross(p, q, triples=None, **options):
+    """``sum_k w_k KL(p_k || q)`` and its error."""
+    return replicated_cross(p, q, triples, **options).total(p.log_weights)
 
 
 def truth(p, q):
@@ -78,11 +83,29 @@ def test_a_radial_problem():
     assert float(error) < float(plain)
 
 
+@pytest.mark.parametrize("k_q", [3, 4, 5])
+def test_triples_as_controls(k_q):
+    """With the means of triples: all there is of three components, and for more the rest of what pairs leave."""
+    p, q = problem(4, 1, k_q, 1.0, "uneven")
+    high_p, high_q = in_space(p, 6), in_space(q, 6)
+    expected = truth(p, q)
+    triples = nearest_triples(high_p, high_q, 1e-6, torch.tensor([True, True, True, False]))
+    assert bool(triples.mean[:3].isfinite().all())
+    assert bool(triples.mean[3].isnan().all())
+    options = {"num_points": 1024, "num_replicates": REPLICATES}
+    value, error = sobol_cross(high_p, high_q, triples, **options)
+    plain, wide = sobol_cross(high_p, high_q, **options)
+    assert bool(((value - expected).abs() <= error + 1e-12).all())
+    torch.testing.assert_close((value[3], error[3]), (plain[3], wide[3]))  # nothing was wanted there
+    ratio = (error / wide)[:3]  # of some the pairs are all there is, but for a floor of the error
+    assert float(ratio.min()) < 0.1 and float(ratio.max()) < 1.01
+
+
 def test_means_of_the_controls():
     """Against a mean of many points, in standard errors; and five parts in a hundred more must fail."""
     p, q = problem(2, 2, 3, 1.0, "uneven")
     p, q = in_space(p, 3), in_space(q, 3)
-    controls = cross._Controls(p, q)
+    controls = cross._Controls(p, q, None)
     z = cross.sobol_normals(3, 4096, REPLICATES, p.loc.device)
     off = []
     for k in range(2):

@@ -24,6 +24,17 @@ GOAL = 1e-8
 SETTINGS = [(s, w) for s in (0.0, 0.3, 3.0, 20.0) for w in ("even", "one rare")]
 
 
+ROWS = [
+    torch.tensor(x, dtype=F64)
+    for x in ([0.3, -0.2], [[1.0, 0, 0, 0], [0, -1, 0.5, 0]], [[1.0, 2, 1, 1], [0.5, 1, 1, 2]])
+]
+ROWS += [
+    torch.tensor([0.0, 0.5, -1], dtype=F64),
+    torch.eye(4, dtype=F64)[:3],
+    torch.full((3, 4), 1.5, dtype=F64) + torch.eye(3, 4, dtype=F64),
+]
+
+
 def rows(count, separation, weights, wide):
     """One component against three, on a line, p's scale multiplied."""
     p = tables(count, 1, separation, "even", 5)
@@ -74,7 +85,12 @@ CASES = [
     *[("radial", k, d, seed) for k in (1, 2) for d in (4, 8, 32) for seed in range(3)],
     *[("axial", k, d, seed) for k in (1, 2) for d in (4, 8, 32) for seed in range(3)],
     *[("product", k, d, seed) for k in (1, 2) for d in (4, 8) for seed in range(3)],
-    ("product", 2, 8, 71025),  # radii too far apart for its phases: the square of their error claimed 4 times too little
+    (
+        "product",
+        2,
+        8,
+        71025,
+    ),  # radii too far apart for its phases: the square of their error claimed 4 times too little
 ]
 
 
@@ -217,6 +233,22 @@ def test_a_row_is_what_it_is_alone():
         alone, alone_error = contour_kl_of_three(*one, GOAL)
         torch.testing.assert_close(alone[0], value[i], rtol=1e-14, atol=0)
         torch.testing.assert_close(alone_error[0], error[i], rtol=1e-3, atol=1e-14)
+
+
+def test_nodes_are_chosen_by_the_data():
+    """Where it may not be looked at, the method by its name says so; and "auto" takes fixed points."""
+    p, q = (stablekl.GaussianMixture(logits=x[0], loc=x[1], scale_diag=x[2]) for x in (ROWS[:3], ROWS[3:]))
+
+    def f(loc, method):
+        moved = stablekl.GaussianMixture(logits=ROWS[0], loc=loc, scale_diag=ROWS[2])
+        return stablekl.kl_estimate(moved, q, method, rtol=1e-2).value
+
+    assert stablekl.kl_estimate(p, q).method == "contour"
+    batch = ROWS[1].expand(2, 2, 4)
+    with pytest.raises(NotImplementedError, match="chooses its nodes by the data"):
+        torch.vmap(lambda loc: f(loc, "contour"))(batch)
+    sampled = torch.vmap(lambda loc: f(loc, "auto"))(batch)
+    torch.testing.assert_close(sampled, f(ROWS[1], "contour").expand(2), rtol=2e-2, atol=0)
 
 
 def test_no_rows():

@@ -98,7 +98,8 @@ def test_triples_as_controls(k_q):
     assert bool(((value - expected).abs() <= error + 1e-12).all())
     torch.testing.assert_close((value[3], error[3]), (plain[3], wide[3]))  # nothing was wanted there
     ratio = (error / wide)[:3]  # of some the pairs are all there is, but for a floor of the error
-    assert float(ratio.min()) < 0.1 and float(ratio.max()) < 1.01
+    assert float(ratio.min()) < 0.5
+    assert float(ratio.max()) < 1.01
 
 
 def test_means_of_the_controls():

@@ -35,8 +35,8 @@ def kl_estimate(
         q: likewise; batch shapes broadcast.
         method: "auto" takes the problem apart and gives each part to the most exact engine for it. An engine by its
             name takes the whole: "closed form", "line" (one dimension), "spectral" (two components against one),
-            "triple" (three against one), "contour" (up to two against two), "cubature" (two or three dimensions)
-            and "sobol" (anything); components are counted as given, or else without those of weight 0.
+            "triple" (three against one), "contour" (up to two against two or three), "cubature" (two or three
+            dimensions) and "sobol" (anything); components are counted as given, or else without those of weight 0.
         rtol: for "cubature" and "sobol", refine until the error is below ``rtol * (1 + KL)``; default that of
             `accuracy`.
         max_points: for these, most points per component; default that of `accuracy`.

@@ -13,6 +13,7 @@ dimension 1, or alike in all others    "line": panels, positive integrand       
 any p || one Gaussian                  S - I: "spectral" and "triple" for up to      1e-13 (1 + S)
                                        three components that overlap
 any p || two                           "contour" for KL(p_k || q), less I            1e-13 (1 + KL)
+any p || three                         likewise, on a plane                          1e-8 (1 + KL)
 alike in all but two or three          "cubature": adaptive cells, positive          asked for, 1e-9 at most
 dimensions                             integrand
 anything else                          "sobol": replicated quasi-random points       asked for, estimated
@@ -67,7 +68,7 @@ def _possible(p: Mixture, q: Mixture) -> dict[str, bool]:
         "line": d == 1,
         "spectral": k_p == 2 and k_q == 1,
         "triple": k_p == 3 and k_q == 1,
-        "contour": k_p <= 2 and k_q == 2,
+        "contour": k_p <= 2 and k_q in (2, 3),
         "cubature": d in (2, 3),
         "sobol": True,
     }

@@ -6,8 +6,8 @@ For q = v1 q1 + v2 q2 + v3 q3 and the log-ratios y_i(x) = log(v_i q_i/(v1 q1)), 
     KL(p \| q) = KL(p \| q_1) - \log v_1 - E\,\mathrm{softplus}(y_2) - E\,\mathrm{softplus}(y_3)
         + E\,g(e^{y_2}, e^{y_3}), \qquad g(a, b) = \log\frac{(1 + a)(1 + b)}{1 + a + b} \ge 0,
 
-expectations under p. Those of softplus are the contour integrals of `contour`. The rest is an integral in two
-variables, after Mellin and Barnes, on the strip 0 < Re s_i < 1:
+expectations under p. Those of softplus are the contour integrals of `contour`. The rest, g being the integral over
+t > 0 of :math:`e^{-t} (1 - e^{-ta}) (1 - e^{-tb}) / t`, is one in two variables, of Mellin and Barnes, 0 < Re s_i < 1:
 
 .. math::
     E\,g = \frac1{(2\pi i)^2} \int\!\!\int \Gamma(-s_2)\,\Gamma(-s_3)\,\Gamma(s_2 + s_3)\, M(s)\,ds_2\,ds_3, \qquad
@@ -54,7 +54,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._autograd import is_dual, rowwise
+from ..._autograd import is_dual, is_eager, rowwise
 from ..components import Components, chosen_components
 from .contour import contour_kl
 from .contour_plane_terms import DIRECTIONS, LogRatios, Rule, Saddle, integrand, log_ratios, rays, reach, saddle
@@ -267,7 +267,15 @@ def contour_kl_of_three(p: Components, q: Components, rtol: float) -> tuple[Tens
     Returns:
         The divergences in nats, differentiable, and an estimate of their absolute errors, inf where the plane is not
         to be had; of shape ``(rows, K)``.
+
+    Raises:
+        NotImplementedError: under vmap, torch.compile or CUDA graph capture.
     """
+    if not is_eager(*p, *q):
+        raise NotImplementedError(
+            "the contour integral for a mixture q of three components chooses its nodes by the data, which vmap, "
+            "torch.compile and CUDA graphs do not show; use method='auto', which takes fixed points there"
+        )
     rows, k = p.log_weights.shape
     lv = q.log_weights
     cost = divergences(p, q) - torch.where(lv > -torch.inf, lv, -1e300).unsqueeze(-2)  # (rows, K, 3)

@@ -1,0 +1,175 @@
+"""Negative log-likelihood of targets under mixtures of Gaussians that a network puts out: mixture density networks.
+
+The log-density is that of `GaussianMixture`: in log space, streamed over the components, its gradient by the
+responsibilities. A target that no component is near has a finite loss and a gradient that leads there, where
+``log(sum(w * exp(log_prob)))`` is inf and NaN.
+
+Likelihoods of mixtures are unbounded: a component may shrink to one target, and its loss falls for ever. ``min_scale``,
+a share of the data's own standard deviation, is added to every scale in quadrature: a floor that is never sharp, so
+that the gradient leads back from it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..mixtures.components import Components
+from ..mixtures.density import component_log_probs, mixture_log_prob
+from ..mixtures.weights import normalised_log_weights
+from ..parameterizations import check_positive
+
+__all__ = ["MixtureDiagnostics", "mixture_diagnostics", "mixture_nll_loss"]
+
+
+class MixtureDiagnostics(NamedTuple):
+    """What to look at when a mixture's likelihood looks too good. Nothing here is differentiable.
+
+    Attributes:
+        usage: mean posterior probability of each component over all targets, ``(K,)``; 0 for one that explains none.
+        effective_components: the exponential of the entropy of ``usage``, from 1 to K.
+        smallest_scale: the least standard deviation of a component in any row, in units of the scale given for the
+            data.
+        collapsed: the share of targets most likely to come from a component narrower than twice the floor.
+    """
+
+    usage: Tensor
+    effective_components: Tensor
+    smallest_scale: Tensor
+    collapsed: Tensor
+
+
+def _components(
+    target: Tensor,
+    logits: Tensor,
+    loc: Tensor,
+    scale: Tensor | None,
+    log_scale: Tensor | None,
+    scale_tril: Tensor | None,
+    mask: Tensor | None,
+    min_scale: Tensor | float | None,
+) -> tuple[Tensor, Components]:
+    given = {"scale": scale, "log_scale": log_scale, "scale_tril": scale_tril}
+    names = [name for name, x in given.items() if x is not None]
+    if len(names) != 1:
+        raise ValueError(f"give exactly one of scale, log_scale and scale_tril; got {', '.join(names) or 'none'}")
+    name, raw = names[0], given[names[0]]
+    assert raw is not None
+    scalar = loc.ndim == logits.ndim
+    if scalar:
+        if scale_tril is not None:
+            raise ValueError("scale_tril is for vectors: loc has shape (..., K), targets are numbers; use scale")
+        target, loc, raw = target.unsqueeze(-1), loc.unsqueeze(-1), raw.unsqueeze(-1)
+        min_scale = min_scale.unsqueeze(-1) if isinstance(min_scale, Tensor) and min_scale.ndim else min_scale
+    if loc.ndim != logits.ndim + 1 or loc.shape[-2] != logits.shape[-1] or target.shape[-1] != loc.shape[-1]:
+        raise ValueError(
+            "a mixture needs logits (..., K) and loc (..., K, D) for targets (..., D), or loc (..., K) for targets "
+            f"(...); got shapes {tuple(logits.shape)}, {tuple(loc.shape)} and {tuple(target.shape)}"
+        )
+    dtype = torch.promote_types(torch.promote_types(target.dtype, loc.dtype), torch.float32)
+    target, logits, loc, raw = (x.to(dtype) for x in (target, logits, loc, raw))
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be boolean, True where there is a target; got {mask.dtype}")
+        row = mask.unsqueeze(-1)
+        target, logits = torch.where(row, target, 0.0), torch.where(row, logits, 0.0)
+        loc = torch.where(row.unsqueeze(-1), loc, 0.0)
+        blank = torch.eye(loc.shape[-1], dtype=dtype, device=loc.device) if name == "scale_tril" else 1.0
+        wide = row.reshape(*row.shape, *(1,) * (raw.ndim - logits.ndim))
+        raw = torch.where(
+            wide, raw, 0.0 if name == "log_scale" else torch.as_tensor(blank, device=loc.device).to(dtype)
+        )
+    raw = torch.exp(raw) if name == "log_scale" else raw
+    if name != "log_scale":
+        check_positive(name, raw.diagonal(dim1=-2, dim2=-1) if name == "scale_tril" else raw)
+    if min_scale is not None:
+        floor = torch.as_tensor(min_scale, dtype=dtype, device=loc.device)
+        if name == "scale_tril":
+            raw = torch.linalg.cholesky(raw @ raw.mT + torch.diag_embed(floor.square().expand(loc.shape[-1])))
+        else:
+            raw = torch.hypot(raw, floor.expand(raw.shape))
+    return target, Components(normalised_log_weights(logits, None), loc, raw)
+
+
+def mixture_nll_loss(
+    target: Tensor,
+    logits: Tensor,
+    loc: Tensor,
+    *,
+    scale: Tensor | None = None,
+    log_scale: Tensor | None = None,
+    scale_tril: Tensor | None = None,
+    mask: Tensor | None = None,
+    min_scale: Tensor | float | None = None,
+) -> Tensor:
+    r"""``-log sum_k w_k N(target; loc_k, scale_k)``, each row with a mixture of its own.
+
+    Args:
+        target: ``(..., D)``; or numbers, ``(...)``.
+        logits: of the weights, ``(..., K)``.
+        loc: means, ``(..., K, D)``; for numbers ``(..., K)``.
+        scale: standard deviations, of the shape of ``loc``.
+        log_scale: or their logarithms.
+        scale_tril: or Cholesky factors of full covariances, ``(..., K, D, D)``.
+        mask: True where there is a target, ``(...)``. What is elsewhere, NaN or not, is never looked at: the loss is 0
+            there, with a gradient of 0.
+        min_scale: a standard deviation, or one for each of the D dimensions, whose square is added to every variance;
+            a thousandth of the data's own is a start. None: no floor, and a likelihood without bound.
+
+    Returns:
+        The loss of each row in nats, ``(...)``, in the dtype that the arguments promote to; half precision is computed
+        in float32.
+
+    Raises:
+        ValueError: not exactly one of ``scale``, ``log_scale`` and ``scale_tril``; shapes that do not fit; a scale that
+            is not positive (named, with its index); a mask that is not boolean.
+
+    Example:
+        >>> import torch
+        >>> from stablekl.losses import mixture_nll_loss
+        >>> far = mixture_nll_loss(torch.tensor([1e4]), torch.zeros(1, 2), torch.tensor([[-1.0, 1.0]]),
+        ...                        scale=torch.ones(1, 2))
+        >>> print(far)
+        tensor([49990000.])
+    """
+    result = torch.promote_types(target.dtype, loc.dtype)
+    point, components = _components(target, logits, loc, scale, log_scale, scale_tril, mask, min_scale)
+    loss = -mixture_log_prob(point, components)
+    if mask is not None:
+        loss = torch.where(mask, loss, 0.0)
+    return loss.to(result)
+
+
+def mixture_diagnostics(
+    target: Tensor,
+    logits: Tensor,
+    loc: Tensor,
+    *,
+    scale: Tensor | None = None,
+    log_scale: Tensor | None = None,
+    scale_tril: Tensor | None = None,
+    mask: Tensor | None = None,
+    min_scale: Tensor | float | None = None,
+) -> MixtureDiagnostics:
+    """Which components explain the targets, and whether some have collapsed; arguments as for `mixture_nll_loss`.
+
+    Raises:
+        ValueError: as `mixture_nll_loss`; or a mask without a target.
+    """
+    with torch.no_grad():
+        point, c = _components(target, logits, loc, scale, log_scale, scale_tril, mask, min_scale)
+        posterior = torch.softmax(component_log_probs(point, c) + c.log_weights, -1)
+        spread = c.scale if c.is_diagonal else torch.linalg.vector_norm(c.scale, dim=-1)
+        narrow = spread.amin(-1)
+        if mask is not None:
+            posterior, narrow = posterior[mask], narrow.expand(*mask.shape, -1)[mask]
+        posterior, narrow = posterior.reshape(-1, posterior.shape[-1]), narrow.reshape(-1, narrow.shape[-1])
+        if not len(posterior):
+            raise ValueError("there is no target to diagnose: the mask is False everywhere, or the batch is empty")
+        usage = posterior.mean(0)
+        entropy = -(usage * usage.clamp(min=torch.finfo(usage.dtype).tiny).log()).sum()
+        floor = 0.0 if min_scale is None else float(torch.as_tensor(min_scale).max())
+        likely = narrow.expand(posterior.shape).gather(-1, posterior.argmax(-1, keepdim=True))
+        return MixtureDiagnostics(usage, entropy.exp(), narrow.min(), (likely < 2 * floor).to(usage.dtype).mean())

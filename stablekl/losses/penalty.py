@@ -1,0 +1,90 @@
+r"""KL penalty of a policy against a reference, from the log-probabilities of its own samples.
+
+With x ~ p and logr = log q(x) - log p(x),
+
+====  ===================  ==========================================================================
+k1    -logr                unbiased; negative for some samples
+k2    logr^2 / 2           never negative; biased by terms of third order
+k3    e^logr - 1 - logr    never negative and unbiased; its variance is that of q/p
+====  ===================  ==========================================================================
+
+(J. Schulman, "Approximating KL divergence", 2020, http://joschu.net/blog/kl-approx.html). **The gradient is another
+matter.** Samples of a policy are not reparameterised: the distribution that they come from depends on its parameters,
+and their log-probabilities do. Differentiating k1 gives the mean of the score, which is zero; differentiating k3 gives
+the gradient of the other divergence, KL(q || p). The one of KL(p || q) is
+
+.. math:: E_p\bigl[(\log p - \log q)\,\nabla\log p\bigr] - E_p[\nabla\log q],
+
+and `kl_penalty` has it for every k, with the value of the k asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..special import expm1mx
+from ._reduction import together
+
+__all__ = ["Estimator", "kl_penalty"]
+
+Estimator = Literal["k1", "k2", "k3"]
+
+
+def _values(d: Tensor, estimator: Estimator) -> Tensor:
+    """Of d = log p - log q."""
+    if estimator == "k1":
+        return d
+    return 0.5 * d * d if estimator == "k2" else expm1mx(-d)
+
+
+def kl_penalty(
+    logp: Tensor,
+    logq: Tensor,
+    estimator: Estimator = "k1",
+    mask: Tensor | None = None,
+    *,
+    reparameterized: bool = False,
+) -> Tensor:
+    r"""Estimates of KL(p || q) from samples of p, each with the value of k1, k2 or k3 and the gradient of KL(p || q).
+
+    Nothing is clamped: where k3 or k2 overflows it is inf, and the gradient, which does not contain e^logr, is finite.
+    A sample that q makes impossible is inf, and has no gradient.
+
+    Args:
+        logp: log-probabilities of the samples under p, the policy that they were drawn from.
+        logq: those under q, the reference; broadcastable.
+        estimator: "k1", "k2" or "k3"; with logr = logq - logp: -logr, logr^2/2, expm1(logr) - logr.
+        mask: True where there is a sample. What is elsewhere, -inf or NaN, is never looked at: 0, with a gradient of 0.
+        reparameterized: the samples are differentiable functions of p's parameters, through which ``logp`` and ``logq``
+            depend on them: plain derivatives of the value. Otherwise, by default, the score-function gradient.
+
+    Returns:
+        The estimate for each sample, of the broadcast shape, in the dtype that the arguments promote to; float16 and
+        bfloat16 are computed in float32.
+
+    Raises:
+        ValueError: an unknown estimator, or a mask that is not boolean.
+
+    Example:
+        >>> import torch
+        >>> from stablekl.losses import kl_penalty
+        >>> logp, logq = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -100.0])
+        >>> print(kl_penalty(logp, logq, "k3"))
+        tensor([ 0.1065, 97.0000])
+    """
+    if estimator not in get_args(Estimator):
+        raise ValueError(f"estimator must be one of {', '.join(map(repr, get_args(Estimator)))}, got {estimator!r}")
+    (logp, logq), dtype = together(logp, logq)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be boolean, True where there is a sample; got {mask.dtype}")
+        logp, logq = torch.where(mask, logp, 0.0), torch.where(mask, logq, 0.0)
+    if reparameterized:
+        return _values(logp - logq, estimator).to(dtype)
+    d = (logp - logq).detach()
+    finite = (torch.where(x.isfinite(), x, 0.0) for x in (logp, logq))
+    moving_p, moving_q = (x - x.detach() for x in finite)  # zeros, but for their gradient
+    return (_values(d, estimator) + (d.nan_to_num(0.0, 0.0, 0.0) * moving_p - moving_q)).to(dtype)

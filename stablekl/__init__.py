@@ -4,7 +4,7 @@ Importing stablekl teaches `torch.distributions.kl_divergence` pairs it has no r
 every pair of Gaussian families. torch's own rules stay until `harden` replaces them.
 """
 
-from . import linalg, special
+from . import linalg, losses, special
 from .distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
 from .divergences import (
     bhattacharyya_distance,
@@ -68,6 +68,7 @@ __all__ = [
     "kl_divergence",
     "kl_estimate",
     "linalg",
+    "losses",
     "mutual_information",
     "mutual_information_estimate",
     "renyi_divergence",

@@ -51,12 +51,12 @@ def _components(
     mask: Tensor | None,
     min_scale: Tensor | float | None,
 ) -> tuple[Tensor, Components]:
-    given = {"scale": scale, "log_scale": log_scale, "scale_tril": scale_tril}
-    names = [name for name, x in given.items() if x is not None]
-    if len(names) != 1:
-        raise ValueError(f"give exactly one of scale, log_scale and scale_tril; got {', '.join(names) or 'none'}")
-    name, raw = names[0], given[names[0]]
-    assert raw is not None
+    named = (("scale", scale), ("log_scale", log_scale), ("scale_tril", scale_tril))
+    given = [(name, x) for name, x in named if x is not None]
+    if len(given) != 1:
+        names = ", ".join(name for name, _ in given) or "none"
+        raise ValueError(f"give exactly one of scale, log_scale and scale_tril; got {names}")
+    ((name, raw),) = given
     scalar = loc.ndim == logits.ndim
     if scalar:
         if scale_tril is not None:

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from .._autograd import is_plain
 
-__all__ = ["Movable", "broadcast_shape", "check_batch_shapes", "common_dtype", "moved", "of_both", "widened"]
+__all__ = ["Movable", "broadcast_shape", "check_batch_shapes", "common_dtype", "mapped", "moved", "of_both", "widened"]
 
 DistributionT = TypeVar("DistributionT", bound=Distribution)
 
@@ -78,21 +78,25 @@ def of_both(f: Callable[..., Tensor], p: tuple[Tensor, ...], q: tuple[Tensor, ..
     return result[:rows].reshape(shape), result[rows:].reshape(distinct[0].shape).expand(shape)
 
 
-def moved(distribution: DistributionT, *args: Any, **kwargs: Any) -> DistributionT:
-    """A copy of any torch distribution with every tensor in it, nested ones too, sent through ``Tensor.to``.
-
-    Only floating-point tensors change their dtype.
-    """
+def mapped(distribution: DistributionT, f: Callable[[Tensor], Tensor]) -> DistributionT:
+    """A copy of any torch distribution with every tensor in it, nested ones too, sent through ``f``."""
     new = copy.copy(distribution)
     for name, item in distribution.__dict__.items():
         if isinstance(item, Tensor):
-            target = item.to(*args, **kwargs)
-            if not item.is_floating_point():
-                target = item.to(device=target.device)
-            new.__dict__[name] = target
+            new.__dict__[name] = f(item)
         elif isinstance(item, Distribution):
-            new.__dict__[name] = moved(item, *args, **kwargs)
+            new.__dict__[name] = mapped(item, f)
     return new
+
+
+def moved(distribution: DistributionT, *args: Any, **kwargs: Any) -> DistributionT:
+    """`mapped` through ``Tensor.to``. Only floating-point tensors change their dtype."""
+
+    def move(item: Tensor) -> Tensor:
+        target = item.to(*args, **kwargs)
+        return target if item.is_floating_point() else item.to(device=target.device)
+
+    return mapped(distribution, move)
 
 
 class Movable:

@@ -13,7 +13,7 @@ from .._autograd import is_eager
 from ..distributions._base import check_batch_shapes, widened
 from ..distributions._gaussian import Gaussian, as_gaussian
 from .components import Components, gaussian_components
-from .weights import categorical_log_weights
+from .weights import log_weights_of
 
 __all__ = ["Mixture", "as_mixture", "check_same_space", "simplified"]
 
@@ -82,12 +82,10 @@ def as_mixture(distribution: Distribution, what: str = "a KL rule") -> Mixture:
         single = gaussian.loc.new_zeros((*gaussian.loc.shape[:-1], 1))
         return Mixture(single, gaussian.unsqueeze(-1), gaussian.loc.dtype)
     dtype = widened(gaussian.loc).dtype
-    weights = mixture.mixture_distribution
-    # In working precision: rounded log-weights would be off by their size in units of the caller's eps. Our class
-    # keeps the weights as they were given; torch's has to be asked what it was built from.
-    ours = getattr(mixture, "_log_weights", None)
-    log_weights = categorical_log_weights(weights, dtype) if ours is None else ours(dtype)
-    return Mixture(log_weights, gaussian, torch.promote_types(gaussian.loc.dtype, weights._param.dtype))
+    # in working precision: rounded log-weights would be off by their size in units of the caller's eps
+    log_weights = log_weights_of(mixture, dtype)
+    weights = mixture.mixture_distribution._param
+    return Mixture(log_weights, gaussian, torch.promote_types(gaussian.loc.dtype, weights.dtype))
 
 
 def check_same_space(p: Distribution, q: Distribution, m_p: Mixture, m_q: Mixture) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical
+from torch.distributions import Categorical, MixtureSameFamily
 from torch.distributions.utils import probs_to_logits
 
 from .._autograd import rowwise
@@ -19,6 +19,7 @@ __all__ = [
     "given_weights",
     "label_entropy",
     "log_probability",
+    "log_weights_of",
     "normalised_log_weights",
     "weighted",
 ]
@@ -81,6 +82,16 @@ def given_weights(mixture: Categorical) -> tuple[Tensor | None, Tensor | None]:
 def categorical_log_weights(mixture: Categorical, dtype: torch.dtype | None = None) -> Tensor:
     """Normalised log-weights of a Categorical, torch's own, ``batch_shape + (K,)``; -inf for a probability of 0."""
     return normalised_log_weights(*given_weights(mixture), dtype)
+
+
+def log_weights_of(mixture: MixtureSameFamily, dtype: torch.dtype) -> Tensor:
+    """Normalised log-weights of a mixture, torch's or ours, ``batch_shape + (K,)``, in this precision.
+
+    Our class keeps the weights as they were given; torch's has to be asked what it was built from.
+    """
+    ours = getattr(mixture, "_log_weights", None)
+    result: Tensor = categorical_log_weights(mixture.mixture_distribution, dtype) if ours is None else ours(dtype)
+    return result
 
 
 def weighted(log_weights: Tensor, terms: Tensor) -> Tensor:

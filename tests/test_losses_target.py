@@ -193,5 +193,3 @@ def test_what_is_refused():
         reverse_kl_loss(torch.distributions.Poisson(torch.tensor(3.0)), q.log_prob)
     with pytest.raises(ValueError, match="a grid is on a line"):
         forward_kl_loss(stablekl.MultivariateNormal(torch.zeros(2), torch.eye(2)), grid_of(two(), -9, 9, 10))
-    with pytest.raises(ValueError, match="must integrate to 1"):
-        reverse_kl_loss(Normal(torch.tensor(0.0, dtype=F64), 1.0), grid_of(two(), 5, 15, 1000))

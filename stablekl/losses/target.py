@@ -7,7 +7,7 @@ a distribution         the KL rule, or its samples              the KL rule, or 
 samples                - mean log q, up to the target's         not defined: nothing is known between
                        entropy                                  them
 a log-density          importance-weighted samples of q         samples of q
-on a `Grid`            the sum of p (log p - log q) dx          the sum of q (log q - log p) dx
+on a `Grid`            the sum of p (log p - log q) dx          the divergence on the grid
 =====================  =======================================  ========================================
 
 Forward is mode-covering: a Gaussian that minimises it has the target's mean and covariance. Reverse is mode-seeking.
@@ -155,7 +155,8 @@ def reverse_kl_loss(
     Args:
         q: the distribution that is trained.
         target: a distribution: by the KL rule, or by samples of q where there is none. A function, the log-density up
-            to a constant, which shifts the loss: by samples of q. A `Grid`: ``sum q (log q - log p) dx``, p normalised.
+            to a constant, which shifts the loss: by samples of q. A `Grid`: both normalised on the grid; beyond it
+            nothing is known of the target.
         num_samples: of q; of each component, where it is a mixture.
         sticking_the_landing: leave out of the gradient the score of q, noise of mean zero.
 
@@ -163,7 +164,7 @@ def reverse_kl_loss(
         The loss in nats, of q's batch shape; differentiable by q's parameters.
 
     Raises:
-        ValueError: samples as a target; a q without reparameterised samples; or on a grid, a q that is not on it.
+        ValueError: samples as a target; a q without reparameterised samples; a grid for a q over vectors.
 
     Example:
         >>> import torch
@@ -173,7 +174,7 @@ def reverse_kl_loss(
         tensor([0.5000, 0.5000])
     """
     if isinstance(target, Grid):
-        return grid_kl_loss(target.normalized(), _on_grid(q, target), target.dx, normalized=True)
+        return grid_kl_loss(target.log_density, _on_grid(q, target), target.dx)
     if isinstance(target, Tensor):
         raise ValueError(
             "the reverse divergence needs the target's density, and samples have none: use forward_kl_loss, or fit a "

@@ -1,8 +1,7 @@
 """One Gaussian fitted to two bumps, N(-5, 1) + N(10, 1): the loss on a grid, and what each loss leads to.
 
-``F.kl_div`` of densities is inf, and of log-densities a mean over the points; Adam on it is still at a standard
-deviation of 5.2 after 10,000 steps. `grid_kl_loss` is the integral. The forward divergence covers both bumps,
-N(2.5, 7.566^2); the reverse one settles in one of them. So do squared, absolute and cosine losses, if started near one.
+``F.kl_div`` of densities is inf, and of log-densities a mean over the points; `grid_kl_loss` is the integral. The forward
+divergence covers both bumps, the reverse one settles in one, as other losses do if started there.
 """
 
 from __future__ import annotations

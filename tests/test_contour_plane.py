@@ -16,6 +16,7 @@ from stablekl.mixtures.engines.contour_plane_terms import log_ratios, saddle
 from stablekl.mixtures.engines.line import line_kl
 
 from .mixture_problems import draw, realised
+from .mixture_references import radial
 from .test_controls import in_space, on_the_line
 from .test_kl_estimate import tables
 
@@ -178,6 +179,72 @@ def test_the_saddle_is_one():
         for direction in ((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)):
             aside = at.place + 0.3 * (at.axes @ torch.tensor(direction, dtype=F64))
             assert bool((contour_plane_terms._local(y, aside, False).value >= at.log_size).all())
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-10, 1e-20, 1e-80])
+def test_needles_need_no_plane(scale):
+    """What three have in common is no more than a pair has: exact where there is no saddle to be found."""
+    g = torch.Generator().manual_seed(11)
+    scales = torch.exp(0.3 * torch.randn(3, 4, generator=g, dtype=F64))
+    scales[1] = scale
+    loc = torch.randn(3, 4, generator=g, dtype=F64)
+    q = stablekl.GaussianMixture(probs=torch.ones(3, dtype=F64), loc=loc, scale_diag=scales)
+    p = stablekl.MultivariateNormal(torch.zeros(4, dtype=F64), scale_diag=torch.ones(4, dtype=F64))
+    e = stablekl.kl_estimate(p, q)
+    assert e.method == "contour"
+    assert float(e.error) < 1e-11
+    weights, others = torch.full((1, 2), -math.log(2.0), dtype=F64), [0, 2]
+    two = Components(weights, loc[None, others], scales[None, others])
+    one = Components(torch.zeros(1, 1, dtype=F64), torch.zeros(1, 1, 4, dtype=F64), torch.ones(1, 1, 4, dtype=F64))
+    without = float(contour_kl(one, two)[0]) - math.log(2 / 3)
+    assert float(e.value) == pytest.approx(without, abs=1e-6)
+
+
+def test_what_overflows_has_no_gradient_and_spoils_none():
+    scale = torch.ones(2, 3, 4, dtype=F64)
+    scale[0, 1] = 1e-155
+    scale.requires_grad_()
+    loc = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(12), dtype=F64)
+    q = stablekl.GaussianMixture(probs=torch.ones(2, 3, dtype=F64), loc=loc, scale_diag=scale)
+    p = stablekl.MultivariateNormal(torch.zeros(2, 4, dtype=F64), scale_diag=torch.ones(2, 4, dtype=F64))
+    (grad,) = torch.autograd.grad(stablekl.kl_estimate(p, q).value.sum(), scale)
+    assert bool(grad.isfinite().all())
+    assert bool((grad[0, 1] == 0).all())
+
+
+@pytest.mark.parametrize(("dim", "scale"), [(4, 0.03), (4, 0.1), (6, 0.1)])
+def test_sampling_does_not_replace_what_it_cannot_see(dim, scale):
+    """Needles of weight 1e-8 next to p = q: the points missed them, and claimed 1e4 times too little."""
+    scales = torch.tensor([1.0, scale, 1.5 * scale], dtype=F64)
+    weights = torch.tensor([1 - 2e-8, 1e-8, 1e-8], dtype=F64)
+    q = stablekl.GaussianMixture(
+        probs=weights, loc=torch.zeros(3, dim, dtype=F64), scale_diag=scales[:, None].expand(3, dim)
+    )
+    p = stablekl.MultivariateNormal(torch.zeros(dim, dtype=F64), scale_diag=torch.ones(dim, dtype=F64))
+    e = stablekl.kl_estimate(p, q)
+    truth = float(radial([(1.0, 1.0)], list(zip(weights.tolist(), scales.tolist(), strict=True)), dim))
+    assert abs(float(e.value) - truth) <= float(e.error)
+    assert float(e.value) == pytest.approx(truth, rel=0.2)
+
+
+@pytest.mark.parametrize("far", [1e2, 1e4])
+def test_gradients_where_p_is_far_along_what_all_of_q_share(far):
+    """They are those without that dimension; relative to the divergence the plane's part of them is nothing."""
+    g = torch.Generator().manual_seed(13)
+    leaves = [torch.randn(3, generator=g, dtype=F64), torch.randn(3, 4, generator=g, dtype=F64)]
+    leaves.append(torch.exp(0.3 * torch.randn(3, 4, generator=g, dtype=F64)))
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def gradients(place):
+        loc = torch.cat([leaves[1], torch.zeros(3, 1, dtype=F64)], -1)
+        scale = torch.cat([leaves[2], torch.ones(3, 1, dtype=F64)], -1)
+        q = stablekl.GaussianMixture(logits=leaves[0], loc=loc, scale_diag=scale)
+        at = torch.tensor([0.0, 0, 0, 0, place], dtype=F64)
+        p = stablekl.MultivariateNormal(at, scale_diag=torch.tensor([5.0, 5, 5, 5, 1], dtype=F64))
+        return torch.autograd.grad(stablekl.kl_estimate(p, q).value, leaves)
+
+    for a, b in zip(gradients(far), gradients(0.0), strict=True):
+        assert float((a - b).abs().max()) <= 1e-6 * float(b.abs().max())
 
 
 # ---- derivatives --------------------------------------------------------------------------------------------------

@@ -353,3 +353,15 @@ def test_an_interval_does_not_depend_on_the_rest_of_the_batch():
             for a, b in zip(alone[:4], together[:4], strict=True):
                 torch.testing.assert_close(a[0], b[i], rtol=1e-6, atol=1e-12)
     assert stablekl.kl_estimate(of(slice(2, 3)), q).method == "sobol"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_batch_of_nothing_can_be_differentiated(which):
+    leaf = torch.zeros(0, 3, 4, dtype=F64, requires_grad=True)
+    locs = [torch.zeros(0, 3, 4, dtype=F64), torch.zeros(0, 3, 4, dtype=F64)]
+    locs[which] = leaf
+    p, q = (
+        stablekl.GaussianMixture(probs=torch.ones(0, 3, dtype=F64), loc=x, scale_diag=torch.ones(0, 3, 4, dtype=F64))
+        for x in locs
+    )
+    assert torch.autograd.grad(torch.distributions.kl_divergence(p, q).sum(), leaf)[0].shape == (0, 3, 4)

@@ -142,7 +142,7 @@ def warn_of_excess(estimate: KLEstimate, what: str, stacklevel: int, size: Tenso
         stacklevel: as for `warnings.warn`, 1 being the caller of this function.
         size: the tolerance is relative to 1 and this; default the value's.
     """
-    if estimate.method not in ("sobol", "cubature") or not is_eager(estimate.value):
+    if estimate.method not in ("sobol", "cubature", "contour") or not is_eager(estimate.value):
         return
     rtol = requested_accuracy().rtol
     # an infinite divergence has an infinite error, and is what it is

@@ -281,11 +281,17 @@ def cubature_nodes(p: Components, max_points: int | None) -> int:
 
 
 def improved(found: Information, index: Tensor, other: Information) -> Information:
-    """With the rows of ``index`` by another engine, where its error is smaller."""
-    better = other.error < found.error[index]
+    """With the rows of ``index`` by another engine, where its error is smaller.
+
+    Where the two exclude each other one has missed something: points that are few, most likely. The first stands, with
+    their difference as its error.
+    """
+    gap = (other.value - found.value.index_select(0, index)).detach().abs()
+    apart = gap > other.error + found.error[index]
+    better = (other.error < found.error[index]) & ~apart
     value = torch.where(better, other.value, found.value.index_select(0, index))
-    error = torch.where(better, other.error, found.error[index])
-    estimated = torch.where(better, other.estimated, found.estimated[index])
+    error = torch.where(better, other.error, torch.where(apart, gap, found.error[index]))
+    estimated = torch.where(better, other.estimated, found.estimated[index] | apart)
     return Information(
         found.value.index_copy(0, index, value),
         found.error.index_copy(0, index, error),

@@ -232,7 +232,8 @@ def by_subspace(p: Components, q: Components, rtol: float, max_points: int | Non
     rows = math.prod(batch)
     flat_p, flat_q = p.flattened(), q.flattened()
     if not rows:
-        return by_engine(p.log_weights.sum(-1), p.log_weights.detach().sum(-1), "line")
+        nothing = torch.stack([x.flatten(len(batch)).sum(-1) for x in (*p, *q)]).sum(0)
+        return by_engine(nothing, nothing.detach(), "line")
     return _in_subspaces(flat_p, flat_q, rtol, max_points, slack).reshaped(batch)
 
 

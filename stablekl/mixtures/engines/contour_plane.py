@@ -69,6 +69,8 @@ SLOWER = 4.0
 # Nodes x dimensions of a block of rows: temporaries stay small, whatever the batch.
 BLOCK = 2**19
 EPS = 2.0**-52
+# Rounding errors of the pairs, in eps of 1 + KL: no more is asked of the plane.
+ROUNDING = 64.0
 
 
 def _blocks(rows: int, dim: int, rule: Rule) -> list[slice]:
@@ -225,10 +227,14 @@ def excess_of_three(rows: Components, p_loc: Tensor, p_scale: Tensor, goal: Tens
     diagonal = rows.is_diagonal
     dead = (rows.log_weights == -torch.inf).any(-1)
     log_weights = torch.where(dead.unsqueeze(-1), 0.0, rows.log_weights)
-    y = log_ratios(log_weights, p_loc, p_scale, rows.loc, rows.scale)
     with torch.no_grad():
-        still = LogRatios(*(x.detach() for x in y))
+        still = log_ratios(log_weights, p_loc, p_scale, rows.loc, rows.scale)
         finite = torch.stack([x.isfinite().flatten(1).all(-1) for x in still]).all(0)
+    # what overflows must not meet a derivative of 0: p itself in its place
+    scale = torch.where(finite.reshape(-1, *(1,) * (rows.scale.ndim - 1)), rows.scale, p_scale.detach().unsqueeze(1))
+    loc = torch.where(finite[:, None, None], rows.loc, p_loc.detach().unsqueeze(1))
+    y = log_ratios(log_weights, p_loc, p_scale, loc, scale)
+    with torch.no_grad():
         live = (finite & ~dead).nonzero().squeeze(-1)
         chosen = LogRatios(*_taken(still, live))
         at = saddle(chosen, diagonal)
@@ -285,12 +291,25 @@ def contour_kl_of_three(p: Components, q: Components, rtol: float) -> tuple[Tens
     nearest = cost.gather(-1, order[..., :1]).squeeze(-1)
     one = Components(torch.zeros_like(p.log_weights).unsqueeze(-1), p.loc.unsqueeze(-2), p.scale.unsqueeze(2))
     total, error = -nearest, torch.zeros_like(nearest.detach())
+    most = torch.full_like(error, torch.inf)
     for j in (1, 2):
         pair = chosen_components(ordered, torch.tensor([0, j], device=lv.device).expand(rows, k, 2))
         weight = torch.logaddexp(pair.log_weights[..., 0], pair.log_weights[..., 1])
         apart, part_error = contour_kl(one, pair._replace(log_weights=pair.log_weights - weight.unsqueeze(-1)))
-        total, error = total + apart.squeeze(-1) - weight, error + part_error.squeeze(-1)
-    goal = rtol * (1 + nearest.detach())
-    flat = Components(*(x.flatten(0, 1) for x in ordered))
-    excess, excess_error = excess_of_three(flat, p.loc.flatten(0, 1), p.scale.flatten(0, 1), goal.flatten())
-    return total + excess.reshape(rows, k), error + excess_error.reshape(rows, k)
+        apart, part_error = apart.squeeze(-1) - weight, part_error.squeeze(-1)
+        total, error = total + apart, error + part_error
+        # g is no more than either softplus: where that is nothing, so is E g, and no plane is needed (or to be found)
+        most = torch.minimum(most, (nearest - apart).detach().clamp(min=0) + part_error)
+    # relative to what E g may be, not to the divergence: the gradient is only as good
+    rounding = ROUNDING * EPS * (1 + nearest.detach())
+    goal = torch.maximum(rtol * (1 + most), rounding)
+    index = (most > rounding).flatten().nonzero().squeeze(-1)
+    flat = Components(*(x.flatten(0, 1).index_select(0, index) for x in ordered))
+    loc, scale = (x.flatten(0, 1).index_select(0, index) for x in p[1:])
+    part, part_error = excess_of_three(flat, loc, scale, goal.flatten()[index])
+    useless = part_error > most.flatten()[index]
+    part = torch.where(useless, 0.0, part)
+    part_error = torch.where(useless, most.flatten()[index], part_error)
+    excess = torch.zeros_like(total).flatten().index_copy(0, index, part).reshape(rows, k)
+    excess_error = most.flatten().index_copy(0, index, part_error).reshape(rows, k)
+    return total + excess, error + excess_error

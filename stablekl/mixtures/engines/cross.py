@@ -135,11 +135,14 @@ class _Controls:
         live = torch.cat([every_one[..., :1], every_one], -1).unsqueeze(-2).expand(*means.shape[:-1], -1)
         # a mean of less is rounding, and may be 0 for a control that is not
         known = alive.mT & (gain.detach() > KNOWN * (1 + least.detach()))
+        self.unknown = torch.where(self.nearest & alive.mT & ~known, gain.detach().clamp(min=0), 0.0).sum(-1)
         usable = means.isfinite() & torch.cat([live, known], -1)
         self.triples = triples
         if triples is not None:
             means = torch.cat([means, triples.mean], -1)
-            usable = torch.cat([usable, triples.mean.isfinite() & (triples.mean.detach() > KNOWN)], -1)
+            # no more than a pair that is not known is not taken from it either
+            enough = triples.mean.detach() > KNOWN * (1 + cost.detach().amin(-1, keepdim=True))
+            usable = torch.cat([usable, triples.mean.isfinite() & enough], -1)
         self.usable = usable
         self.means = torch.where(usable, means, 0.0)
 
@@ -181,7 +184,7 @@ class _Controls:
     def unseen(self, k: int, found: Fit) -> Tensor:
         """What the points missed of the pairs and triples that the nearest component of q belongs to."""
         matters = (self.prior(k) != 0) & self.usable[..., k, :]
-        missed = torch.where(matters, found.missed, 0.0).sum(-1)
+        missed = torch.where(matters, found.missed, 0.0).sum(-1) + self.unknown[..., k]
         if self.triples is not None:
             error = self.triples.error[..., k, :]
             missed = missed + (found.beta.detach()[..., -error.shape[-1] :].abs() * error).sum(-1)

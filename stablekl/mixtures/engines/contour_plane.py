@@ -73,10 +73,21 @@ EPS = 2.0**-52
 ROUNDING = 64.0
 
 
+def _radii(rule: Rule) -> int:
+    """About how many."""
+    return (rule.reach + 3) * 8 << rule.fine
+
+
 def _blocks(rows: int, dim: int, rule: Rule) -> list[slice]:
-    nodes = (DIRECTIONS << rule.turns) * ((rule.reach + 3) * 8 << rule.fine)
-    step = max(1, BLOCK // (nodes * dim))
+    step = max(1, BLOCK // ((DIRECTIONS << rule.turns) * _radii(rule) * dim))
     return [slice(i, i + step) for i in range(0, rows, step)]
+
+
+def _pieces(rows: int, dim: int, rule: Rule) -> list[slice]:
+    """The rays of a block, all of them but for very many nodes in many dimensions."""
+    count = DIRECTIONS << rule.turns
+    step = max(8, min(count, 4 * BLOCK // (rows * _radii(rule) * dim)))
+    return [slice(i, i + step) for i in range(0, count, step)]
 
 
 class _Sums(NamedTuple):
@@ -88,20 +99,31 @@ class _Sums(NamedTuple):
 
 
 def _sums(y: LogRatios, at: Saddle, rule: Rule, diagonal: bool) -> _Sums:
-    along = rays(y, at, rule, diagonal)
-    kappa, _, r = integrand(y, at, along, rule)
-    whole, half, quarter = (n * kappa.real[..., ::n].sum(-1) for n in (1, 2, 4))
+    parts = []
+    for piece in _pieces(len(y.level), y.slope.shape[-1], rule):
+        along = rays(y, at, rule, diagonal, piece)
+        kappa, _, r = integrand(y, at, along, rule)
+        whole, half, quarter = (n * kappa.real[..., ::n].sum(-1) for n in (1, 2, 4))
+        phase = 1 + r * (along.direction * y.level.unsqueeze(-2)).sum(-1, keepdim=True).abs()
+        rounding = (kappa.abs() * phase).sum((-2, -1))
+        parts.append((whole.sum(-1), (whole - half).abs().sum(-1), (half - quarter).abs().sum(-1), rounding))
+    value, last, before, rounding = (torch.stack(x).sum(0) for x in zip(*parts, strict=True))
     # Halving the steps changes each ray's sum by so much, and before that by so much: what is left goes on like that.
     # Of the sum over the rays the changes may be small by chance (an error 230 times the claim).
-    last, before = ((a - b).abs().sum(-1) for a, b in ((whole, half), (half, quarter)))
     radial = last * (SLOWER * last / before.clamp(min=1e-300)).clamp(max=1.0)
-    phase = 1 + r * (along.direction * y.level.unsqueeze(-2)).sum(-1, keepdim=True).abs()
-    return _Sums(whole.sum(-1), radial, 8 * EPS * (kappa.abs() * phase).sum((-2, -1)))
+    return _Sums(value, radial, 8 * EPS * rounding)
 
 
 def _partials(y: LogRatios, at: Saddle, rule: Rule, diagonal: bool) -> LogRatios:
-    """Derivatives of E g by the parts of y: sums over the nodes of Re(kappa d log M), by eigenvectors of each ray."""
-    along = rays(y, at, rule, diagonal)
+    """Derivatives of E g by the parts of y."""
+    pieces = _pieces(len(y.level), 4 * y.slope.shape[-1], rule)
+    parts = [_partials_of_rays(y, at, rule, diagonal, piece) for piece in pieces]
+    return parts[0] if len(parts) == 1 else LogRatios(*(torch.stack(x).sum(0) for x in zip(*parts, strict=True)))
+
+
+def _partials_of_rays(y: LogRatios, at: Saddle, rule: Rule, diagonal: bool, piece: slice) -> LogRatios:
+    """Sums over the nodes of Re(kappa d log M), by eigenvectors of each ray."""
+    along = rays(y, at, rule, diagonal, piece)
     kappa, s, r = integrand(y, at, along, rule)
     weight = kappa.unsqueeze(-1) * s  # [B, n, r, 2]
     by_level = weight.real.sum((1, 2))

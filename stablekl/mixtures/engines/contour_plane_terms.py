@@ -269,9 +269,9 @@ def reach(at: Saddle) -> Tensor:
     return result
 
 
-def rays(y: LogRatios, at: Saddle, rule: Rule, diagonal: bool) -> Rays:
-    """The directions of a rule, and the pencils along them."""
-    angle, share = _angles(at, DIRECTIONS << rule.turns)
+def rays(y: LogRatios, at: Saddle, rule: Rule, diagonal: bool, piece: slice = slice(None)) -> Rays:
+    """The directions of a rule, or some of them, and the pencils along them."""
+    angle, share = (x[:, piece] for x in _angles(at, DIRECTIONS << rule.turns))
     direction = torch.stack([angle.cos(), angle.sin()], -1) @ at.axes.mT
     push, pull = _combined(at.place, y.slope).unsqueeze(-2), _combined(direction, y.slope)
     along = _combined(direction, y.curvature)

@@ -1,7 +1,7 @@
 """One Gaussian fitted to two bumps, N(-5, 1) + N(10, 1): the loss on a grid, and what each loss leads to.
 
-``F.kl_div`` of densities is inf, and of log-densities a mean over the points; `grid_kl_loss` is the integral. The forward
-divergence covers both bumps, the reverse one settles in one, as other losses do if started there.
+``F.kl_div`` of densities is inf, and of log-densities a mean over the points; `grid_kl_loss` is the integral.
+The forward divergence covers both bumps, the reverse one settles in one, as other losses do if started there.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ def main() -> None:
         print(f"{name:11} mean {visited[-1][0]:8.4f}  sd {visited[-1][1]:7.4f}  after {len(visited)} evaluations")
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     axes.fill_between(X, P, color="0.85")
-    styles = ("-", "-", "--", "-", "--")
-    lines = {name: axes.plot([], [], style, label=name)[0] for name, style in zip(paths, styles, strict=True)}
+    lines = {n: axes.plot([], [], s, label=n)[0] for n, s in zip(paths, ("-", "-", "--", "-", "--"), strict=True)}
     axes.set(xlim=(-15, 15), ylim=(0, 0.42), xlabel="x", ylabel="density")
     axes.legend(frameon=False, loc="upper center")
 

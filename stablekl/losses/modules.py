@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..estimators import Estimator
 from ._reduction import Reduction, check_reduction, reduced
 from .categorical import categorical_kl, grid_kl_loss
 from .gaussian import gaussian_kl_loss
 from .mixture import mixture_nll_loss
-from .penalty import Estimator, kl_penalty
+from .penalty import kl_penalty
 
 __all__ = ["CategoricalKLLoss", "GaussianKLLoss", "GridKLLoss", "KLPenalty", "MixtureNLLLoss"]
 

@@ -20,24 +20,13 @@ and `kl_penalty` has it for every k, with the value of the k asked for.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-from ..special import expm1mx
+from ..estimators import Estimator, check_estimator, of_log_ratio
 from ._reduction import together
 
-__all__ = ["Estimator", "kl_penalty"]
-
-Estimator = Literal["k1", "k2", "k3"]
-
-
-def _values(d: Tensor, estimator: Estimator) -> Tensor:
-    """Of d = log p - log q."""
-    if estimator == "k1":
-        return d
-    return 0.5 * d * d if estimator == "k2" else expm1mx(-d)
+__all__ = ["kl_penalty"]
 
 
 def kl_penalty(
@@ -75,16 +64,15 @@ def kl_penalty(
         >>> print(kl_penalty(logp, logq, "k3"))
         tensor([ 0.1065, 97.0000])
     """
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"estimator must be one of {', '.join(map(repr, get_args(Estimator)))}, got {estimator!r}")
+    check_estimator(estimator)
     (logp, logq), dtype = together(logp, logq)
     if mask is not None:
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be boolean, True where there is a sample; got {mask.dtype}")
         logp, logq = torch.where(mask, logp, 0.0), torch.where(mask, logq, 0.0)
     if reparameterized:
-        return _values(logp - logq, estimator).to(dtype)
+        return of_log_ratio(logp - logq, estimator).to(dtype)
     d = (logp - logq).detach()
     finite = (torch.where(x.isfinite(), x, 0.0) for x in (logp, logq))
     moving_p, moving_q = (x - x.detach() for x in finite)  # zeros, but for their gradient
-    return (_values(d, estimator) + (d.nan_to_num(0.0, 0.0, 0.0) * moving_p - moving_q)).to(dtype)
+    return (of_log_ratio(d, estimator) + (d.nan_to_num(0.0, 0.0, 0.0) * moving_p - moving_q)).to(dtype)

@@ -99,8 +99,8 @@ class Accuracy(NamedTuple):
 
     Attributes:
         rtol: the error asked for is ``rtol * (1 + KL)``.
-        max_points: most quasi-random points per component that may be spent on it; None for half a million shared by
-            the components, but from 2^16 to 2^18 for each.
+        max_points: most quasi-random points per component that may be spent on it; None for a million shared by the
+            components, but from 2^16 to 2^18 for each.
     """
 
     rtol: float = 1e-4
@@ -176,8 +176,8 @@ def accuracy(*, rtol: float | None = None, max_points: int | None = None) -> Ite
 
     Args:
         rtol: double the points until the 95% half-width is below ``rtol * (1 + KL)``. Default 1e-4.
-        max_points: stop doubling at this many points per component, and warn. Default: 2^18 for one or two components,
-            2^17 for three or four, 2^16 for more.
+        max_points: stop doubling at this many points per component, and warn. Default: 2^18 for up to four components,
+            2^17 for up to eight, 2^16 for more.
 
     Raises:
         ValueError: ``rtol`` is not positive, or ``max_points`` is below 64.

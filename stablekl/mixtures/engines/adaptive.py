@@ -28,7 +28,7 @@ FIRST_BUDGET = REPLICATES * FIRST_POINTS
 # The error is forecast to fall like the number of points to this power: a little faster than observed (0.7).
 RATE = 0.8
 # Points in all for a row, and the least and most for each of its components, where nothing else is said.
-SHARED, LEAST, MOST = 2**19, 2**16, 2**18
+SHARED, LEAST, MOST = 2**20, 2**16, 2**18
 # Where the first points of a cross term miss the tolerance by less than this, triples cost more than points.
 MANY = 3.0
 FIXED_POINTS = 512  # where the data may not be looked at

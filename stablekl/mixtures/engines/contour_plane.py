@@ -38,8 +38,10 @@ y_j, and h_j the component of the slope at the saddle's tilted mean,
 whose real part has terms of one sign. The radii are those of a trapezoid rule for r = exp(t - exp(-t)), since M decays
 like a Gaussian or, where p is wide, like a power; the directions are equidistant, and doubled until the result stays.
 
-**Accuracy** (float64): the error asked for, of 1 + KL, down to 1e-11; the reported one is the change of the last
-doubling. See docs/derivations for what was measured.
+**Accuracy** (float64): the error asked for, of 1 + E g, down to 1e-11, and 1e-13 (1 + KL) of rounding; the reported one
+is the change of the last doubling of the rays, and what the radii leave by their series of changes. None of 3,500
+problems with known truths, p from 100 times narrower to 1e4 times wider, was beyond it, but for 9 by 2e-12: of the
+narrow p's seen through a linear map, whose rounding that is.
 
 References: R. B. Paris and D. Kaminski, "Asymptotics and Mellin-Barnes Integrals", Cambridge University Press (2001);
 L. N. Trefethen and J. A. C. Weideman, "The exponentially convergent trapezoidal rule", SIAM Review 56 (2014), 385-458.
@@ -290,11 +292,11 @@ def contour_kl_of_three(p: Components, q: Components, rtol: float) -> tuple[Tens
     Args:
         p: any number K of Gaussian components, float64, ``(rows, K)``.
         q: three of them, ``(rows, 3)``.
-        rtol: the error asked for, relative to 1 + KL(p_k || q_1) - log v_1.
+        rtol: the error asked for, relative to 1 and the most that E g can be: the smaller E softplus.
 
     Returns:
-        The divergences in nats, differentiable, and an estimate of their absolute errors, inf where the plane is not
-        to be had; of shape ``(rows, K)``.
+        The divergences in nats, differentiable, and an estimate of their absolute errors, both of shape ``(rows, K)``.
+        Where there is no plane E g is left out, and what it can be at most is in the error.
 
     Raises:
         NotImplementedError: under vmap, torch.compile or CUDA graph capture.

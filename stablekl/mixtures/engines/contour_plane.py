@@ -36,7 +36,8 @@ y_j, and h_j the component of the slope at the saddle's tilted mean,
         + r^3 \frac{h_j^2 y_j}{1 + x_j^2}\Bigr],
 
 whose real part has terms of one sign. The radii are those of a trapezoid rule for r = exp(t - exp(-t)), since M decays
-like a Gaussian or, where p is wide, like a power; the directions are equidistant, and doubled until the result stays.
+like a Gaussian or, where p is wide, like a power. The directions are those of a periodic one, dense about the three
+in which the kernel does not decay by itself, and doubled until the result stays.
 
 **Accuracy** (float64): the error asked for, of 1 + E g, down to 1e-11, and 1e-13 (1 + KL) of rounding; the reported one
 is the change of the last doubling of the rays, and what the radii leave by their series of changes. None of 3,500

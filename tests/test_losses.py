@@ -419,7 +419,30 @@ def test_a_component_on_a_target_does_not_collapse():
         min_scale=0.1,
     )
     diagonal = losses.mixture_nll_loss(y, torch.zeros(4, 2), loc, log_scale=narrow.detach(), min_scale=0.1)
-    torch.testing.assert_close(tril, diagonal)
+    torch.testing.assert_close(tril, diagonal, rtol=1e-2, atol=0)
+
+
+def test_a_floor_is_left_again():
+    """From a log-scale of -20 a network comes back; under one that is added in quadrature nothing moves."""
+    y = torch.linspace(-1, 1, 50)
+    loc = torch.zeros(50, 1)
+
+    def slope(floored):
+        log_scale = torch.full((50, 1), -20.0, requires_grad=True)
+        return float(torch.autograd.grad(floored(log_scale), log_scale)[0].sum())
+
+    def ours(log_scale):
+        return losses.mixture_nll_loss(y, torch.zeros(50, 1), loc, log_scale=log_scale, min_scale=0.01).mean()
+
+    def added(log_scale):
+        return -Normal(loc, torch.hypot(log_scale.exp(), torch.tensor(0.01))).log_prob(y[:, None]).mean()
+
+    assert slope(ours) < -0.1
+    assert abs(slope(added)) < 1e-8
+    wide = torch.full((50, 1), math.log(10.0))
+    floored = losses.mixture_nll_loss(y, torch.zeros(50, 1), loc, log_scale=wide, min_scale=0.01)
+    free = losses.mixture_nll_loss(y, torch.zeros(50, 1), loc, log_scale=wide)
+    torch.testing.assert_close(floored, free, rtol=0, atol=2e-3)
 
 
 def test_what_a_mixture_needs():

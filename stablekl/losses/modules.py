@@ -120,7 +120,7 @@ class MixtureNLLLoss(_Reducing):
         >>> y = torch.tensor([0.0, 1.0, 2.0, 3.0])
         >>> loss = MixtureNLLLoss(data_scale=y.std())
         >>> print(loss(y, torch.zeros(4, 2), y.unsqueeze(-1).expand(4, 2), log_scale=torch.full((4, 2), -40.0)))
-        tensor(-5.7334)
+        tensor(-5.7331)
     """
 
     min_scale: Tensor | None

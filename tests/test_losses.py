@@ -204,6 +204,7 @@ def test_spaces_that_are_confused():
         with pytest.raises(ValueError, match=f"{name} looks like probabilities"):
             losses.categorical_kl(*arguments)
     losses.categorical_kl(p + 1, p.log())  # logits by chance: only differences count
+    losses.categorical_kl(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]))  # whole numbers are logits
     with pytest.raises(ValueError, match="no class is possible"):
         losses.categorical_kl(torch.full((2, 3), -math.inf), p[:2].log())
     with pytest.raises(ValueError, match="holds the classes"):

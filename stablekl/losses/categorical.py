@@ -85,7 +85,8 @@ def _check_logits(name: str, x: Tensor) -> None:
             "fewer classes, or leave that row out"
         )
     sums = x.sum(-1, dtype=torch.float64)
-    if bool(((x >= 0).all(-1) & ((sums - 1).abs() <= 8 * torch.finfo(x.dtype).eps * x.shape[-1])).all()):
+    whole = bool((x == x.round()).all())  # 0 and 1 are more likely to be logits
+    if not whole and bool(((x >= 0).all(-1) & ((sums - 1).abs() <= 8 * torch.finfo(x.dtype).eps * x.shape[-1])).all()):
         raise ValueError(
             f"{name} looks like probabilities: every row is non-negative and sums to 1. Pass their logarithms, "
             f"{name}=probs.log(). If these are logits by chance, add any number to them: only differences count"

@@ -20,6 +20,7 @@ from torch import Tensor
 from .._autograd import blockwise, rowwise
 from .._elementwise import is_lifted
 from ..distributions._gaussian import Gaussian, gaussian_kl
+from ..distributions.normal import normal_kl
 from ..special import expm1_value, expm1mx_value
 from ._reduction import together
 
@@ -35,25 +36,17 @@ def _check_vectors(mu: Tensor) -> None:
 
 
 def _value(mu: Tensor, logvar: Tensor, mu_q: Tensor, logvar_q: Tensor) -> tuple[Tensor]:
-    if is_lifted(mu):
-        return (_of_one(*(x.double() for x in (mu, logvar, mu_q, logvar_q)), lifted=True).float(),)
-    return (_of_one(mu, logvar, mu_q, logvar_q, lifted=False),)
-
-
-def _of_one(mu: Tensor, logvar: Tensor, mu_q: Tensor, logvar_q: Tensor, *, lifted: bool) -> Tensor:
     m = (mu - mu_q) * torch.exp(-0.5 * logvar_q)
     # halves first: the square may overflow where half of it does not
-    return torch.addcmul(0.5 * expm1mx_value(logvar - logvar_q, lifted=lifted), 0.5 * m, m)
+    return (torch.addcmul(0.5 * expm1mx_value(logvar - logvar_q), 0.5 * m, m),)
 
 
 def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-    lifted = is_lifted(inputs[0])
-    mu, logvar, mu_q, logvar_q = (x.double() for x in inputs) if lifted else inputs
+    mu, logvar, mu_q, logvar_q = inputs
     inverse = torch.exp(-0.5 * logvar_q)
     m = (mu - mu_q) * inverse
-    by_mu, by_logvar = m * inverse, 0.5 * expm1_value(logvar - logvar_q, lifted=lifted)
-    partials = by_mu, by_logvar, -by_mu, -torch.addcmul(by_logvar, 0.5 * m, m)
-    return tuple(x.float() for x in partials) if lifted else partials
+    by_mu, by_logvar = m * inverse, 0.5 * expm1_value(logvar - logvar_q)
+    return by_mu, by_logvar, -by_mu, -torch.addcmul(by_logvar, 0.5 * m, m)
 
 
 _kl = rowwise(lambda *inputs: blockwise(_value, *inputs), _gradient)
@@ -103,7 +96,10 @@ def gaussian_kl_loss(
     given = [x for x in (scale_tril_q, covariance_matrix_q) if x is not None]
     if not given:
         rows, dtype = together(mu, logvar, mu_q, logvar_q, wide=False)
-        return _kl(*rows).sum(-1).to(dtype)
+        if not is_lifted(rows[0]):
+            return _kl(*rows).sum(-1).to(dtype)
+        mu, logvar, mu_q, logvar_q = (x.double() for x in rows)  # there scales keep what float32 has, and have a kernel
+        return normal_kl(mu, torch.exp(0.5 * logvar), mu_q, torch.exp(0.5 * logvar_q)).sum(-1).to(dtype)
     if len(given) > 1 or isinstance(logvar_q, Tensor) or logvar_q != 0:
         raise ValueError("give one of logvar_q, scale_tril_q and covariance_matrix_q, not several")
     (mu, logvar, mu_q), dtype = together(mu, logvar, mu_q)

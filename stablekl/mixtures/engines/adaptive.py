@@ -1,7 +1,7 @@
 """Sobol points, doubled row by row until the error is small enough.
 
 Each row (batch element) gets the points that it needs and no more, so that its value does not depend on what else is
-in the batch. Rows are taken in chunks of bounded memory, forward and backward.
+in the batch; of a cross term, each component of p. Rows are taken in chunks of bounded memory, forward and backward.
 """
 
 from __future__ import annotations

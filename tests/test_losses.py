@@ -67,6 +67,23 @@ def test_gaussian_gradients():
     assert all(bool(x.isfinite().all()) for x in grads)
 
 
+def test_gaussian_gradients_in_float32():
+    """Those of float64, from next to the prior on; the derivative of the usual formula must fail there."""
+    g = torch.Generator().manual_seed(20)
+    for size in (1e-6, 1e-3, 1.0, 20.0):
+        rows = [(size * torch.randn(40, 3, generator=g)).requires_grad_() for _ in range(4)]
+        wide = [x.detach().double().requires_grad_() for x in rows]
+        found = torch.autograd.grad(losses.gaussian_kl_loss(*rows).sum(), rows)
+        truth = torch.autograd.grad(losses.gaussian_kl_loss(*wide).sum(), wide)
+        for a, b in zip(found, truth, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-7 * size**2)
+    logvar = torch.full((1,), 1e-8, requires_grad=True)
+    (usual,) = torch.autograd.grad((-0.5 * (1 + logvar - logvar.exp())).sum(), logvar)
+    assert float(usual) == 0.0, "where the truth is 5e-9"
+    (ours,) = torch.autograd.grad(losses.gaussian_kl_loss(torch.zeros(1), logvar), logvar)
+    assert float(ours) == pytest.approx(5e-9, rel=1e-6)
+
+
 def test_gaussians_of_every_shape():
     mu, logvar = torch.randn(5, 1, 3), torch.randn(3)
     assert losses.gaussian_kl_loss(mu, logvar).shape == (5, 1)
@@ -171,6 +188,10 @@ def test_impossible_classes():
     assert all(bool(x.isfinite().all()) for x in grads)
     assert float(grads[0][0, 2]) == float(grads[1][0, 2]) == 0
     assert not any(bool(x.isnan().any()) for x in torch.autograd.grad(values[1], (a, b)))
+    rows = [x.detach()[[0, 2]].requires_grad_() for x in (a, b)]
+    first = torch.autograd.grad(losses.categorical_kl(*rows).sum(), rows, create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), rows)
+    assert all(bool(x.isfinite().all()) for x in second)
 
 
 def test_categorical_gradients():

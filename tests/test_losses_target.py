@@ -176,9 +176,24 @@ class StudentTs:
 
 def test_a_weight_of_zero_counts_nothing():
     weights = torch.tensor([1.0, 0.0], requires_grad=True)
-    q = stablekl.GaussianMixture(probs=weights, loc=torch.tensor([[0.0], [1e30]]), scale_diag=torch.ones(2, 1))
-    loss = reverse_kl_loss(q, lambda x: Normal(0.0, 1.0).log_prob(x).sum(-1))
-    assert abs(float(loss.detach())) < 1e-6
+    loc, scale = torch.tensor([[0.0], [1e30]], requires_grad=True), torch.ones(2, 1, requires_grad=True)
+    q = stablekl.GaussianMixture(probs=weights, loc=loc, scale_diag=scale)
+    for stick in (True, False):
+        loss = reverse_kl_loss(q, lambda x: Normal(0.0, 1.0).log_prob(x).sum(-1), sticking_the_landing=stick)
+        assert abs(float(loss.detach())) < 1e-6
+        grads = torch.autograd.grad(loss, (weights, loc, scale))
+        assert all(bool(x.isfinite().all()) for x in grads)
+        assert float(grads[1][1]) == float(grads[2][1]) == 0
+
+    def quartic(x):  # whose derivative is inf/inf there
+        return -torch.log1p(x.pow(4)).sum(-1)
+
+    for loss in (
+        reverse_kl_loss(q, quartic),
+        elbo_loss(q, quartic, stablekl.MultivariateNormal(torch.zeros(1), torch.eye(1))),
+        forward_kl_loss(q, quartic),
+    ):
+        assert all(bool(x.isfinite().all()) for x in torch.autograd.grad(loss, (loc, scale), allow_unused=True))
 
 
 def test_what_is_refused():

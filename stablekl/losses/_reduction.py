@@ -25,7 +25,7 @@ def reduced(values: Tensor, reduction: Reduction, mask: Tensor | None = None) ->
     Args:
         values: the loss of each row, 0 where the mask is False.
         reduction: "none", "mean" or "sum".
-        mask: True for the rows that count.
+        mask: True for the rows that count; the mean over none of them is 0.
     """
     check_reduction(reduction)
     if reduction == "none":

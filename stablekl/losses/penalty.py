@@ -51,8 +51,8 @@ def kl_penalty(
             depend on them: plain derivatives of the value. Otherwise, by default, the score-function gradient.
 
     Returns:
-        The estimate for each sample, of the broadcast shape, in the dtype that the arguments promote to; float16 and
-        bfloat16 are computed in float32.
+        The estimate for each sample, of the broadcast shape, in the dtype that the arguments promote to; computed in
+        float64 where the device has it, and rounded once.
 
     Raises:
         ValueError: an unknown estimator, or a mask that is not boolean.

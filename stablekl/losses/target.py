@@ -86,6 +86,11 @@ def _draws(q: Distribution, num_samples: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"the components, {type(component).__name__}, have no reparameterised samples (has_rsample)")
     x = component.rsample((num_samples,)).movedim(-1 - len(q.event_shape), 0)
     weights = log_weights_of(q, x.dtype).exp().movedim(-1, 0).expand(x.shape[0], *q.batch_shape)
+    # a component without weight may be anywhere: its points are those of the likeliest, and meet no 0 * inf
+    row = (*q.batch_shape, *(1,) * len(q.event_shape))
+    likeliest = weights.argmax(0).reshape(1, 1, *row).expand(1, *x.shape[1:])
+    alive = (weights > 0).reshape(x.shape[0], 1, *row)
+    x = torch.where(alive, x, x.detach().gather(0, likeliest))
     return x.flatten(0, 1), weights.repeat_interleave(num_samples, 0) / num_samples
 
 
@@ -93,9 +98,7 @@ def _mean_ratio(q: Distribution, log_density: LogDensity, num_samples: int, stic
     """The mean under q of log q - log p."""
     x, weights = _draws(q, num_samples)
     still = mapped(q, Tensor.detach) if sticking_the_landing else q
-    ratio = still.log_prob(x) - log_density(x)
-    # a component without weight counts nothing, wherever it is
-    return (weights * torch.where(weights > 0, ratio, 0.0)).sum(0)
+    return (weights * (still.log_prob(x) - log_density(x))).sum(0)
 
 
 def forward_kl_loss(q: Distribution, target: Target, *, num_samples: int = 256) -> Tensor:
@@ -140,11 +143,11 @@ def forward_kl_loss(q: Distribution, target: Target, *, num_samples: int = 256) 
             return (target.log_prob(x) - q.log_prob(x)).mean(0)
     with torch.no_grad():
         x, weights = _draws(q, num_samples)
-        log_ratio = target(x) - q.log_prob(x)
-        usable = torch.where(weights > 0, log_ratio + weights.log(), -torch.inf)
-        posterior, normalizer = torch.softmax(usable, 0), torch.logsumexp(usable, 0)
-    moving = target(x) - q.log_prob(x)
-    return (posterior * torch.where(posterior > 0, moving, 0.0)).sum(0) - normalizer
+    log_ratio = target(x) - q.log_prob(x)
+    with torch.no_grad():
+        logits = log_ratio + weights.log()  # -inf for a component without weight
+        posterior, normalizer = torch.softmax(logits, 0), torch.logsumexp(logits, 0)
+    return (posterior * torch.where(posterior > 0, log_ratio, 0.0)).sum(0) - normalizer
 
 
 def reverse_kl_loss(
@@ -233,6 +236,6 @@ def elbo_loss(
             prior = prior.log_prob
         else:
             x, weights = _draws(q, num_samples)
-            return divergence - (weights * torch.where(weights > 0, log_likelihood(x), 0.0)).sum(0)
+            return divergence - (weights * log_likelihood(x)).sum(0)
     density = prior
     return _mean_ratio(q, lambda x: density(x) + log_likelihood(x), num_samples, sticking_the_landing)

@@ -41,7 +41,7 @@ LOSSY, TIGHTER, ROUNDING = 1e6, 1e-6, 1e-28
 FEW_DIGITS = 1e3
 # What the plane of a mixture q of three is asked for: two doublings more than for 1e-4.
 PLANE = 1e-8
-# By how much the triples of a cross term, which the first points are taken without, reduce its error at least.
+# By how much the triples of a cross term, which the first points are taken without, reduce its error as a rule.
 GAIN = 2.0
 # Near p = q a cubature in space that is relative to the divergence costs seconds at 3e-7, a few tenths of one at this.
 NEARBY = 1e-5

@@ -28,7 +28,7 @@ __all__ = [
     "saddle",
 ]
 
-# Newton's method from within the domain: 4 to 12 steps were observed.
+# Newton's method from within the domain: 1 to 30 steps were observed, 5 in the median (p 1e-2 to 1e4 times as wide).
 ITERATIONS, HALVINGS = 60, 40
 # What is left of the decrement squared where the saddle is good enough: the plane may cross anywhere near it.
 CONVERGED = 1e-4

@@ -27,6 +27,8 @@ FLOORS = {
     "_fused": 0,
     "_residual": 0,
     "_normal_tail": 0,
+    "_distributed": 0,
+    "_progress": 0,
     "special": 0,
     "linalg": 0,
     "quadrature": 0,

@@ -4,7 +4,7 @@ Importing stablekl teaches `torch.distributions.kl_divergence` pairs it has no r
 every pair of Gaussian families. torch's own rules stay until `harden` replaces them.
 """
 
-from . import estimators, linalg, losses, special
+from . import estimators, fit, linalg, losses, special
 from .distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
 from .divergences import (
     bhattacharyya_distance,
@@ -59,6 +59,7 @@ __all__ = [
     "cross_entropy_estimate",
     "entropy_estimate",
     "estimators",
+    "fit",
     "harden",
     "inverse_bounded_log_scale",
     "inverse_softplus_scale",

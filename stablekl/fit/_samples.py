@@ -1,0 +1,294 @@
+r"""Samples to fit: a tensor or a stream of batches, in one process or sharded over several, in standard units.
+
+A fit sees :math:`z = (x - c) / s` in float64, c the mean and s the standard deviation of every column: the same numbers
+whatever the units and the origin of x, so that the fit of :math:`a x + b` is the transformed fit of x, at an offset of
+1e6 in float32 or a scale of 1e-12. Mean and covariance are merged batch by batch about each batch's own mean (T. F.
+Chan, G. H. Golub and R. J. LeVeque, "Algorithms for computing the sample variance", The American Statistician 37
+(1983), 242-247); E[x^2] - E[x]^2 has no digit left at such an offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._distributed import Processes
+
+__all__ = ["Data", "Samples"]
+
+Data = Tensor | Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]]
+
+# Numbers in a chunk of rows when their moments are taken.
+_CHUNK = 2**20
+# Eigenvalues of a correlation matrix below this many D eps are zeros that were rounded.
+_RANK = 64
+
+
+class _Moments(NamedTuple):
+    """Rows, sum of their weights and least that is not 0; weighted mean, scatter and range of the columns."""
+
+    rows: float
+    total: float
+    lightest: float
+    mean: Tensor
+    scatter: Tensor
+    low: Tensor
+    high: Tensor
+
+    def merged(self, other: _Moments) -> _Moments:
+        total = self.total + other.total
+        if total == 0:
+            return self
+        gap = other.mean - self.mean
+        between = self.total * other.total / total * gap.unsqueeze(-1) * gap
+        return _Moments(
+            self.rows + other.rows,
+            total,
+            min(self.lightest, other.lightest),
+            self.mean + gap * (other.total / total),
+            self.scatter + other.scatter + between,
+            torch.minimum(self.low, other.low),
+            torch.maximum(self.high, other.high),
+        )
+
+    def packed(self) -> Tensor:
+        numbers = torch.tensor([self.rows, self.total, self.lightest], dtype=self.mean.dtype, device=self.mean.device)
+        return torch.cat([numbers, self.mean, self.scatter.flatten(), self.low, self.high])
+
+    @classmethod
+    def unpacked(cls, x: Tensor, d: int) -> _Moments:
+        rows, total, lightest = x[:3].tolist()
+        mean, scatter, low, high = x[3:].split([d, d * d, d, d])
+        return cls(rows, total, lightest, mean, scatter.reshape(d, d), low, high)
+
+
+def _moments(x: Tensor, weights: Tensor | None) -> _Moments:
+    n = len(x)
+    w = x.new_ones(n) if weights is None else weights
+    total = float(w.sum())
+    share = w / total if total > 0 else w
+    mean = share @ x
+    mean = mean + share @ (x - mean)
+    centred = x - mean
+    counts = w > 0
+    seen, lightest = x[counts], float(w[counts].amin()) if total > 0 else torch.inf
+    low, high = (seen.amin(0), seen.amax(0)) if len(seen) else (torch.full_like(mean, torch.inf), -torch.inf + 0 * mean)
+    return _Moments(n, total, lightest, mean, (w.unsqueeze(-1) * centred).mT @ centred, low, high)
+
+
+def _row_of(value: Tensor) -> str:
+    """Index and value of the first entry that is not finite."""
+    index = (~value.isfinite()).nonzero()[0].tolist()
+    return f"{index} is {float(value[tuple(index)])}"
+
+
+class Samples:
+    """Rows of data and their weights, in standard units.
+
+    Attributes:
+        count: rows, of all processes.
+        total: sum of their weights.
+        lightest: least share of the total that a row has, other than 0.
+        dim: D.
+        dtype: of the rows as they were given.
+        centre: mean of the columns, ``(D,)``, float64.
+        unit: what a coordinate is divided by, ``(D,)``.
+        reach: largest absolute coordinate in standard units, ``(D,)``.
+        correlation: covariance in standard units, ``(D, D)``.
+
+    Args:
+        data: ``(N, D)``, or what can be iterated over again and again and yields such batches (a DataLoader); of a
+            tuple or list the first entry is taken. Where processes share the work, this one's rows.
+        weights: of the rows of a tensor, ``(N,)``.
+        common: one unit for all columns rather than one for each.
+        full: whether the correlation matrix must be regular.
+        processes: who shares the work.
+        device: where to compute; None for where the data are.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        weights: Tensor | None,
+        *,
+        common: bool,
+        full: bool,
+        processes: Processes,
+        device: torch.device | None = None,
+    ) -> None:
+        """Read everything once."""
+        self._data, self._weights, self._device, self.processes = data, weights, device, processes
+        self.dtype, self.dim = torch.float32, 0
+        error, moments = None, None
+        try:
+            moments = self._scan()
+        except Exception as e:  # whatever a stream raises: the other processes wait for this one
+            error = e
+        self._agree(error)
+        moments = self._shared(moments)
+        self.count, self.total = round(moments.rows), moments.total
+        if not self.total > 0:
+            raise ValueError("there are no samples to fit: every batch is empty, or all weights are 0")
+        self.lightest = moments.lightest / self.total
+        self.centre = moments.mean
+        covariance = moments.scatter / self.total
+        if not bool(covariance.isfinite().all()):
+            raise ValueError("the samples' squared deviations overflow float64: rescale them")
+        variance = covariance.diagonal()
+        varies = moments.high > moments.low
+        self._check_constant(varies, common)
+        variance = variance.mean().expand(self.dim) if common else variance
+        self.unit = variance.sqrt()
+        self.reach = torch.maximum(moments.high - self.centre, self.centre - moments.low) / self.unit
+        self.correlation = covariance / (self.unit * self.unit.unsqueeze(-1))
+        if full:
+            self._check_rank()
+
+    def chunks(self, rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """This process's rows in standard units, so many at a time, and their weights."""
+        inverse = 1 / self.unit
+        for x, w in self._raw():
+            for i in range(0, len(x), rows):
+                part = x[i : i + rows].to(self.centre)
+                yield (part - self.centre) * inverse, None if w is None else w[i : i + rows].to(self.centre)
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of this process's tensor; None of a stream."""
+        return len(self._data) if isinstance(self._data, Tensor) else None
+
+    def taken(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows of a tensor in standard units."""
+        data, weights = self._data, self._weights
+        if not isinstance(data, Tensor):
+            raise TypeError("a stream has no rows to take")
+        z = (data[index].to(self.centre) - self.centre) / self.unit
+        return z, None if weights is None else weights[index].to(self.centre)
+
+    def _raw(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if isinstance(self._data, Tensor):
+            yield self._data.detach(), self._weights
+            return
+        for batch in self._data:
+            x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            if not isinstance(x, Tensor):
+                raise ValueError(
+                    f"a batch must be a tensor, or a tuple or list that begins with one; got {type(batch)}"
+                )
+            yield x.detach(), None
+
+    def _scan(self) -> _Moments | None:
+        """Moments of this process's rows, which are checked."""
+        if isinstance(self._data, Iterator):
+            raise ValueError(
+                "samples that can be read only once cannot be fitted, which takes several passes: give a DataLoader, a "
+                "list of batches, or a tensor"
+            )
+        if self._weights is not None:
+            self._check_weights(self._weights)
+        found: _Moments | None = None
+        row = 0
+        for x, w in self._raw():
+            self._check_batch(x, row)
+            size = max(1, _CHUNK // max(1, self.dim))
+            for i in range(0, len(x), size):
+                part = x[i : i + size].to(self._where(x), _working(self._where(x)))
+                if not bool(part.isfinite().all()):
+                    where = "x" if isinstance(self._data, Tensor) else f"row {row + i} + i of the stream"
+                    raise ValueError(
+                        f"{where}{_row_of(part)}: leave such rows out, or fill what is missing, before fitting"
+                    )
+                new = _moments(part, None if w is None else w[i : i + size].to(part))
+                found = new if found is None else found.merged(new)
+            row += len(x)
+        return found
+
+    def _where(self, x: Tensor) -> torch.device:
+        return x.device if self._device is None else self._device
+
+    def _check_batch(self, x: Tensor, row: int) -> None:
+        if x.ndim != 2 or x.shape[1] == 0:
+            hint = "; a single column is x.unsqueeze(-1)" if x.ndim == 1 else ""
+            raise ValueError(f"samples must have shape (N, D), got {tuple(x.shape)}{hint}")
+        if x.is_complex():
+            raise ValueError(f"samples must be real, got {x.dtype}: give real and imaginary parts as columns")
+        if self.dim and x.shape[1] != self.dim:
+            raise ValueError(f"the batch at row {row} has {x.shape[1]} columns, those before it {self.dim}")
+        if not self.dim:
+            self.dim = x.shape[1]
+            self.dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+
+    def _check_weights(self, w: Tensor) -> None:
+        if not isinstance(self._data, Tensor):
+            raise ValueError("weights are for samples in a tensor; in a stream repeat the rows instead")
+        if w.shape != self._data.shape[:1]:
+            raise ValueError(
+                f"weights must have shape (N,), one for each of {len(self._data)} samples, got {tuple(w.shape)}"
+            )
+        if not bool((good := (w >= 0) & w.isfinite()).all()):
+            index = int((~good).nonzero()[0])
+            raise ValueError(f"weights[{index}] is {float(w[index])}: it must be finite and not negative")
+
+    def _agree(self, error: Exception | None) -> None:
+        """Raise in every process if one of them has to: the others would wait for it for ever."""
+        flags = torch.stack(self.processes.gathered(torch.tensor([error is not None, self.dim])))
+        if error is not None:
+            raise error
+        bad = flags[:, 0].nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"the samples of rank {bad[0]} cannot be fitted: see the error of that process")
+        dims = {int(d) for d in flags[:, 1]} - {0}
+        if len(dims) > 1:
+            raise ValueError(f"samples have {' and '.join(map(str, sorted(dims)))} columns in different processes")
+        if not dims:
+            raise ValueError("there are no samples to fit")
+        self.dim = dims.pop()
+
+    def _shared(self, moments: _Moments | None) -> _Moments:
+        """Merged in the order of the ranks; a process without rows takes part."""
+        d = self.dim
+        if moments is None:
+            device = torch.device("cpu") if self._device is None else self._device
+            zero = torch.zeros(d, dtype=_working(device), device=device)
+            moments = _Moments(0, 0.0, torch.inf, zero, zero.unsqueeze(-1) * zero, zero + torch.inf, zero - torch.inf)
+        first, *others = (_Moments.unpacked(x, d) for x in self.processes.gathered(moments.packed()))
+        for other in others:
+            first = other if first.total == 0 else first.merged(other)
+        return first
+
+    def _check_constant(self, varies: Tensor, common: bool) -> None:
+        if bool(varies.any() if common else varies.all()):
+            return
+        constant = (~varies).nonzero().flatten().tolist()
+        rank = self.dim - len(constant)
+        which = f"column {constant[0]} is constant" if len(constant) == 1 else f"columns {constant} are constant"
+        if self.count == 1 or rank == 0:
+            which = "all samples are the same point"
+        raise ValueError(
+            f"the samples have rank {rank} at most, of {self.dim}: {which}, and a Gaussian has no density there. Leave "
+            "out what is constant, or give more samples."
+        )
+
+    def _check_rank(self) -> None:
+        eps = torch.finfo(self.correlation.dtype).eps
+        values, vectors = torch.linalg.eigh(self.correlation)
+        rank = int((values > _RANK * self.dim * eps).sum())
+        if rank == self.dim:
+            return
+        columns = (vectors[:, 0].abs() > 1e-3).nonzero().flatten().tolist()
+        why = (
+            f"{self.count} samples span {self.count - 1} dimensions at most"
+            if self.count <= self.dim
+            else f"columns {columns} are linearly dependent"
+        )
+        raise ValueError(
+            f"the samples have rank {rank} of {self.dim}: {why}, so every covariance matrix is singular. Leave columns "
+            'out, give more samples, or fit with covariance_type="diag" or "spherical".'
+        )
+
+
+def _working(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -79,10 +79,15 @@ def _moments(x: Tensor, weights: Tensor | None) -> _Moments:
     return _Moments(n, total, lightest, mean, (w.unsqueeze(-1) * centred).mT @ centred, low, high)
 
 
-def _row_of(value: Tensor) -> str:
-    """Index and value of the first entry that is not finite."""
-    index = (~value.isfinite()).nonzero()[0].tolist()
-    return f"{index} is {float(value[tuple(index)])}"
+def _check_finite(x: Tensor, row: int) -> None:
+    """Say which is the first entry that is not; the rows are those from ``row`` on."""
+    if bool((good := x.isfinite()).all()):
+        return
+    i, j = (~good).nonzero()[0].tolist()
+    raise ValueError(
+        f"column {j} of sample {row + i} is {float(x[i, j])}: leave such samples out, or fill in what is missing, "
+        "before fitting"
+    )
 
 
 class Samples:
@@ -196,11 +201,7 @@ class Samples:
             size = max(1, _CHUNK // max(1, self.dim))
             for i in range(0, len(x), size):
                 part = x[i : i + size].to(self._where(x), _working(self._where(x)))
-                if not bool(part.isfinite().all()):
-                    where = "x" if isinstance(self._data, Tensor) else f"row {row + i} + i of the stream"
-                    raise ValueError(
-                        f"{where}{_row_of(part)}: leave such rows out, or fill what is missing, before fitting"
-                    )
+                _check_finite(part, row + i)
                 new = _moments(part, None if w is None else w[i : i + size].to(part))
                 found = new if found is None else found.merged(new)
             row += len(x)

@@ -49,8 +49,8 @@ class GaussianMixtureFit:
     """What `gaussian_mixture` found.
 
     Attributes:
-        mixture: the fitted `GaussianMixture`, its components in order of falling weight, or as in the mixture that was
-            given as a start.
+        mixture: the fitted `GaussianMixture`, its components in order of falling weight, or in that of the
+            start that was given.
         covariance_type: as it was asked for.
         history: mean log-density of a sample at the start and after every iteration, float64, the last that of
             ``mixture``, before its parameters are rounded to their dtype. Of stepwise EM, averages over a pass.
@@ -173,23 +173,23 @@ def gaussian_mixture(
         tensor([...], dtype=torch.float64)
     """
     _check(num_components, covariance_type, init, n_init, max_iter, tol, penalty, batch_size)
-    samples = Samples(
-        x,
-        weights,
-        common=covariance_type == "spherical",
-        full=covariance_type in ("full", "tied"),
-        processes=Processes(distributed),
-        device=device,
-    )
-    if samples.count < num_components:
-        raise ValueError(f"{num_components} components need as many samples at least, got {samples.count}")
     options = Options(max_iter, tol, penalty, batch_size, seed)
-    line = Progress(f"fit of {num_components} components", progress if samples.processes.rank == 0 else False)
     with torch.no_grad():
+        samples = Samples(
+            x,
+            weights,
+            common=covariance_type == "spherical",
+            full=covariance_type in ("full", "tied"),
+            processes=Processes(distributed),
+            device=device,
+        )
+        if samples.count < num_components:
+            raise ValueError(f"{num_components} components need as many samples at least, got {samples.count}")
+        line = Progress(f"fit of {num_components} components", progress if samples.processes.rank == 0 else False)
         starts = _starts(samples, num_components, covariance_type, init, n_init, seed)
         best = max((run(samples, start, options, line) for start in starts), key=_merit)
     line.close()
-    best = best if isinstance(init, Distribution) else by_weight(best)
+    best = by_weight(best) if isinstance(init, str) else best
     _warn(best, options)
     return _result(best, samples, covariance_type, dtype)
 

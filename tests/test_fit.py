@@ -168,12 +168,13 @@ def test_large_samples_start_from_a_subsample_that_order_does_not_change():
 def test_weights_are_repetitions(kind):
     g = torch.Generator().manual_seed(0)
     w = torch.randint(0, 4, (len(X),), generator=g)
-    weighted = gaussian_mixture(X, 3, kind, weights=w.double(), tol=1e-9, max_iter=1000)
-    repeated = gaussian_mixture(X.repeat_interleave(w, 0), 3, kind, init=weighted.mixture, tol=1e-9, max_iter=1000)
-    scaled = gaussian_mixture(X, 3, kind, weights=1e-3 * w.double(), tol=1e-9, max_iter=1000)
-    assert distance(weighted.mixture, repeated.mixture) <= 1e-5  # the second goes on from the first
-    assert abs(weighted.bic - repeated.bic) <= 1e-4
-    assert distance(weighted.mixture, scaled.mixture) <= 1e-9
+    options = {"init": X[:3], "tol": 1e-9, "max_iter": 1000}
+    weighted = gaussian_mixture(X, 3, kind, weights=w.double(), **options)
+    repeated = gaussian_mixture(X.repeat_interleave(w, 0), 3, kind, **options)
+    scaled = gaussian_mixture(X, 3, kind, weights=1e-3 * w.double(), **options)
+    assert distance(weighted.mixture, repeated.mixture) <= 1e-11
+    assert abs(weighted.bic - repeated.bic) <= 1e-8
+    assert distance(weighted.mixture, scaled.mixture) <= 1e-11
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -212,6 +213,10 @@ def test_bad_samples_are_named(x, kinds, message):
             gaussian_mixture(iter([X]) if message == "only once" else x, 3, kind)
 
 
+def start_of(k, d):
+    return stablekl.GaussianMixture(torch.zeros(k), None, torch.zeros(k, d), scale_diag=torch.ones(k, d))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -223,14 +228,8 @@ def test_bad_samples_are_named(x, kinds, message):
         ({"weights": -torch.ones(2000)}, r"weights\[0\] is -1"),
         ({"tol": -1.0}, "tol must not be negative"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        (
-            {"init": stablekl.GaussianMixture(torch.zeros(3), None, torch.zeros(3, 2), scale_diag=torch.ones(3, 2))},
-            r"event shape \(3,\)",
-        ),
-        (
-            {"init": stablekl.GaussianMixture(torch.zeros(2), None, torch.zeros(2, 3), scale_diag=torch.ones(2, 3))},
-            "has 2 components, not 3",
-        ),
+        ({"init": start_of(3, 2)}, r"event shape \(3,\)"),
+        ({"init": start_of(2, 3)}, "has 2 components, not 3"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -261,7 +260,7 @@ def test_a_distant_cluster_does_not_widen_its_neighbour(kind):
     x = torch.cat([torch.randn(500, 2, generator=g, dtype=F64), 1e6 + torch.randn(500, 2, generator=g, dtype=F64)])
     fit = gaussian_mixture(x, 2, kind, tol=1e-9)
     found = parameters(fit.mixture)[2].diagonal(dim1=-2, dim2=-1).sqrt()
-    assert 0.93 < float(found.min()) <= float(found.max()) < 1.07
+    assert 0.9 < float(found.min()) <= float(found.max()) < 1.1
     with pytest.warns(FitWarning, match="collapsed"):
         strong = gaussian_mixture(x, 2, kind, tol=1e-9, penalty=1e-6)
     assert float(parameters(strong.mixture)[2].diagonal(dim1=-2, dim2=-1).sqrt().min()) > 500

@@ -1,12 +1,10 @@
 """Gaussian mixtures fitted to data: by EM, in any units and on many machines; by gradient; and their number by BIC."""
 
-from ._model import CovarianceType
 from .gaussian_mixture import FitWarning, GaussianMixtureFit, gaussian_mixture
 from .model import GaussianMixtureModel
 from .selection import Selection, select
 
 __all__ = [
-    "CovarianceType",
     "FitWarning",
     "GaussianMixtureFit",
     "GaussianMixtureModel",

@@ -336,8 +336,9 @@ def test_an_m_step_is_the_textbooks(kind):
     model = model_of(kind, 1.0)
     z = torch.randn(500, 3, generator=torch.Generator().manual_seed(6), dtype=F64)
     w = torch.rand(500, generator=torch.Generator().manual_seed(7), dtype=F64)
-    pooled, a = torch.eye(3, dtype=F64) + 0.1, 1e-3
-    new = maximised(model, collect(model, [(z[:99], w[:99]), (z[99:], w[99:])]), pooled, a)
+    pooled, a = 0.9 * torch.eye(3, dtype=F64) + 0.1, 1e-3
+    sums = collect(model, [(z[:99], w[:99]), (z[99:], w[99:])])
+    new = maximised(model, sums, torch.linalg.cholesky(pooled), a)
     density = torch.distributions.MultivariateNormal(model.loc, model.covariance().expand(4, 3, 3))
     r = density.log_prob(z.unsqueeze(1)).exp() * model.log_weights.exp()
     r = w.unsqueeze(-1) * r / r.sum(-1, keepdim=True)

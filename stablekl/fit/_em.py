@@ -28,6 +28,8 @@ from ._model import Model
 
 __all__ = ["Sums", "collect", "maximised", "posterior"]
 
+# Rounding of y that is accepted for speed: L^-1 z - L^-1 mu, where the terms are large and their difference is not.
+_ROUNDING = 1e-10
 # Rounding in a covariance, relative to its smallest direction, that calls for a second pass.
 _LOST = 1e-6
 # Variances fall by this factor at most in an iteration where rounding hides how small they are.
@@ -75,6 +77,10 @@ def _whitened(model: Model, z: Tensor) -> Tensor:
         return (z - model.loc.unsqueeze(1)).mul_(1 / model.scale.unsqueeze(1))
     eye = torch.eye(d, dtype=z.dtype, device=z.device)
     inverse: Tensor = torch.linalg.solve_triangular(model.scale, eye.expand(model.scale.shape), upper=False)
+    largest = inverse.abs() @ (z.abs().amax(0) + model.loc.abs()).unsqueeze(-1)
+    if bool(torch.finfo(z.dtype).eps * largest.amax() > _ROUNDING):
+        return (z - model.loc.unsqueeze(1)) @ inverse.mT
+    # One product, and no differences to write and to read: their rounding would be no smaller to speak of.
     bias = -(inverse @ model.loc.unsqueeze(-1)).mT
     if model.kind == "tied":
         return z @ inverse[0].mT + bias
@@ -128,7 +134,7 @@ def maximised(model: Model, sums: Sums, pooled: Tensor, penalty: float, shift: T
     Args:
         model: the model that the sums are of.
         sums: over all samples.
-        pooled: S_0.
+        pooled: Cholesky factor of S_0.
         penalty: a, as a share of the samples' total weight.
         shift: what the sums are measured from; then there is always a next model.
     """

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 
 from ..mixtures.components import Components, gaussian_components
 from ..mixtures.reading import as_mixture
+from ..mixtures.square_root import lower_square_root
 
 __all__ = ["CovarianceType", "Model", "components_of", "in_units", "scale_of"]
 
@@ -45,6 +46,7 @@ class Model(NamedTuple):
         return self.scale.log().sum(-1) * (self.loc.shape[-1] / self.scale.shape[-1])
 
     def base(self) -> Tensor:
+        """What log-densities of weighted components are at their means, ``(K, 1)``."""
         d = self.loc.shape[-1]
         return (self.log_weights - self.log_volume() - 0.5 * d * math.log(2 * math.pi)).unsqueeze(-1)
 
@@ -58,13 +60,14 @@ class Model(NamedTuple):
         return squares.expand(-1, self.loc.shape[-1])
 
     def pulls(self, pooled: Tensor) -> Tensor:
-        """S_0 in the coordinates of each component: ``(K or 1, D, D)``, ``(K, D)`` or ``(K, 1)``."""
-        if self.triangular:
-            factor = torch.linalg.cholesky(pooled).expand(self.scale.shape)
-            half: Tensor = torch.linalg.solve_triangular(self.scale, factor, upper=False)
-            return half @ half.mT
-        variance = pooled.diagonal()
-        return (variance if self.kind == "diag" else variance.mean()) / self.scale.square()
+        """The covariance of all samples, of Cholesky factor ``pooled``, in the coordinates of each component.
+
+        ``(K or 1, D, D)``, ``(K, D)`` or ``(K, 1)``: in standard units every column has variance 1.
+        """
+        if not self.triangular:
+            return self.scale.square().reciprocal()
+        half: Tensor = torch.linalg.solve_triangular(self.scale, pooled.expand(self.scale.shape), upper=False)
+        return half @ half.mT
 
     def penalty(self, pooled: Tensor) -> float:
         """The sum of tr(S_0 S^-1) + log det S over the covariances."""
@@ -73,12 +76,14 @@ class Model(NamedTuple):
         return float((trace.sum(-1) + 2 * self.log_volume()).sum())
 
 
-def scale_of(kind: CovarianceType, covariance: Tensor) -> Tensor:
-    """The scale of a `Model` of this kind, from covariances ``(K, D, D)``, or ``(1, D, D)`` where tied."""
+def scale_of(kind: CovarianceType, rows: Tensor) -> Tensor:
+    """The scale of a `Model` of this kind whose covariances are rows' rows, of ``(K, R, D)``, or ``(1, R, D)`` if tied.
+
+    From rows, not from their products, which have no digit of a direction that is 1e-8 as wide as another.
+    """
     if kind in ("full", "tied"):
-        factor: Tensor = torch.linalg.cholesky(covariance)
-        return factor
-    variance = covariance.diagonal(dim1=-2, dim2=-1)
+        return lower_square_root(rows)
+    variance = rows.square().sum(-2)
     return (variance if kind == "diag" else variance.mean(-1, keepdim=True)).sqrt()
 
 
@@ -114,8 +119,7 @@ def in_units(kind: CovarianceType, given: Components, centre: Tensor, unit: Tens
     scale = scale / (unit if given.is_diagonal else unit.unsqueeze(-1))
     if kind == ("diag" if given.is_diagonal else "full"):
         return Model(kind, log_weights, loc, scale)
-    factor = torch.diag_embed(scale) if given.is_diagonal else scale
-    covariance = factor @ factor.mT
+    rows = torch.diag_embed(scale) if given.is_diagonal else scale.mT
     if kind == "tied":
-        covariance = (log_weights.exp().reshape(-1, 1, 1) * covariance).sum(0, keepdim=True)
-    return Model(kind, log_weights, loc, scale_of(kind, covariance))
+        rows = (log_weights.exp().sqrt().reshape(-1, 1, 1) * rows).reshape(1, -1, rows.shape[-1])
+    return Model(kind, log_weights, loc, scale_of(kind, rows))

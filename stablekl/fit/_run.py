@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._progress import Progress
+from ..mixtures.square_root import lower_square_root
 from ._em import Sums, collect, maximised, posterior
 from ._model import CovarianceType, Model, scale_of
 from ._samples import Samples
@@ -24,10 +25,10 @@ _CPU_CHUNK, _GPU_CHUNK = 2**19, 2**25
 # times its number in a run.
 _DEAD, _RESEEDS = 0.5, 2
 # In a start every component takes this many of an average component's samples from all groups together, and their
-# pooled covariance this share from that of all samples: no covariance is singular.
-_SHARED, _START = 0.1, 1e-3
-# Standard deviations, in units of all samples', that no sample in float64 can tell from 0.
-_VANISHED = 1e-13
+# pooled factor this share of that of all samples: no covariance is singular.
+_SHARED, _START = 0.1, 1e-6
+# A variance this many times smaller than all samples' is on its way to 0.
+_VANISHED = 1e26
 # Stepwise EM: the n-th batch counts n^-0.7.
 _FORGETTING = 0.7
 
@@ -77,19 +78,20 @@ def by_weight(found: Run) -> Run:
 def from_labels(kind: CovarianceType, sub: Subsample, labels: Tensor, count: int, pooled: Tensor) -> Model:
     """The mixture of the groups that the labels make; a small group takes after the others."""
     z, w = sub
-    d = z.shape[1]
     size = torch.zeros(count, dtype=z.dtype, device=z.device).index_add_(0, labels, w)
-    sums = torch.zeros(count, d, dtype=z.dtype, device=z.device).index_add_(0, labels, z * w.unsqueeze(-1))
+    sums = torch.zeros(count, z.shape[1], dtype=z.dtype, device=z.device).index_add_(0, labels, z * w.unsqueeze(-1))
     loc = sums / size.clamp(min=torch.finfo(z.dtype).tiny).unsqueeze(-1)
     rest = (z - loc[labels]) * w.sqrt().unsqueeze(-1)
-    groups = [rest[labels == k] for k in range(count)]
-    scatter = torch.stack([g.mT @ g for g in groups])
-    within = scatter.sum(0) / w.sum() + _START * pooled
-    prior = _SHARED * float(w.sum()) / count
-    covariance = (scatter + prior * within) / (size + prior).reshape(-1, 1, 1)
-    covariance = within.unsqueeze(0) if kind == "tied" else covariance
-    log_weights = torch.log((size + prior) / (size + prior).sum())
-    return Model(kind, log_weights, loc, scale_of(kind, covariance))
+    total = float(w.sum())
+    within = lower_square_root(torch.cat([rest / math.sqrt(total), _START * pooled.mT])).mT
+    prior = _SHARED * total / count
+    groups = [torch.cat([rest[labels == k], math.sqrt(prior) * within]) for k in range(count)]
+    if kind == "tied":
+        scale = scale_of(kind, within.unsqueeze(0))
+    else:
+        scale = torch.cat([scale_of(kind, g.unsqueeze(0)) for g in groups])
+        scale = scale / (size + prior).sqrt().reshape(-1, *(1,) * (scale.ndim - 1))
+    return Model(kind, torch.log((size + prior) / (size + prior).sum()), loc, scale)
 
 
 def run(samples: Samples, model: Model, options: Options, progress: Progress) -> Run:
@@ -108,7 +110,7 @@ def run(samples: Samples, model: Model, options: Options, progress: Progress) ->
         if converged:
             break
     value, responsibilities = em.final(model)
-    objective = value - options.penalty * model.penalty(samples.correlation)
+    objective = value - options.penalty * model.penalty(samples.pooled)
     collapsed = em.collapsed(model)
     return Run(model, [*history, value], objective, converged, len(history), collapsed, responsibilities)
 
@@ -135,8 +137,8 @@ class _Em:
         """Mean log-density and objective of the model, and the next one."""
         sums = self.sums(model)
         value = float(sums.log_likelihood / sums.total)
-        objective = value - self.options.penalty * model.penalty(self.samples.correlation)
-        pooled, penalty = self.samples.correlation, self.options.penalty
+        objective = value - self.options.penalty * model.penalty(self.samples.pooled)
+        pooled, penalty = self.samples.pooled, self.options.penalty
         new = maximised(model, sums, pooled, penalty)
         if new is None:
             shift = sums.first / sums.size.clamp(min=torch.finfo(sums.size.dtype).tiny).unsqueeze(-1)
@@ -161,13 +163,13 @@ class _Em:
             self.updates += 1
             g = (self.updates + 1) ** -_FORGETTING
             mixed = _as_sums(model) * (1 - g) + sums * (g / weight)
-            new = maximised(model, mixed, self.samples.correlation, g * self.options.penalty)
+            new = maximised(model, mixed, self.samples.pooled, g * self.options.penalty)
             if new is None:
                 shift = torch.zeros_like(model.loc)
-                new = maximised(model, mixed, self.samples.correlation, g * self.options.penalty, shift)
+                new = maximised(model, mixed, self.samples.pooled, g * self.options.penalty, shift)
             model = self.checked(new)
         value = log_likelihood / total
-        return value, value - self.options.penalty * model.penalty(self.samples.correlation), model
+        return value, value - self.options.penalty * model.penalty(self.samples.pooled), model
 
     def batches(self, model: Model) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
         """Batches of this process, and empty ones while another process has some."""
@@ -201,8 +203,9 @@ class _Em:
         """ValueError for a component that has shrunk away, since nothing held it up."""
         if model is None:
             raise ArithmeticError("a shifted M-step has no result")
-        least = model.variance().amin(-1) if not model.triangular else _least(model.scale)
-        bad = ~(least > _VANISHED**2)
+        pulls = model.pulls(self.samples.pooled)
+        most = pulls.diagonal(dim1=-2, dim2=-1).amax(-1) if model.triangular else pulls.amax(-1)
+        bad = ~(most < _VANISHED)
         if bool(bad.any()):
             k = int(bad.nonzero()[0])
             raise ValueError(
@@ -226,7 +229,7 @@ class _Em:
 
     def collapsed(self, model: Model) -> Tensor:
         """Where the penalty is more than half of a variance."""
-        pulls = model.pulls(self.samples.correlation)
+        pulls = model.pulls(self.samples.pooled)
         most = torch.linalg.eigvalsh(pulls)[..., -1] if model.triangular else pulls.amax(-1)
         weight = 2 * self.options.penalty
         members = torch.ones_like(most) if model.kind == "tied" else model.log_weights.exp()
@@ -244,12 +247,6 @@ class _Em:
             log_likelihood = log_likelihood + (log_density if w is None else w * log_density).sum()
         total, log_likelihood = self.samples.processes.summed(torch.stack([total, log_likelihood]))
         return float(log_likelihood / total), torch.cat(parts) if parts else None
-
-
-def _least(factor: Tensor) -> Tensor:
-    """The smallest eigenvalue of a covariance, from its factor."""
-    values: Tensor = torch.linalg.svdvals(factor)
-    return values[..., -1].square()
 
 
 def _as_sums(model: Model) -> Sums:

@@ -2,13 +2,15 @@ r"""Samples to fit: a tensor or a stream of batches, in one process or sharded o
 
 A fit sees :math:`z = (x - c) / s` in float64, c the mean and s the standard deviation of every column: the same numbers
 whatever the units and the origin of x, so that the fit of :math:`a x + b` is the transformed fit of x, at an offset of
-1e6 in float32 or a scale of 1e-12. Mean and covariance are merged batch by batch about each batch's own mean (T. F.
-Chan, G. H. Golub and R. J. LeVeque, "Algorithms for computing the sample variance", The American Statistician 37
-(1983), 242-247); E[x^2] - E[x]^2 has no digit left at such an offset.
+1e6 in float32 or a scale of 1e-12. Means are merged batch by batch (T. F. Chan, G. H. Golub and R. J. LeVeque,
+"Algorithms for computing the sample variance", The American Statistician 37 (1983), 242-247), and with them the
+triangular factor of the scatter about the mean, by QR factorisations: E[x^2] - E[x]^2 has no digit left at such an
+offset, and a scatter matrix none of a direction 1e-8 as wide as another.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .._distributed import Processes
+from ..mixtures.square_root import lower_square_root
 
 __all__ = ["Data", "Samples"]
 
@@ -23,18 +26,18 @@ Data = Tensor | Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]]
 
 # Numbers in a chunk of rows when their moments are taken.
 _CHUNK = 2**20
-# Eigenvalues of a correlation matrix below this many D eps are zeros that were rounded.
-_RANK = 64
+# Least width of all samples in any direction, for the penalty.
+_FLOOR = 1e-3
 
 
 class _Moments(NamedTuple):
-    """Rows, sum of their weights and least that is not 0; weighted mean, scatter and range of the columns."""
+    """Rows, sum and least of their weights other than 0, their mean, factor of their scatter, range of the columns."""
 
     rows: float
     total: float
     lightest: float
     mean: Tensor
-    scatter: Tensor
+    factor: Tensor
     low: Tensor
     high: Tensor
 
@@ -43,26 +46,36 @@ class _Moments(NamedTuple):
         if total == 0:
             return self
         gap = other.mean - self.mean
-        between = self.total * other.total / total * gap.unsqueeze(-1) * gap
+        between = math.sqrt(self.total * other.total / total) * gap.unsqueeze(0)
         return _Moments(
             self.rows + other.rows,
             total,
             min(self.lightest, other.lightest),
             self.mean + gap * (other.total / total),
-            self.scatter + other.scatter + between,
+            _triangle(torch.cat([self.factor, other.factor, between])),
             torch.minimum(self.low, other.low),
             torch.maximum(self.high, other.high),
         )
 
     def packed(self) -> Tensor:
         numbers = torch.tensor([self.rows, self.total, self.lightest], dtype=self.mean.dtype, device=self.mean.device)
-        return torch.cat([numbers, self.mean, self.scatter.flatten(), self.low, self.high])
+        return torch.cat([numbers, self.mean, self.factor.flatten(), self.low, self.high])
 
     @classmethod
     def unpacked(cls, x: Tensor, d: int) -> _Moments:
         rows, total, lightest = x[:3].tolist()
-        mean, scatter, low, high = x[3:].split([d, d * d, d, d])
-        return cls(rows, total, lightest, mean, scatter.reshape(d, d), low, high)
+        mean, factor, low, high = x[3:].split([d, d * d, d, d])
+        return cls(rows, total, lightest, mean, factor.reshape(d, d), low, high)
+
+
+def _triangle(rows: Tensor) -> Tensor:
+    """The upper triangle R, ``(D, D)``, with R'R = rows' rows; large rows first, or small ones are lost under them."""
+    d = rows.shape[-1]
+    if len(rows) < d:
+        rows = torch.cat([rows, rows.new_zeros(d - len(rows), d)])
+    order = rows.abs().amax(-1).argsort(descending=True)
+    found: Tensor = torch.linalg.qr(rows[order], mode="r")[1]
+    return found
 
 
 def _moments(x: Tensor, weights: Tensor | None) -> _Moments:
@@ -72,11 +85,11 @@ def _moments(x: Tensor, weights: Tensor | None) -> _Moments:
     share = w / total if total > 0 else w
     mean = share @ x
     mean = mean + share @ (x - mean)
-    centred = x - mean
     counts = w > 0
-    seen, lightest = x[counts], float(w[counts].amin()) if total > 0 else torch.inf
-    low, high = (seen.amin(0), seen.amax(0)) if len(seen) else (torch.full_like(mean, torch.inf), -torch.inf + 0 * mean)
-    return _Moments(n, total, lightest, mean, (w.unsqueeze(-1) * centred).mT @ centred, low, high)
+    seen, lightest = x[counts], float(w[counts].amin()) if total > 0 else math.inf
+    low, high = (seen.amin(0), seen.amax(0)) if len(seen) else (torch.full_like(mean, math.inf), -math.inf + 0 * mean)
+    factor = _triangle(w.sqrt().unsqueeze(-1) * (x - mean))
+    return _Moments(n, total, lightest, mean, factor, low, high)
 
 
 def _check_finite(x: Tensor, row: int) -> None:
@@ -102,14 +115,15 @@ class Samples:
         centre: mean of the columns, ``(D,)``, float64.
         unit: what a coordinate is divided by, ``(D,)``.
         reach: largest absolute coordinate in standard units, ``(D,)``.
-        correlation: covariance in standard units, ``(D, D)``.
+        pooled: Cholesky factor of the covariance in standard units, ``(D, D)``; with 1e-6 added to every variance, so
+            that what is relative to it stays above the rounding of coordinates in every direction.
 
     Args:
         data: ``(N, D)``, or what can be iterated over again and again and yields such batches (a DataLoader); of a
             tuple or list the first entry is taken. Where processes share the work, this one's rows.
         weights: of the rows of a tensor, ``(N,)``.
         common: one unit for all columns rather than one for each.
-        full: whether the correlation matrix must be regular.
+        full: whether the covariance matrix must be regular.
         processes: who shares the work.
         device: where to compute; None for where the data are.
     """
@@ -139,18 +153,19 @@ class Samples:
             raise ValueError("there are no samples to fit: every batch is empty, or all weights are 0")
         self.lightest = moments.lightest / self.total
         self.centre = moments.mean
-        covariance = moments.scatter / self.total
-        if not bool(covariance.isfinite().all()):
+        factor = moments.factor / math.sqrt(self.total)
+        if not bool(factor.isfinite().all()):
             raise ValueError("the samples' squared deviations overflow float64: rescale them")
-        variance = covariance.diagonal()
-        varies = moments.high > moments.low
-        self._check_constant(varies, common)
+        self._check_constant(moments.high > moments.low, common)
+        variance = factor.square().sum(0)
         variance = variance.mean().expand(self.dim) if common else variance
         self.unit = variance.sqrt()
         self.reach = torch.maximum(moments.high - self.centre, self.centre - moments.low) / self.unit
-        self.correlation = covariance / (self.unit * self.unit.unsqueeze(-1))
-        if full:
-            self._check_rank()
+        if full and self.dim > 1:
+            rounding = torch.finfo(self.dtype).eps * torch.maximum(moments.high.abs(), moments.low.abs()) / self.unit
+            self._check_rank(factor / self.unit, rounding)
+        floor = _FLOOR * torch.eye(self.dim, dtype=factor.dtype, device=factor.device)
+        self.pooled = lower_square_root(torch.cat([factor / self.unit, floor]))
 
     def chunks(self, rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """This process's rows in standard units, so many at a time, and their weights."""
@@ -273,13 +288,27 @@ class Samples:
             "out what is constant, or give more samples."
         )
 
-    def _check_rank(self) -> None:
-        eps = torch.finfo(self.correlation.dtype).eps
-        values, vectors = torch.linalg.eigh(self.correlation)
-        rank = int((values > _RANK * self.dim * eps).sum())
+    def _check_rank(self, factor: Tensor, rounding: Tensor) -> None:
+        """ValueError if in some direction all samples are the same but for the rounding of their own coordinates.
+
+        A direction may be narrow beside others, where one sample is far away, and its samples differ all the same.
+        """
+        _, widths, directions = torch.linalg.svd(factor)
+        narrow = widths <= max(float(rounding.norm()), self.dim * torch.finfo(factor.dtype).eps)
+        if self.count <= self.dim:
+            narrow[self.count - 1 :] = True
+        elif bool(narrow.any()):
+            apart = factor.new_zeros(self.dim)
+            for z, w in self.chunks(max(1, _CHUNK // self.dim)):
+                z = z if w is None else z[w > 0]
+                own = torch.finfo(self.dtype).eps * (z + self.centre / self.unit).abs() @ directions.abs().mT
+                own = own + self.dim * torch.finfo(z.dtype).eps * self.reach.norm()
+                apart += ((z @ directions.mT).abs() > own).sum(0)
+            narrow &= self.processes.summed(apart) == 0
+        rank = self.dim - int(narrow.sum())
         if rank == self.dim:
             return
-        columns = (vectors[:, 0].abs() > 1e-3).nonzero().flatten().tolist()
+        columns = (directions[-1].abs() > 1e-3).nonzero().flatten().tolist()
         why = (
             f"{self.count} samples span {self.count - 1} dimensions at most"
             if self.count <= self.dim

@@ -104,7 +104,7 @@ def gaussian_mixture(
     n_init: int = 1,
     max_iter: int = 100,
     tol: float = 1e-3,
-    penalty: float = 1e-15,
+    penalty: float = 1e-20,
     batch_size: int | None = None,
     seed: int = 0,
     distributed: bool = True,
@@ -223,7 +223,7 @@ def _starts(
     else:
         generator = torch.Generator().manual_seed(seed)
         every = [labels_of(sub, count, init, generator) for _ in range(n_init)]
-    return [from_labels(kind, sub, labels, count, samples.correlation) for labels in every]
+    return [from_labels(kind, sub, labels, count, samples.pooled) for labels in every]
 
 
 def _warn(found: Run, options: Options) -> None:

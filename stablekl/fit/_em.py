@@ -71,26 +71,27 @@ class Sums(NamedTuple):
 
 
 def _whitened(model: Model, z: Tensor) -> Tensor:
-    """The vectors y of every component and row, ``(K, B, D)``."""
+    """The vectors y of every component and row, ``(K, D, B)``: rows last, for long loops whatever D is."""
     k, d = model.loc.shape
+    z, loc = z.mT, model.loc.unsqueeze(-1)
     if not model.triangular:
-        return (z - model.loc.unsqueeze(1)).mul_(1 / model.scale.unsqueeze(1))
+        return (z - loc).mul_(1 / model.scale.unsqueeze(-1))
     eye = torch.eye(d, dtype=z.dtype, device=z.device)
     inverse: Tensor = torch.linalg.solve_triangular(model.scale, eye.expand(model.scale.shape), upper=False)
-    largest = inverse.abs() @ (z.abs().amax(0) + model.loc.abs()).unsqueeze(-1)
+    largest = inverse.abs() @ (z.abs().amax(-1, keepdim=True) + loc.abs())
     if bool(torch.finfo(z.dtype).eps * largest.amax() > _ROUNDING):
-        return (z - model.loc.unsqueeze(1)) @ inverse.mT
-    # One product, and no differences to write and to read: their rounding would be no smaller to speak of.
-    bias = -(inverse @ model.loc.unsqueeze(-1)).mT
+        return inverse @ (z - loc)
+    # One product for all components, and no differences to write and to read.
+    bias = -(inverse @ loc)
     if model.kind == "tied":
-        return z @ inverse[0].mT + bias
-    return torch.baddbmm(bias, z.expand(k, *z.shape), inverse.mT)
+        return inverse @ z + bias
+    return torch.addmm(bias.reshape(k * d, 1), inverse.reshape(k * d, d), z).reshape(k, d, -1)
 
 
 def posterior(model: Model, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The vectors y, ``(K, B, D)``, responsibilities, ``(K, B)``, and log-densities, ``(B,)``."""
+    """The vectors y, ``(K, D, B)``, responsibilities, ``(K, B)``, and log-densities, ``(B,)``."""
     y = _whitened(model, z)
-    logits = torch.linalg.vector_norm(y, dim=-1).square_().mul_(-0.5).add_(model.base())
+    logits = y.square().sum(1).mul_(-0.5).add_(model.base())
     log_density = torch.logsumexp(logits, 0)
     return y, logits.sub_(log_density).exp_(), log_density
 
@@ -105,27 +106,25 @@ def collect(model: Model, chunks: Iterable[tuple[Tensor, Tensor | None]], shift:
     """
     k, d = model.loc.shape
     zero = model.loc.new_zeros
-    shape = {"full": (k, d, d), "tied": (1, d, d), "diag": (k, d), "spherical": (k, 1)}[model.kind]
-    found = Sums(zero(()), zero(()), zero(k), zero(k, d), zero(shape))
+    found = Sums(zero(()), zero(()), zero(k), zero(k, d), zero(k, d, d) if model.triangular else zero(k, d))
     for z, w in chunks:
         y, r, log_density = posterior(model, z)
         if w is not None:
             r, log_density = r * w, w * log_density
         if shift is not None:
-            y = y - shift.unsqueeze(1)
+            y = y - shift.unsqueeze(-1)
         found.total.add_(len(z) if w is None else w.sum())
         found.log_likelihood.add_(log_density.sum())
         found.size.add_(r.sum(-1))
-        found.first.add_((r.unsqueeze(1) @ y).squeeze(1))
-        ry = y * r.unsqueeze(-1)
-        if model.kind == "full":
-            found.second.baddbmm_(ry.mT, y)
-        elif model.kind == "tied":
-            found.second[0].addmm_(ry.reshape(-1, d).mT, y.reshape(-1, d))
+        found.first.add_((y @ r.unsqueeze(-1)).squeeze(-1))
+        ry = y * r.unsqueeze(1)
+        if model.triangular:
+            found.second.baddbmm_(ry, y.mT)
         else:
-            squares = ry.mul_(y).sum(1)
-            found.second.add_(squares if model.kind == "diag" else squares.sum(-1, keepdim=True))
-    return found
+            found.second.add_(ry.mul_(y).sum(-1))
+    if model.kind == "tied":
+        return found._replace(second=found.second.sum(0, keepdim=True))
+    return found._replace(second=found.second.sum(-1, keepdim=True)) if model.kind == "spherical" else found
 
 
 def maximised(model: Model, sums: Sums, pooled: Tensor, penalty: float, shift: Tensor | None = None) -> Model | None:

@@ -77,7 +77,7 @@ def by_weight(found: Run) -> Run:
 
 def from_labels(kind: CovarianceType, sub: Subsample, labels: Tensor, count: int, pooled: Tensor) -> Model:
     """The mixture of the groups that the labels make; a small group takes after the others."""
-    z, w = sub
+    z, w = sub.z, sub.weights
     size = torch.zeros(count, dtype=z.dtype, device=z.device).index_add_(0, labels, w)
     sums = torch.zeros(count, z.shape[1], dtype=z.dtype, device=z.device).index_add_(0, labels, z * w.unsqueeze(-1))
     loc = sums / size.clamp(min=torch.finfo(z.dtype).tiny).unsqueeze(-1)

@@ -18,8 +18,8 @@ Moments are accumulated in float64, part by part (T. F. Chan, G. H. Golub and R.
 the sample variance", The American Statistician 37 (1983), 242-247), so that memory does not grow with the number of
 samples, and estimates of parts can be merged. Where `torch.distributed` is initialised the processes share the samples.
 
-A closed form, or `kl_estimate` for mixtures of Gaussians, is exact where it exists; this is for what is left. Where there
-are no densities at all, `kl_from_samples` compares two sets of samples.
+A closed form, or `kl_estimate` for mixtures of Gaussians, is exact where it exists; this is for what is left. Where
+there are no densities at all, `kl_from_samples` compares two sets of samples.
 """
 
 from .log_ratio import kl_from_log_ratio

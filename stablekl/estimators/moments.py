@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from .student_t import student_t_quantile
 
-__all__ = ["Moments", "MonteCarloEstimate", "pooled"]
+__all__ = ["Moments", "MonteCarloEstimate", "controlled", "pooled", "satterthwaite", "total"]
 
-# Of the squared deviations that a regression leaves, what is rounding: a control that explains all of them leaves a
-# standard error 1e-7 of the plain one, not 0.
+# Of the squared deviations that controls leave, what is rounding: those that explain all of them leave a standard error
+# 1e-7 of the plain one, not 0.
 ROUNDING = 1e-14
 # Relative to the largest, eigenvalues of the controls' correlations that are rounding.
 COLLINEAR = 1e-10
@@ -70,7 +71,7 @@ class MonteCarloEstimate(NamedTuple):
         if all(bool((dof >= n - 1).all()) for n, dof in zip(sizes, dofs, strict=True)):
             return whole
         variances = [(n / sum(sizes) * e.standard_error) ** 2 for n, e in zip(sizes, (self, other), strict=True)]
-        return whole._replace(degrees_of_freedom=_satterthwaite(variances, dofs))
+        return whole._replace(degrees_of_freedom=satterthwaite(variances, dofs))
 
 
 class Moments(NamedTuple):
@@ -131,44 +132,56 @@ class Moments(NamedTuple):
         """The first mean, without the controls."""
         return MonteCarloEstimate(self.mean[..., 0], self.variance()[..., 0].sqrt(), self.size, float(self.size - 1))
 
-    def regressed(self) -> tuple[Tensor, Tensor, Tensor]:
-        r"""The first mean less what the controls explain of its error: value, variance, degrees of freedom.
-
-        The value is the intercept of the least-squares regression on the controls, whose means are known to be 0, and
-        the variance is that of an intercept, so that it counts the error of the coefficients:
-        :math:`s^2 (1/n + \bar c^\top S^{-1} \bar c)`, with :math:`s^2` the squared residuals by n - 1 - C
-        (S. S. Lavenberg and P. D. Welch, "A perspective on the use of control variables to increase the efficiency of
-        Monte Carlo simulations", Management Science 27 (1981), 322-335). Nothing is held back for a pilot: the bias of
-        fitting on the samples that are averaged is 0 for jointly normal samples and of order 1/n else, below the
-        standard error by a factor of order sqrt(n). Where the controls do not lower the variance the plain mean is
-        taken.
-        """
-        n, controls = self.size, self.mean.shape[-1] - 1
-        value, plain = self.mean[..., 0], self.variance()[..., 0]
-        dof = torch.full_like(value, float(n - 1))
-        if controls == 0 or n < 3 + controls:
-            return value, plain, dof
-        square, cross, gram = self.squares[..., 0, 0], self.squares[..., 1:, 0], self.squares[..., 1:, 1:]
+    def coefficients(self) -> Tensor:
+        """Least squares of the first function on the others, ``batch_shape + (F - 1,)``."""
+        gram, right = self.squares[..., 1:, 1:], self.squares[..., 1:, 0]
         spread = gram.diagonal(dim1=-2, dim2=-1)
         unit = torch.where(spread > 0, torch.where(spread > 0, spread, 1.0).rsqrt(), 0.0)
         size, axes = torch.linalg.eigh(gram * unit.unsqueeze(-1) * unit.unsqueeze(-2))
-        used = size > COLLINEAR * controls
+        used = size > COLLINEAR * right.shape[-1]
         inverse = torch.where(used, 1 / torch.where(used, size, 1.0), 0.0)
-
-        def along(x: Tensor) -> Tensor:
-            return (axes.mT @ (x * unit).unsqueeze(-1)).squeeze(-1)
-
-        right, off = along(cross), along(self.mean[..., 1:])
-        left = square - (right * right * inverse).sum(-1)
-        # a difference of sums of n squares is not better than their rounding
-        left = torch.maximum(left, ROUNDING * square)
-        variance = left / (n - 1 - controls) * (1 / n + (off * off * inverse).sum(-1))
-        better = variance < plain  # not where either is NaN
-        value = torch.where(better, value - (off * right * inverse).sum(-1), value)
-        return value, torch.where(better, variance, plain), torch.where(better, dof - controls, dof)
+        along = inverse * (axes.mT @ (unit * right).unsqueeze(-1)).squeeze(-1)
+        beta: Tensor = unit * (axes @ along.unsqueeze(-1)).squeeze(-1)
+        return beta
 
 
-def _satterthwaite(variances: list[Tensor], dofs: list[Tensor]) -> Tensor:
+def controlled(folds: Sequence[Moments]) -> tuple[Tensor, Tensor, Tensor]:
+    """The first mean less what the controls explain of its error: value, variance, degrees of freedom.
+
+    The coefficients for one fold are those of the least-squares regression on all others: independent of the samples
+    that they are used on, so that the mean is unbiased and the squared residuals are those of new samples. (Fitted to
+    the same samples the residuals are too small, by more than the degrees of freedom where the function is not linear:
+    95 % intervals of 250 samples for each of two components covered 88 %.) The folds' errors have nothing in common
+    to first order, and where the controls do not lower the variance, measured like this, the plain mean is taken.
+    """
+    whole = total(folds)
+    value, plain = whole.mean[..., 0], whole.variance()[..., 0]
+    dof = torch.full_like(value, float(whole.size - 1))
+    if whole.mean.shape[-1] == 1:
+        return value, plain, dof
+    mean, variance = torch.zeros_like(value), torch.zeros_like(value)
+    for i, fold in enumerate(folds):
+        beta = total([other for j, other in enumerate(folds) if j != i]).coefficients()
+        share = fold.size / whole.size
+        mean = mean + share * (fold.mean[..., 0] - (beta * fold.mean[..., 1:]).sum(-1))
+        square, cross, gram = fold.squares[..., 0, 0], fold.squares[..., 1:, 0], fold.squares[..., 1:, 1:]
+        explained = (beta * (2 * cross - (gram @ beta.unsqueeze(-1)).squeeze(-1))).sum(-1)
+        # a difference of sums of squares is not better than their rounding
+        left = torch.maximum(square - explained, ROUNDING * square)
+        variance = variance + share * share * left / (fold.size - 1) / fold.size
+    better = variance < plain  # not where either is NaN
+    return torch.where(better, mean, value), torch.where(better, variance, plain), dof
+
+
+def total(parts: Sequence[Moments]) -> Moments:
+    """Of the samples of all parts, merged in their order."""
+    found = parts[0]
+    for part in parts[1:]:
+        found = found.merged(part)
+    return found
+
+
+def satterthwaite(variances: list[Tensor], dofs: list[Tensor]) -> Tensor:
     """Degrees of freedom of a sum of variances."""
     v, dof = torch.stack(torch.broadcast_tensors(*variances)), torch.stack(torch.broadcast_tensors(*dofs))
     dof = dof.reshape(len(dof), *(1,) * (v.ndim - dof.ndim), *dof.shape[1:]).expand_as(v)
@@ -177,14 +190,14 @@ def _satterthwaite(variances: list[Tensor], dofs: list[Tensor]) -> Tensor:
     return torch.where(needed > 0, 1 / torch.where(needed > 0, needed, 1.0), dof.sum(0))
 
 
-def pooled(parts: list[tuple[Moments, Tensor]]) -> MonteCarloEstimate:
-    """The sum of the parts' means, each times its weight; of independent samples."""
-    found = [(weight, *m.regressed()) for m, weight in parts]
+def pooled(parts: Sequence[tuple[Sequence[Moments], Tensor]]) -> MonteCarloEstimate:
+    """The sum of the parts' means, each times its weight; of independent samples, in folds."""
+    found = [(weight, *controlled(folds)) for folds, weight in parts]
     value = torch.stack([_times(w, mean) for w, mean, _, _ in found]).sum(0)
     variances = [_times(w * w, variance) for w, _, variance, _ in found]
-    dof = found[0][3] if len(found) == 1 else _satterthwaite(variances, [dof for *_, dof in found])
+    dof = found[0][3] if len(found) == 1 else satterthwaite(variances, [dof for *_, dof in found])
     error = torch.stack(variances).sum(0).sqrt()
-    return MonteCarloEstimate(value, error, sum(m.size for m, _ in parts), dof)
+    return MonteCarloEstimate(value, error, sum(m.size for folds, _ in parts for m in folds), dof)
 
 
 def _times(weight: Tensor, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def _check(
         raise ValueError(f"points must be one of {', '.join(map(repr, get_args(PointSet)))}, got {points!r}")
     if replicates < 2:
         raise ValueError(
-            f"the error of Sobol points is the spread of num_replicates scrambles, at least 2 and usually 16; got "
+            f"the error of Sobol points is the spread of num_replicates scrambles, at least 2 and usually 32; got "
             f"{replicates}"
         )
     if control_variates and points == "sobol":
@@ -69,7 +69,7 @@ def kl_monte_carlo(
     stratified: bool = True,
     points: PointSet = "random",
     control_variates: bool = False,
-    num_replicates: int = 16,
+    num_replicates: int = 32,
     target_standard_error: float | None = None,
     max_samples: int = 10**7,
     distributed: bool = True,
@@ -85,8 +85,10 @@ def kl_monte_carlo(
 
     **Control variates** are functions of known mean, regressed on and taken out: the standardised coordinates, their
     squares, and for Gaussians their products, component by component of a mixture. Of two Gaussians they leave
-    nothing, of a Gaussian and a mixture what is not quadratic. Off by default: they take a density of light tails (four
-    finite moments) and ten samples for each; where they do not help, the plain mean is taken.
+    nothing, of a Gaussian and a mixture what is not quadratic. Their coefficients for each quarter of the samples come
+    from the other three: the estimate is unbiased, and its error that of new samples. (Coefficients fitted to the
+    samples they are used on left residuals that were too small: 88 % covered.) Where they do not lower the error, the
+    plain mean is taken. Off by default, since they take four finite moments and 50 samples for each.
 
     **In several processes**, where `torch.distributed` is initialised, chunks of samples are shared out. Each chunk has
     a seed of its own and they are added in order, so that the result is that of one process, bit for bit on equal
@@ -103,7 +105,8 @@ def kl_monte_carlo(
         points: "random", "antithetic" or "sobol".
         control_variates: take them out.
         num_replicates: independent scrambles of Sobol points. The standard error is that of the mean of so few, and
-            the interval Student's.
+            the interval Student's. Where the log-ratio grows without bound the scrambles' means are skewed by their
+            outermost points, and intervals of 16 covered in 91 to 94 %.
         target_standard_error: go on, ``num_samples`` at a time (Sobol points: twice as many each time), until every
             batch element's standard error is at most this, or ``max_samples`` are drawn.
         max_samples: most samples then; Sobol points stop where twice as many would be more.
@@ -120,9 +123,14 @@ def kl_monte_carlo(
             made for, or a log-ratio that is NaN or -inf (says at which sample). In all processes, if in one.
 
     Accuracy:
-        In 1,000 runs each 95 % intervals covered in 93 to 97 % for every estimator, kind of points and control
-        variates (``tests/test_estimators*.py``), k3 with q much wider than p excepted. Torch's and our classes are
-        evaluated in float64 whatever their dtype: float32 parameters give the result of the same numbers in float64.
+        95 % intervals covered in 93 to 97 % of 1,000 runs for every kind of points, with control variates and without,
+        of Gaussians, a Gamma and mixtures (``tests/test_estimators_points.py``). Exceptions: k3 where q is much wider
+        than p, fewer than 32 scrambles, and less than 4,000 samples less control variates, whose rest has heavier
+        tails (1,000: 92.6 to 94 %). Standard errors, 8,192 samples (131,072), against random ones: two Gaussians on
+        the line mirrored 1/1.4, Sobol points 1/11 (1/43), control variates 0; a mixture of two in the plane
+        against a Gaussian mirrored 1/1.2, Sobol points 1/8.5 (1/33), control variates 1/3.4; that Gaussian against the
+        mixture 1/1.3, 1/7 (1/26), 1/1.5. Torch's and our classes are evaluated in float64 whatever their dtype: float32
+        parameters give the result of the same numbers in float64, to 1e-5.
 
     Example:
         >>> import torch

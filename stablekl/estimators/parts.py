@@ -1,4 +1,4 @@
-"""The parts that p is sampled from: p itself, or the components of a mixture; from random numbers, or from given ones."""
+"""What p is sampled from, itself or the components of a mixture: by random numbers, or by given ones."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -17,22 +18,24 @@ from .sharing import seeded
 __all__ = ["Chunk", "RandomRun", "SobolRun"]
 
 Function = Callable[[Tensor], Tensor]
+# Parts of the samples, each less controls with the coefficients of the others.
+FOLDS = 4
 
 
 class Chunk(NamedTuple):
     """Some of the samples of one part.
 
     Attributes:
-        index: of the chunk, or of the first replicate.
+        number: of the chunk, or of the first replicate.
         part: index of the part.
-        count: samples; of each replicate, where there are replicates.
+        size: samples; of each replicate, where there are replicates.
         start: points of each replicate that come before.
         replicates: how many.
     """
 
-    index: int
+    number: int
     part: int
-    count: int
+    size: int
     start: int = 0
     replicates: int = 1
 
@@ -68,8 +71,10 @@ class RandomRun:
         self._seed, self._mirrored, self._controls = seed, mirrored, controls
         self._functions = 1 + (0 if controls is None else controls.size)
         widest = max(part.dimension for part in parts)
-        self._size = max(2, chunk // max(1, batch_shape.numel() * max(widest, self._functions)))
-        self._moments = [Moments.none(batch_shape, self._functions, device) for _ in parts]
+        self._size = max(2 * FOLDS, chunk // max(1, batch_shape.numel() * max(widest, self._functions)))
+        self._folds = 1 if controls is None else FOLDS
+        none = Moments.none(batch_shape, self._functions, device)
+        self._moments = [[none] * self._folds for _ in parts]
         self._next = 0
 
     def round(self, num_samples: int) -> Iterator[Chunk]:
@@ -81,10 +86,16 @@ class RandomRun:
                 self._next += 1
 
     def evaluate(self, chunk: Chunk) -> Tensor:
-        """Moments of a chunk, packed."""
-        with seeded(self._seed + chunk.index, self._device):
-            points = self._parts[chunk.part].random(chunk.count)
-        return Moments.of(self._values(points)).packed()
+        """Moments of a chunk's folds, packed, ``(folds,) + batch_shape + (...)``."""
+        with seeded(self._seed + chunk.number, self._device):
+            points = self._parts[chunk.part].random(chunk.size)
+        values = self._values(points)
+        return torch.stack([Moments.of(values[own]).packed() for own in self._rows(chunk.size)])
+
+    def _rows(self, count: int) -> list[slice]:
+        """The samples of a chunk that each fold takes: they are independent, so neighbours will do."""
+        edges = [count * i // self._folds for i in range(self._folds + 1)]
+        return [slice(*pair) for pair in itertools.pairwise(edges)]
 
     def _values(self, points: Points) -> Tensor:
         values = self._function(points.x)
@@ -100,12 +111,14 @@ class RandomRun:
 
     def blank(self) -> Tensor:
         """What `evaluate` returns, of no chunk."""
-        return Moments.none(self._batch, self._functions, self._device).packed()
+        return Moments.none(self._batch, self._functions, self._device).packed().expand(self._folds, *self._batch, -1)
 
     def absorb(self, chunk: Chunk, packed: Tensor) -> None:
         """Take up a chunk."""
-        new = Moments.unpacked(chunk.count, packed, self._functions)
-        self._moments[chunk.part] = self._moments[chunk.part].merged(new)
+        folds = self._moments[chunk.part]
+        for i, rows in enumerate(self._rows(chunk.size)):
+            new = Moments.unpacked(rows.stop - rows.start, packed[i], self._functions)
+            folds[i] = folds[i].merged(new)
 
     def estimate(self) -> MonteCarloEstimate:
         """Of all chunks so far."""
@@ -114,7 +127,7 @@ class RandomRun:
     @property
     def drawn(self) -> int:
         """Samples so far."""
-        return sum(m.size for m in self._moments)
+        return sum(m.size for folds in self._moments for m in folds)
 
 
 class SobolRun:
@@ -176,20 +189,20 @@ class SobolRun:
         cell = 2.0**-engine.MAXBIT
         if chunk.start:
             engine.fast_forward(chunk.start)
-            return engine.draw(chunk.count, dtype=torch.float64) + 0.5 * cell
+            return engine.draw(chunk.size, dtype=torch.float64) + 0.5 * cell
         # the engine keeps its first point in the default dtype, where 1 - 2^-30 rounds to 1
         first = engine.quasi.to(torch.float64, copy=True) * cell
-        uniform = engine.draw(chunk.count, dtype=torch.float64)
+        uniform = engine.draw(chunk.size, dtype=torch.float64)
         uniform[0] = first
         return uniform + 0.5 * cell
 
     def evaluate(self, chunk: Chunk) -> Tensor:
         """The means of its replicates, in their places, ``(replicates,) + batch_shape``."""
-        own = range(chunk.index, chunk.index + chunk.replicates)
+        own = range(chunk.number, chunk.number + chunk.replicates)
         uniform = torch.cat([self._uniform(chunk, r) for r in own]).to(self._device)
         values = self._function(self._parts[chunk.part].at(uniform))
         means = self.blank()
-        means[chunk.index : chunk.index + chunk.replicates] = values.unflatten(0, (chunk.replicates, -1)).mean(1)
+        means[chunk.number : chunk.number + chunk.replicates] = values.unflatten(0, (chunk.replicates, -1)).mean(1)
         return means
 
     def blank(self) -> Tensor:
@@ -198,9 +211,9 @@ class SobolRun:
 
     def absorb(self, chunk: Chunk, means: Tensor) -> None:
         """Take up a chunk."""
-        rows = slice(chunk.index, chunk.index + chunk.replicates)
+        rows = slice(chunk.number, chunk.number + chunk.replicates)
         old, new = self._means[chunk.part][rows], means[rows]
-        mean = old + (new - old) * (chunk.count / (chunk.start + chunk.count))
+        mean = old + (new - old) * (chunk.size / (chunk.start + chunk.size))
         self._means[chunk.part][rows] = torch.where(old.isinf(), old, mean)
 
     def estimate(self) -> MonteCarloEstimate:

@@ -1,8 +1,8 @@
 """Chunks of work that several processes share, in an order that does not depend on how many they are.
 
-Chunk i has a seed of its own, base + i, whichever process draws it, and results are taken up in the order of the chunks:
-any number of processes gives the same bits. An error that one of them meets is raised in all, since those that went on
-would wait for it forever.
+Chunk i has a seed of its own, base + i, whichever process draws it, and results are taken up in the order of the
+chunks: any number of processes gives the same bits. An error that one of them meets is raised in all, since those that
+went on would wait for it forever.
 """
 
 from __future__ import annotations

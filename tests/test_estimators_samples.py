@@ -178,7 +178,7 @@ def test_the_random_state_is_left_alone():
 def test_samples_without_a_density_are_refused():
     x, y = samples(100, 100, 2)
     twice = torch.cat([x, x[:3]])
-    with pytest.raises(ValueError, match=r"x\[0\] is repeated: 1 or more of x"):
+    with pytest.raises(ValueError, match=r"x\[0\] is repeated: 1 or more of the other x equal it"):
         kl_from_samples(twice, y)
     with pytest.raises(ValueError, match=r"x\[5\] is repeated: 1 or more of y"):
         kl_from_samples(x, torch.cat([y, x[5:6]]))

@@ -70,7 +70,8 @@ def kl_from_samples(
     Its standard error is that of chance alone, **not of the bias**: the mean spread between four quarters of the
     samples, over eight random partitions, by 4. (The usual one, by the spread of the summands, leaves out that
     neighbours are shared: its intervals covered 71 to 92 %.) 95 % intervals covered the estimator's own mean in
-    93 to 97 % of 400 runs for k = 1, in 92 to 97 % for k = 5; KL itself in as few as 0 to 39 % in four dimensions.
+    94 to 97 % of 400 runs for k = 1 (D = 1 to 8, N = 500 and 1,000), in 92 to 97 % for k = 3 and 5; KL itself in 89 to
+    97 % where the bias is small, and in 36 % (k = 1) and none (k = 5) for N(0.5, 1.2^2 I) in four dimensions.
 
     ``"gaussian"``: KL of the Gaussians with the means and covariances of the samples, less its expected excess. Of
     Gaussian samples :math:`E \log|S| = \log|\Sigma| + \sum_{i=1}^D \psi(\tfrac{n - i}{2}) + D \log\tfrac{2}{n - 1}` and
@@ -91,7 +92,8 @@ def kl_from_samples(
         x: samples of p, ``(N, D)``, or ``(N,)`` for D = 1. Worked on in float64.
         y: samples of q, ``(M, D)`` or ``(M,)``.
         method: "nearest_neighbour" or "gaussian".
-        num_neighbours: k. More have less variance and more bias.
+        num_neighbours: k. More have less variance and more bias. It must be above the number of equal samples: on a
+            line float32 samples repeat from some thousands on; 3 will do there.
         standardise: measure distances in coordinates where the mean of the two covariances is the identity. KL is the
             same in all coordinates, the bias is not: without it one of large scale is all that distances see. False:
             as they are, but for the largest deviation of each coordinate.
@@ -275,11 +277,11 @@ def _nearest_neighbour(x: Tensor, y: Tensor, k: int, progress: bool | None) -> M
 
     def mean(x: Tensor, y: Tensor) -> Tensor:
         nu, rho = kth_distances(x, y, k, tick), kth_distances(x, x, k + 1, tick)  # of itself, each is the first
-        for name, distance in (("y", nu), ("x", rho)):
+        for name, distance in (("y", nu), ("the other x", rho)):
             if not bool((distance > 0).all()):
                 # parts of the samples have no more repetitions than all of them, which come first
                 raise ValueError(
-                    f"x[{int((distance == 0).nonzero()[0])}] is repeated: {k} or more of {name}, itself apart, equal "
+                    f"x[{int((distance == 0).nonzero()[0])}] is repeated: {k} or more of {name} equal "
                     "it, and where a density is finite none do. Likely causes: values that were rounded, float32 "
                     "far from 0, samples with replacement, or a discrete distribution. Take more neighbours than "
                     "repetitions, add noise of the size of the rounding, or compare frequencies with a Categorical"

@@ -104,7 +104,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """With this seed in the generators of the CPU and of the device; afterwards they are as they were."""
     on_cpu = device.type == "cpu"
     index = [] if on_cpu else [device.index or 0]
-    with torch.random.fork_rng(devices=index, device_type=None if on_cpu else device.type):
+    with torch.random.fork_rng(devices=index, device_type="cuda" if on_cpu else device.type):
         # torch.manual_seed would seed the accelerators that were not forked as well
         torch.default_generator.manual_seed(seed)
         if not on_cpu:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ __all__ = ["Controls"]
 # A regression on more controls than this takes longer than the densities. Samples for each of them: with 30, intervals
 # of what is left, whose tails are heavier, covered 91 %; with 60, 93.5 %; with 100 and more, 94 to 95 %.
 MOST, SAMPLES = 64, 50
+# Products of controls that are kept, for all batch elements and parts of p together: times 32 bytes, half a gigabyte.
+KEPT = 2**24
 
 
 class Controls:
@@ -22,13 +26,14 @@ class Controls:
     Args:
         dimension: of u.
         count: samples of the smallest part.
+        copies: batch elements times parts.
         independent: whether products of coordinates have mean 0.
         even: leave out u_i, which mirrored samples cancel.
     """
 
-    def __init__(self, dimension: int, count: int, *, independent: bool, even: bool) -> None:
+    def __init__(self, dimension: int, count: int, copies: int, *, independent: bool, even: bool) -> None:
         """Choose."""
-        room = min(MOST, count // SAMPLES)
+        room = min(MOST, count // SAMPLES, math.isqrt(KEPT // max(1, copies)))
         linear = 0 if even else dimension
         self.linear = not even
         self.squares = linear + dimension <= room
@@ -38,7 +43,8 @@ class Controls:
         if linear + dimension * even > room or self.size == 0:
             raise ValueError(
                 f"control variates for {dimension} coordinates take {SAMPLES} samples for each of them in every part, "
-                f"and {MOST} coordinates at most; the smallest part has {count} samples. Take more samples, or "
+                f"and {MOST} coordinates at most, fewer for large batches; the smallest part has {count} samples, and "
+                f"there are {copies} problems (batch elements times parts). Take more samples, smaller batches, or "
                 "control_variates=False"
             )
 

@@ -185,7 +185,9 @@ class _Problem:
                 f"Gaussians, not for {type(p).__name__}"
             )
         self.mirrored = points == "antithetic"
-        self.controls = controls_for(self.parts, num_samples, even=self.mirrored) if control_variates else None
+        self.controls = None
+        if control_variates:
+            self.controls = controls_for(self.parts, num_samples, self.batch.numel(), even=self.mirrored)
         missing = len(self.batch) - len(p.batch_shape)
 
         def function(x: Tensor) -> Tensor:

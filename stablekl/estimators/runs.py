@@ -228,8 +228,8 @@ class SobolRun:
         return sum(self._points) * self._replicates
 
 
-def controls_for(parts: list[Part], num_samples: int, *, even: bool) -> Controls:
-    """Those that every part has samples for.
+def controls_for(parts: list[Part], num_samples: int, batch: int, *, even: bool) -> Controls:
+    """Those that every part has samples for, and that the memory for so large a batch will hold.
 
     Raises:
         ValueError: mean and variance are not known, or samples are too few.
@@ -242,4 +242,4 @@ def controls_for(parts: list[Part], num_samples: int, *, even: bool) -> Controls
             )
     independent = not any(isinstance(part, FamilyPart) for part in parts)
     fewest = min(max(2, math.ceil(num_samples * part.share)) for part in parts)
-    return Controls(parts[0].dimension, fewest, independent=independent, even=even)
+    return Controls(parts[0].dimension, fewest, batch * len(parts), independent=independent, even=even)

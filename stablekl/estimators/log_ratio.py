@@ -70,8 +70,9 @@ def kl_from_log_ratio(
             sign, or the distribution that was sampled, is the other one.
 
     Accuracy:
-        95 % intervals covered in 93 to 97 % of 1,000 runs of 2,000 samples. The merged result is that of all samples
-        at once to 1e-13, relatively, also where their mean is 1e6 times their spread.
+        95 % intervals covered in 93 to 97 % of 1,000 runs of 2,000 samples (k3: see the head of the module). The
+        merged result is that of all samples at once to 1e-12, relatively; its error to 1e-8 where the mean is 1e6 times
+        the spread.
 
     Example:
         >>> import torch

@@ -108,7 +108,7 @@ def kl_from_samples(
             that is singular (says the rank), a sample that is repeated (says which).
 
     Accuracy:
-        As above. Both methods are invariant under a common affine map to 1e-9, offsets of 1e6 and scales of 1e-12 to
+        As above. Both methods are invariant under a common affine map to 1e-8, offsets of 1e6 and scales of 1e-12 to
         1e12 included. Nearest neighbours take time N (N + M) D, except on a line: 5 s for 10,000 in 16 dimensions, most
         of it for the error; memory is bounded.
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 __all__ = ["Processes"]
 
+# Bytes of an error's message that the other processes are told.
+_MESSAGE = 2000
+
 
 class Processes:
     """The processes that share a piece of work: those of torch.distributed's default group, where there is one.
@@ -41,6 +44,30 @@ class Processes:
     def from_first(self, x: Tensor) -> Tensor:
         """The tensor of rank 0."""
         return self.gathered(x)[0]
+
+    def raise_together(self, failure: Exception | None) -> None:
+        """Raise in every process what one of them has met, if any has.
+
+        Raises:
+            ValueError: if the first failure is one, with the rank and the message of it.
+            RuntimeError: for any other failure.
+        """
+        if self.size == 1:
+            if failure is not None:
+                raise failure
+            return
+        text = b""
+        if failure is not None:
+            text = ("V" if isinstance(failure, ValueError) else "R").encode() + str(failure).encode()[:_MESSAGE]
+        lengths = [int(n) for n in self.gathered(torch.tensor(len(text)))]
+        rank = next((r for r, n in enumerate(lengths) if n), None)
+        if rank is None:
+            return
+        sent = torch.zeros(max(lengths), dtype=torch.uint8)
+        sent[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+        told = bytes(self.gathered(sent)[rank][: lengths[rank]].tolist()).decode(errors="replace")
+        message = f"rank {rank} of {self.size}: {told[1:]}"
+        raise (ValueError if told[0] == "V" else RuntimeError)(message) from failure
 
 
 def _device() -> torch.device:

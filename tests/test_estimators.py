@@ -81,7 +81,7 @@ def test_parts_are_the_whole():
 def test_memory_is_bounded_and_the_result_is_not_changed_by_it(monkeypatch):
     torch.manual_seed(4)
     whole = kl_monte_carlo(P, Q, 5000)
-    monkeypatch.setattr("stablekl.estimators.CHUNK", 100)
+    monkeypatch.setattr("stablekl.estimators.monte_carlo.CHUNK", 100)
     torch.manual_seed(4)
     parts = kl_monte_carlo(P, Q, 5000)
     assert parts.num_samples == 5000
@@ -101,12 +101,12 @@ def test_until_the_standard_error_is_small_enough():
 def test_mirrored_samples():
     torch.manual_seed(6)
     p, q = Normal(torch.tensor(0.0, dtype=F64), 1.0), Normal(torch.tensor(3.0, dtype=F64), 1.0)
-    plain, mirrored = kl_monte_carlo(p, q, 1000), kl_monte_carlo(p, q, 1000, antithetic=True)
+    plain, mirrored = kl_monte_carlo(p, q, 1000), kl_monte_carlo(p, q, 1000, points="antithetic")
     assert float(plain.standard_error) > 0.05
     assert float(mirrored.standard_error) < 1e-12, "the log-ratio is linear"
     assert float(mirrored.value) == pytest.approx(4.5)
     with pytest.raises(ValueError, match="mirrored at the mean"):
-        kl_monte_carlo(Laplace(0.0, 1.0), q, antithetic=True)
+        kl_monte_carlo(Laplace(0.0, 1.0), q, points="antithetic")
 
 
 def test_batches_broadcast():

@@ -249,14 +249,10 @@ class Samples:
             raise ValueError(f"weights[{index}] is {float(w[index])}: it must be finite and not negative")
 
     def _agree(self, error: Exception | None) -> None:
-        """Raise in every process if one of them has to: the others would wait for it for ever."""
-        flags = torch.stack(self.processes.gathered(torch.tensor([error is not None, self.dim])))
-        if error is not None:
-            raise error
-        bad = flags[:, 0].nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"the samples of rank {bad[0]} cannot be fitted: see the error of that process")
-        dims = {int(d) for d in flags[:, 1]} - {0}
+        """Raise in every process if one of them has to, and if they do not have the same columns."""
+        self.processes.raise_together(error)
+        found = self.processes.gathered(torch.tensor(self.dim))
+        dims = {int(d) for d in found} - {0}
         if len(dims) > 1:
             raise ValueError(f"samples have {' and '.join(map(str, sorted(dims)))} columns in different processes")
         if not dims:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..estimators import Estimator
+from ..estimators.log_ratio import Estimator
 from ._reduction import Reduction, check_reduction, reduced
 from .categorical import categorical_kl, grid_kl_loss
 from .gaussian import gaussian_kl_loss

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..estimators import Estimator, check_estimator, of_log_ratio
+from ..estimators.log_ratio import Estimator, check_estimator, of_log_ratio
 from ._reduction import together
 
 __all__ = ["kl_penalty"]

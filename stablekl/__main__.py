@@ -26,25 +26,11 @@ from torch.distributions import Normal as TorchNormal
 
 from .data import load_iris
 from .distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
-from .mixtures import GaussianMixture, KLEstimate, MixtureSameFamily, kl_estimate
+from .estimators import kl_monte_carlo
+from .fit import gaussian_mixture
+from .mixtures import KLEstimate, MixtureSameFamily, kl_estimate
 
 _SAMPLES = 100_000
-_EM_STEPS = 100
-
-
-def fit_mixture(x: Tensor, num_components: int) -> GaussianMixture:
-    """Maximum likelihood by expectation-maximisation, started from slices along the widest direction of the data."""
-    direction = torch.linalg.eigh(x.T.cov())[1][:, -1]
-    slices = (x @ direction).argsort().argsort() * num_components // len(x)
-    responsibility = torch.nn.functional.one_hot(slices, num_components).to(x.dtype)
-    for _ in range(_EM_STEPS):
-        total = responsibility.sum(0)
-        loc = responsibility.T @ x / total[:, None]
-        centred = x - loc[:, None]
-        covariance = (responsibility.T[..., None] * centred).mT @ centred / total[:, None, None]
-        mixture = GaussianMixture(probs=total / len(x), loc=loc, covariance_matrix=0.5 * (covariance + covariance.mT))
-        responsibility = mixture.posterior_marginal(x).probs
-    return mixture
 
 
 def _row(name: str, p: Distribution, q: Distribution) -> str:
@@ -52,13 +38,12 @@ def _row(name: str, p: Distribution, q: Distribution) -> str:
     start = time.perf_counter()
     estimate = kl_estimate(p, q)
     seconds = time.perf_counter() - start
-    x = p.sample(torch.Size([_SAMPLES]))
-    log_ratio = p.log_prob(x) - q.log_prob(x)
-    half_width = 1.96 * float(log_ratio.std()) / math.sqrt(_SAMPLES)
-    needed = (1.96 * float(log_ratio.std()) / float(estimate.error)) ** 2
+    sampled = kl_monte_carlo(p, q, _SAMPLES, stratified=False)
+    half_width = 1.96 * float(sampled.standard_error)
+    needed = _SAMPLES * (half_width / float(estimate.error)) ** 2
     return (
         f"{name:28}{_with_error(estimate)}  {estimate.method:9}{1e3 * seconds:7.1f} ms"
-        f"   {float(log_ratio.mean()):9.6f} ± {half_width:.1e}   {needed:.0e}"
+        f"   {float(sampled.value):9.6f} ± {half_width:.1e}   {needed:.0e}"
     )
 
 
@@ -77,7 +62,7 @@ def show_real_data(plot: str | None) -> None:
         "   samples for stablekl's error"
     )
     for k in (2, 3):
-        mixture = fit_mixture(x, k)
+        mixture = gaussian_mixture(x, k, tol=1e-8, max_iter=1000).mixture
         gaussian = mixture.to_mvn()
         print(_row(f"KL(mixture of {k} || Gaussian)", mixture, gaussian))
         print(_row(f"KL(Gaussian || mixture of {k})", gaussian, mixture))

@@ -27,7 +27,7 @@ def in_sklearn(x: Tensor, start: stablekl.GaussianMixture, kind: str) -> float |
     c = start.component_distribution
     precision = torch.linalg.inv(c.covariance_matrix.double())
     precision = precision if kind == "full" else precision.diagonal(dim1=-2, dim2=-1)
-    weights = start.mixture_distribution.probs.double()
+    weights = start.log_weights.double().softmax(-1)
     model = SklearnMixture(
         COMPONENTS,
         covariance_type=kind,

@@ -53,7 +53,7 @@ def in_sklearn(x, kind, start, **options):
             model = SklearnMixture(
                 len(c.mean),
                 covariance_type=kind,
-                weights_init=start.mixture_distribution.probs.double().numpy(),
+                weights_init=start.log_weights.double().softmax(-1).numpy(),
                 means_init=c.mean.double().numpy(),
                 precisions_init=precision.numpy(),
                 **options,

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ._autograd import is_dual, is_plain
 
-__all__ = ["available", "normal_kl", "normal_kl_gradient"]
+__all__ = ["available", "gaussian_kl", "gaussian_kl_gradient", "normal_kl", "normal_kl_gradient"]
 
 # Elements that are worth a thread of their own (starting one takes as long as some 20,000 elements).
 _PER_THREAD = 2**17
-_VERSION = 1  # of the functions' arguments: that of the C file
+_VERSION = 2  # of the functions' arguments: that of the C file
 
 
 def _load() -> Any:
@@ -36,7 +36,8 @@ def _load() -> Any:
             return None
     except (OSError, ValueError):  # built for another system, or left over from another version
         return None
-    for kernel in (library.stablekl_normal_kl, library.stablekl_normal_kl_gradient):
+    names = (f"stablekl_{rule}_kl{what}" for rule in ("normal", "gaussian") for what in ("", "_gradient"))
+    for kernel in (getattr(library, name) for name in names):
         addresses, size = ctypes.POINTER(ctypes.c_void_p), ctypes.c_int64
         kernel.argtypes = [addresses, ctypes.POINTER(size), size, size, ctypes.c_int, ctypes.c_void_p]
         kernel.restype = None
@@ -66,16 +67,36 @@ def available(inputs: Sequence[Tensor]) -> bool:
 
 def normal_kl(inputs: Sequence[Tensor]) -> Tensor:
     """KL(N(mu_p, sigma_p^2) || N(mu_q, sigma_q^2)) of tensors for which `available` holds."""
-    out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device="cpu")
-    _run(_library.stablekl_normal_kl, inputs, ctypes.c_void_p(out.data_ptr()))
-    return out
+    return _value(_library.stablekl_normal_kl, inputs)
 
 
 def normal_kl_gradient(grad: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Its gradient times ``grad``, for the inputs that are ``needed``."""
+    return _gradient(_library.stablekl_normal_kl_gradient, grad, inputs, needed)
+
+
+def gaussian_kl(inputs: Sequence[Tensor]) -> Tensor:
+    """The same divergence from mu_p, log sigma_p^2, mu_q and log sigma_q^2."""
+    return _value(_library.stablekl_gaussian_kl, inputs)
+
+
+def gaussian_kl_gradient(grad: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Its gradient times ``grad``, for the inputs that are ``needed``."""
+    return _gradient(_library.stablekl_gaussian_kl_gradient, grad, inputs, needed)
+
+
+def _value(kernel: Callable[..., None], inputs: Sequence[Tensor]) -> Tensor:
+    out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device="cpu")
+    _run(kernel, inputs, ctypes.c_void_p(out.data_ptr()))
+    return out
+
+
+def _gradient(
+    kernel: Callable[..., None], grad: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     out = [torch.empty(grad.shape, dtype=grad.dtype, device="cpu") if n else None for n in needed]
     addresses = (ctypes.c_void_p * 4)(*(None if x is None else x.data_ptr() for x in out))
-    _run(_library.stablekl_normal_kl_gradient, (*inputs, grad), addresses)
+    _run(kernel, (*inputs, grad), addresses)
     return tuple(out)
 
 

@@ -1,7 +1,8 @@
-/* The KL divergence of Normal distributions and its gradient in one pass over memory each.
+/* The KL divergence of Normal distributions, by their standard deviations or log-variances, and its gradient in one pass
+ * over memory each.
  *
  * Plain C without Python or torch: `_fused.py` passes addresses through ctypes, which releases the interpreter lock.
- * The formulas are those of distributions/normal.py, tile by tile in float64: every element, the last one of an odd
+ * The formulas are those of distributions/normal.py and losses/gaussian.py, tile by tile in float64: every element, the last one of an odd
  * length too, goes through the same vector instructions, and contraction into fused multiply-adds is off, so that an
  * element's bits depend neither on its position nor on the width of the vectors.
  */
@@ -19,7 +20,7 @@
 #endif
 
 /* Of the functions' arguments: that of _fused.py. */
-PUBLIC const int stablekl_fused_version = 1;
+PUBLIC const int stablekl_fused_version = 2;
 
 /* One version of a loop per generation of processors, chosen when the library is loaded. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -39,6 +40,14 @@ static const double ATANH_WIDE[12] = {
     0.11974262895067175, -0.0027016372512737754, 0.06160893542716858, 0.05003989026028942,
     0.05913487309275028, 0.06664198430842003,    0.07692435595045058, 0.09090904910246529,
     0.11111111191430766, 0.14285714284919523,    0.2000000000000307,  0.3333333333333333,
+};
+
+/* (expm1(x) - x)/x^2 on [-1.6, 1.3], highest power first: a table of special.py. */
+static const double EXP_WIDE[16] = {
+    2.521787304106386e-15,  4.871034539917216e-14,  7.668281912639482e-13,  1.1468690828927503e-11,
+    1.6058468153483998e-10, 2.087677893072447e-09,  2.505211629487346e-08,  2.7557319115262285e-07,
+    2.755731916576075e-06,  2.480158730175495e-05,  0.0001984126984149074,  0.0013888888888889182,
+    0.008333333333332962,   0.04166666666666666,    0.16666666666666669,    0.5,
 };
 
 /* x = 2^k m with sqrt(1/2) <= m < sqrt(2), for a positive normal x. */
@@ -135,6 +144,63 @@ INLINE double slope(double mu_p, double sigma_p, double mu_q, double sigma_q, do
     double q_error = product_error(low, high, q) + low * high_rest + high * low_rest + low_rest * high_rest;
     double careful = (u + (sum_error(p, q, u) + (p_error + q_error))) / b / b / b * unit;
     return r < 0.0 && square > -0.25 * rest && square < -4.0 * rest ? careful : plain;
+}
+
+/* (expm1(x) - x)/x^2 for -1.6 < x < 1.3, or to 2e-10 for |x| < 0.35, by Taylor's series. */
+INLINE double excess_ratio(double x)
+{
+    double p = EXP_WIDE[0];
+    for (int i = 1; i < 16; i++)
+        p = p * x + EXP_WIDE[i];
+    return p;
+}
+
+INLINE double excess_ratio_narrow(double x)
+{
+    double p = 1.0 / 362880.0;
+    p = p * x + 1.0 / 40320.0;
+    p = p * x + 1.0 / 5040.0;
+    p = p * x + 1.0 / 720.0;
+    p = p * x + 1.0 / 120.0;
+    p = p * x + 1.0 / 24.0;
+    p = p * x + 1.0 / 6.0;
+    return p * x + 0.5;
+}
+
+/* e^x = 2 half (1 + r + excess), half a power of two, |r| < 0.35, excess = e^r - 1 - r; x clamped to [-708, 709.78]. */
+INLINE double split_exp(double x, double *half, double *r, int wide)
+{
+    const double magic = 6755399441055744.0; /* 1.5 2^52: its sum with k has k in the last bits */
+    double y = x < -708.0 ? -708.0 : x > 709.78 ? 709.78 : x, t = y * 1.4426950408889634 + magic, k = t - magic;
+    uint64_t bits;
+    *r = (y - k * 0x1.62e42fefa3800p-1) - k * 0x1.ef35793c76730p-45;
+    memcpy(&bits, &t, 8);
+    bits = (bits + 1022) << 52;
+    memcpy(half, &bits, 8);
+    return *r * *r * (wide ? excess_ratio(*r) : excess_ratio_narrow(*r));
+}
+
+INLINE double exponential(double x, int wide)
+{
+    double half, r, excess = split_exp(x, &half, &r, wide), value = (half + half * (r + excess)) * 2.0;
+    return x > 709.78 ? INFINITY : x < -708.0 ? 0.0 : value;
+}
+
+/* (e^x - 1)/2 */
+INLINE double half_expm1(double x, int wide)
+{
+    double half, r, excess = split_exp(x, &half, &r, wide);
+    return x > 709.78 ? INFINITY : (half - 0.5) + half * (r + excess);
+}
+
+/* (e^x - 1 - x)/2; the last line is excess/2 where half is 1/2, for then r is x. It loses four bits of float64 at
+ * |x| = 0.35, which float32 does not see. */
+INLINE double half_excess(double x, int wide)
+{
+    double half, r, excess = split_exp(x, &half, &r, wide);
+    double far = wide ? (half - 0.5 - 0.5 * x) + half * (r + excess) : (half - 0.5) + (half * r - 0.5 * x) + half * excess;
+    double near = wide ? 0.5 * x * x * excess_ratio(x) : far;
+    return x > 709.78 ? INFINITY : x > -1.6 && x < 1.3 ? near : far;
 }
 
 INLINE void load(double *tile, const void *source, int64_t stride, int64_t start, int64_t count, int wide)
@@ -255,6 +321,72 @@ CLONES PUBLIC void stablekl_normal_kl_gradient(
             store(out[2], mu_q, i, count, wide);
         if (out[3])
             store(out[3], sigma_q, i, count, wide);
+    }
+}
+
+/* 1/sigma_q of a tile, from log-variances; of a number, of stride 0, it is the same for every tile. */
+INLINE void inverses(double *inverse, const double *logvar_q, int wide)
+{
+    for (int j = 0; j < TILE; j++)
+        inverse[j] = exponential(-0.5 * logvar_q[j], wide);
+}
+
+/* The same divergence by log-variances. in: mu_p, logvar_p, mu_q, logvar_q. */
+CLONES PUBLIC void stablekl_gaussian_kl(
+    const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *out)
+{
+    double mu_p[TILE], logvar_p[TILE], mu_q[TILE], logvar_q[TILE], inverse[TILE];
+    for (int64_t i = start; i < end; i += TILE) {
+        int64_t count = end - i < TILE ? end - i : TILE;
+        load_parameters(mu_p, logvar_p, mu_q, logvar_q, in, stride, i, count, wide);
+        if (i == start || stride[3])
+            inverses(inverse, logvar_q, wide);
+        if (wide)
+            for (int j = 0; j < TILE; j++) {
+                double m = (mu_p[j] - mu_q[j]) * inverse[j];
+                mu_p[j] = half_excess(logvar_p[j] - logvar_q[j], 1) + 0.5 * m * m;
+            }
+        else
+            for (int j = 0; j < TILE; j++) {
+                double m = (mu_p[j] - mu_q[j]) * inverse[j];
+                mu_p[j] = half_excess(logvar_p[j] - logvar_q[j], 0) + 0.5 * m * m;
+            }
+        store(out, mu_p, i, count, wide);
+    }
+}
+
+/* Its gradient times that of the caller, in[4]; 0 where the latter is 0. out: for the four, or NULL. */
+CLONES PUBLIC void stablekl_gaussian_kl_gradient(
+    const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *const *out)
+{
+    double mu_p[TILE], logvar_p[TILE], mu_q[TILE], logvar_q[TILE], grad[TILE], inverse[TILE];
+    for (int64_t i = start; i < end; i += TILE) {
+        int64_t count = end - i < TILE ? end - i : TILE;
+        load_parameters(mu_p, logvar_p, mu_q, logvar_q, in, stride, i, count, wide);
+        load(grad, in[4], stride[4], i, count, wide);
+        if (i == start || stride[3])
+            inverses(inverse, logvar_q, wide);
+        if (wide)
+            for (int j = 0; j < TILE; j++)
+                logvar_p[j] = half_expm1(logvar_p[j] - logvar_q[j], 1);
+        else
+            for (int j = 0; j < TILE; j++)
+                logvar_p[j] = half_expm1(logvar_p[j] - logvar_q[j], 0);
+        for (int j = 0; j < TILE; j++) {
+            double g = grad[j], m = (mu_p[j] - mu_q[j]) * inverse[j];
+            logvar_q[j] = g == 0.0 ? 0.0 : -g * (logvar_p[j] + 0.5 * m * m);
+            logvar_p[j] = g == 0.0 ? 0.0 : g * logvar_p[j];
+            mu_p[j] = g == 0.0 ? 0.0 : g * (m * inverse[j]);
+            mu_q[j] = -mu_p[j];
+        }
+        if (out[0])
+            store(out[0], mu_p, i, count, wide);
+        if (out[1])
+            store(out[1], logvar_p, i, count, wide);
+        if (out[2])
+            store(out[2], mu_q, i, count, wide);
+        if (out[3])
+            store(out[3], logvar_q, i, count, wide);
     }
 }
 

@@ -12,10 +12,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from stablekl import _fused
 from stablekl.distributions.normal import normal_kl
+from stablekl.losses.gaussian import _kl as gaussian_kl
 
 pytestmark = pytest.mark.skipif(_fused._library is None, reason="installed without a C compiler")
 
 DTYPES = (torch.float32, torch.float64)
+# The rule by scales, and that by log-variances with the scales' logarithms.
+RULES = (normal_kl, gaussian_kl)
 
 
 def parameters(*shape, dtype=torch.float64, seed=0):
@@ -25,26 +28,32 @@ def parameters(*shape, dtype=torch.float64, seed=0):
     return [x.to(dtype) for x in (mu_p, sigma_p, mu_q, sigma_q)]
 
 
-def by_operations(monkeypatch, inputs, grad):
+def parameters_of(rule, *shape, **options):
+    mu_p, sigma_p, mu_q, sigma_q = parameters(*shape, **options)
+    return [mu_p, sigma_p, mu_q, sigma_q] if rule is normal_kl else [mu_p, 2 * sigma_p.log(), mu_q, 2 * sigma_q.log()]
+
+
+def by_operations(monkeypatch, inputs, grad, rule=normal_kl):
     with monkeypatch.context() as patch:
         patch.setattr(_fused, "_library", None)
-        return value_and_gradient(inputs, grad)
+        return value_and_gradient(inputs, grad, rule)
 
 
-def value_and_gradient(inputs, grad):
+def value_and_gradient(inputs, grad, rule=normal_kl):
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    value = normal_kl(*leaves)
+    value = rule(*leaves)
     return [value.detach(), *torch.autograd.grad(value, leaves, grad)]
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_value_and_gradient_are_those_of_the_operations(dtype, monkeypatch):
-    inputs = parameters(10_007, dtype=dtype)
+def test_value_and_gradient_are_those_of_the_operations(dtype, rule, monkeypatch):
+    inputs = parameters_of(rule, 10_007, dtype=dtype)
     grad = torch.randn(10_007, dtype=dtype, generator=torch.Generator().manual_seed(1))
     grad[::7] = 0
     eps = torch.finfo(dtype).eps
     inputs[0][::14] = math.inf  # an infinite gradient where half of the zeros are
-    fused, expected = value_and_gradient(inputs, grad), by_operations(monkeypatch, inputs, grad)
+    fused, expected = value_and_gradient(inputs, grad, rule), by_operations(monkeypatch, inputs, grad, rule)
     for a, b in zip(fused, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=20 * eps, atol=20 * eps * float(b.abs().median()))
     assert all((a[::7] == 0).all() for a in fused[1:])
@@ -57,33 +66,34 @@ def test_the_operations_are_not_called(dtype, monkeypatch):
     assert normal_kl(*parameters(5, dtype=dtype)).isfinite().all()
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 300_001])
-def test_bits_depend_on_the_values_alone(dtype, n):
-    inputs = parameters(n, dtype=dtype)
-    value = normal_kl(*inputs)
+def test_bits_depend_on_the_values_alone(dtype, n, rule):
+    inputs = parameters_of(rule, n, dtype=dtype)
+    value = rule(*inputs)
     for i in {0, n // 2, n - 1}:
         one = [x[i].clone() for x in inputs]
-        assert torch.equal(normal_kl(*one), value[i])
-        assert torch.equal(normal_kl(*(x.expand(3, 2) for x in one)), value[i].expand(3, 2))
+        assert torch.equal(rule(*one), value[i])
+        assert torch.equal(rule(*(x.expand(3, 2) for x in one)), value[i].expand(3, 2))
     strided = [x.repeat_interleave(2)[::2] for x in inputs]
-    assert torch.equal(normal_kl(*strided), value)
-    assert torch.equal(normal_kl(*(x.flip(0) for x in inputs)).flip(0), value)
+    assert torch.equal(rule(*strided), value)
+    assert torch.equal(rule(*(x.flip(0) for x in inputs)).flip(0), value)
     shifted = [torch.cat((x[:1], x))[1:] for x in inputs]  # another alignment
-    assert torch.equal(normal_kl(*shifted), value)
-    assert torch.equal(
-        normal_kl(inputs[0], inputs[1], torch.zeros(()).to(dtype), torch.ones(()).to(dtype)),
-        normal_kl(inputs[0], inputs[1], torch.zeros(n).to(dtype), torch.ones(n).to(dtype)),
-    )
+    assert torch.equal(rule(*shifted), value)
+    zero, one = torch.zeros((), dtype=dtype), torch.tensor(1.0 if rule is normal_kl else 0.3, dtype=dtype)
+    numbers = torch.broadcast_tensors(inputs[0], inputs[1], zero, one)
+    assert torch.equal(rule(*numbers), rule(*(x.contiguous() for x in numbers)))
 
 
-def test_threads_do_not_show():
-    inputs, threads = parameters(600_000, dtype=torch.float32), torch.get_num_threads()
+@pytest.mark.parametrize("rule", RULES)
+def test_threads_do_not_show(rule):
+    inputs, threads = parameters_of(rule, 600_000, dtype=torch.float32), torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(value_and_gradient(inputs, torch.ones(600_000)))
+            results.append(value_and_gradient(inputs, torch.ones(600_000), rule))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
@@ -116,6 +126,22 @@ def test_what_is_not_a_scale(dtype, monkeypatch):
     torch.testing.assert_close(normal_kl(*columns), expected, rtol=0, atol=0, equal_nan=True)
     monkeypatch.setattr(_fused, "_library", None)
     torch.testing.assert_close(normal_kl(*columns), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_log_variance(dtype, monkeypatch):
+    inf, nan, far = math.inf, math.nan, 1420.0
+    cases = {  # mu_p, logvar_p, mu_q, logvar_q
+        (0, inf, 0, 0): inf, (0, -inf, 0, 0): inf, (0, inf, 0, inf): nan, (0, 0, 0, -inf): nan, (1, 0, 0, -inf): inf,
+        (nan, 0, 0, 0): nan, (0, nan, 0, 0): nan, (0, 0, nan, 0): nan, (0, 0, 0, nan): nan, (inf, 0, 0, 0): inf,
+        (inf, 0, inf, 0): nan, (0, 710, 0, 0): inf, (0, -far, 0, 0): (far - 1) / 2, (0, 0, 0, far): (far - 1) / 2,
+        (2, 0, 0, far): (far - 1) / 2, (0, far, 0, far): 0, (0, -1400, 0, -1400): 0,
+    }  # fmt: skip
+    columns = [torch.tensor(x, dtype=dtype) for x in zip(*cases, strict=True)]
+    expected = torch.tensor(list(cases.values()), dtype=dtype)
+    torch.testing.assert_close(gaussian_kl(*columns), expected, rtol=1e-7, atol=0, equal_nan=True)
+    monkeypatch.setattr(_fused, "_library", None)
+    torch.testing.assert_close(gaussian_kl(*columns), expected, rtol=1e-7, atol=0, equal_nan=True)
 
 
 def test_whatever_records_operations_gets_operations():

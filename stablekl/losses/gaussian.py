@@ -17,10 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _fused
 from .._autograd import blockwise, rowwise
 from .._elementwise import is_lifted
 from ..distributions._gaussian import Gaussian, gaussian_kl
-from ..distributions.normal import normal_kl
 from ..special import expm1_value, expm1mx_value
 from ._reduction import together
 
@@ -35,13 +35,22 @@ def _check_vectors(mu: Tensor) -> None:
         )
 
 
-def _value(mu: Tensor, logvar: Tensor, mu_q: Tensor, logvar_q: Tensor) -> tuple[Tensor]:
+def _value_block(*inputs: Tensor) -> tuple[Tensor]:
+    if is_lifted(inputs[0]):
+        return (_value_block(*(x.double() for x in inputs))[0].float(),)
+    mu, logvar, mu_q, logvar_q = inputs
     m = (mu - mu_q) * torch.exp(-0.5 * logvar_q)
     # halves first: the square may overflow where half of it does not
     return (torch.addcmul(0.5 * expm1mx_value(logvar - logvar_q), 0.5 * m, m),)
 
 
+def _value(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return (_fused.gaussian_kl(inputs),) if _fused.available(inputs) else blockwise(_value_block, *inputs)
+
+
 def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    if is_lifted(inputs[0]):
+        return tuple(x.float() for x in _gradient(tuple(x.double() for x in inputs), saved))
     mu, logvar, mu_q, logvar_q = inputs
     inverse = torch.exp(-0.5 * logvar_q)
     m = (mu - mu_q) * inverse
@@ -49,7 +58,11 @@ def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> t
     return by_mu, by_logvar, -by_mu, -torch.addcmul(by_logvar, 0.5 * m, m)
 
 
-_kl = rowwise(lambda *inputs: blockwise(_value, *inputs), _gradient)
+def _pullback(grad: Tensor, inputs: tuple[Tensor, ...], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...] | None:
+    return _fused.gaussian_kl_gradient(grad, inputs, needed) if _fused.available((*inputs, grad)) else None
+
+
+_kl = rowwise(_value, _gradient, _pullback)
 
 
 def gaussian_kl_loss(
@@ -97,10 +110,9 @@ def gaussian_kl_loss(
     given = [x for x in (scale_tril_q, covariance_matrix_q) if x is not None]
     if not given:
         rows, dtype = together(mu, logvar, mu_q, logvar_q, wide=False)
-        if not is_lifted(rows[0]):
-            return _kl(*rows).sum(-1).to(dtype)
-        mu, logvar, mu_q, logvar_q = (x.double() for x in rows)  # there scales keep what float32 has, and have a kernel
-        return normal_kl(mu, torch.exp(0.5 * logvar), mu_q, torch.exp(0.5 * logvar_q)).sum(-1).to(dtype)
+        # the terms of a row are rounded once, and their sum is exact beside that
+        wide = torch.float64 if is_lifted(rows[0]) else None
+        return _kl(*rows).sum(-1, dtype=wide).to(dtype)
     if len(given) > 1 or isinstance(logvar_q, Tensor) or logvar_q != 0:
         raise ValueError("give one of logvar_q, scale_tril_q and covariance_matrix_q, not several")
     (mu, logvar, mu_q), dtype = together(mu, logvar, mu_q)

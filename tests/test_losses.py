@@ -520,3 +520,10 @@ def test_under_torch_compile(name):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for a, b in zip(torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mean_that_fits_although_the_sum_does_not():
+    half, single = torch.full((1000, 1), 20.0).half(), torch.full((10,), 1e38)
+    assert float(losses.GaussianKLLoss()(half, torch.zeros_like(half))) == 200
+    assert float(losses.KLPenalty()(single, torch.zeros(10))) == pytest.approx(1e38)
+    assert float(losses.GaussianKLLoss("sum")(half, torch.zeros_like(half))) == math.inf

@@ -30,11 +30,11 @@ def reduced(values: Tensor, reduction: Reduction, mask: Tensor | None = None) ->
     check_reduction(reduction)
     if reduction == "none":
         return values
-    total = values.sum()
-    if reduction == "sum":
-        return total
-    count = values.numel() if mask is None else mask.expand(values.shape).sum().clamp(min=1)
-    return total / count
+    # in float64, since the sum of a batch leaves the range of float16, where its mean does not
+    total = values.sum(dtype=torch.float32 if values.device.type == "mps" else torch.float64)
+    if reduction == "mean":
+        total = total / (values.numel() if mask is None else mask.expand(values.shape).sum().clamp(min=1))
+    return total.to(values.dtype)
 
 
 def together(*inputs: Tensor | float, wide: bool = True) -> tuple[list[Tensor], torch.dtype]:

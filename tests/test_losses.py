@@ -527,3 +527,43 @@ def test_a_mean_that_fits_although_the_sum_does_not():
     assert float(losses.GaussianKLLoss()(half, torch.zeros_like(half))) == 200
     assert float(losses.KLPenalty()(single, torch.zeros(10))) == pytest.approx(1e38)
     assert float(losses.GaussianKLLoss("sum")(half, torch.zeros_like(half))) == math.inf
+
+
+def test_what_is_not_a_number_does_not_become_one():
+    """NaN in a logit once gave 1: it was taken for a class that p makes impossible."""
+    for value in (math.nan, math.inf):
+        logits = torch.tensor([[0.0, 1.0], [value, 0.0]])
+        with pytest.raises(ValueError, match=r"logits_p\[1, 0\] is (nan|inf)"):
+            losses.categorical_kl(logits, torch.zeros(2, 2))
+        with pytest.raises(ValueError, match=r"logits_q\[1, 0\] is (nan|inf)"):
+            losses.categorical_kl(torch.zeros(2, 2), logits)
+        with pytest.raises(ValueError, match=r"log_q\[1, 0\] is (nan|inf)"):
+            losses.grid_kl_loss(logits, torch.zeros(2, 2), 0.5)
+        for pair in ((logits, torch.zeros(2, 2)), (torch.zeros(2, 2), logits)):
+            found = torch.vmap(losses.categorical_kl)(*pair)
+            assert bool(found[1].isnan()) and bool(found[0].isfinite())
+            grads = torch.vmap(torch.func.grad(losses.categorical_kl, argnums=(0, 1)))(*pair)
+            assert all(bool(x[1].isnan().any()) for x in grads)
+
+
+def test_densities_that_miss_the_grid():
+    """P that is nowhere gave 1, and Q NaN."""
+    x = torch.linspace(-5, 5, 101)
+    log_p, nowhere = Normal(0.0, 1.0).log_prob(x), torch.full((101,), -math.inf)
+    q = nowhere.clone().requires_grad_()
+    loss = losses.grid_kl_loss(q, log_p, 0.1)
+    assert float(loss.detach()) == float(losses.grid_kl_loss(nowhere, log_p, 0.1, normalized=True)) == math.inf
+    assert not bool(torch.autograd.grad(loss, q)[0].isnan().any())
+    with pytest.raises(ValueError, match="log_p is -inf at every point"):
+        losses.grid_kl_loss(log_p, nowhere, 0.1)
+
+
+def test_densities_in_place_of_their_logarithms():
+    x = torch.linspace(-5, 5, 101)
+    log_p = Normal(0.0, 1.0).log_prob(x)
+    for arguments, name in (((log_p.exp(), log_p), "log_q"), ((log_p, log_p.exp()), "log_p")):
+        with pytest.raises(ValueError, match=f"{name} looks like a density"):
+            losses.grid_kl_loss(*arguments, 0.1)
+    losses.grid_kl_loss(log_p.exp() + 1, log_p, 0.1)
+    with pytest.raises(ValueError, match="at the same points"):
+        losses.grid_kl_loss(log_p[:1], log_p, 0.1)

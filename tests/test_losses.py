@@ -541,7 +541,7 @@ def test_what_is_not_a_number_does_not_become_one():
             losses.grid_kl_loss(logits, torch.zeros(2, 2), 0.5)
         for pair in ((logits, torch.zeros(2, 2)), (torch.zeros(2, 2), logits)):
             found = torch.vmap(losses.categorical_kl)(*pair)
-            assert bool(found[1].isnan()) and bool(found[0].isfinite())
+            assert found.isnan().tolist() == [False, True]
             grads = torch.vmap(torch.func.grad(losses.categorical_kl, argnums=(0, 1)))(*pair)
             assert all(bool(x[1].isnan().any()) for x in grads)
 
@@ -567,3 +567,71 @@ def test_densities_in_place_of_their_logarithms():
     losses.grid_kl_loss(log_p.exp() + 1, log_p, 0.1)
     with pytest.raises(ValueError, match="at the same points"):
         losses.grid_kl_loss(log_p[:1], log_p, 0.1)
+
+
+def test_rows_that_would_be_paired_with_every_other():
+    """(N,) beside (N, 1) is (N, N) numbers, their mean is not the loss, and nothing shows it."""
+    n, k = 5, 3
+    y, logits, loc = torch.randn(n), torch.randn(n, k), torch.randn(n, k)
+    ones = torch.ones(n, k)
+    every = torch.ones(n, 1, dtype=torch.bool)
+    for call in (
+        lambda: losses.mixture_nll_loss(y.unsqueeze(-1), logits, loc, scale=ones),
+        lambda: losses.mixture_nll_loss(y, logits, loc, scale=ones, mask=every),
+        lambda: losses.kl_penalty(y, y.unsqueeze(-1)),
+        lambda: losses.kl_penalty(y, y, mask=every),
+        lambda: losses.gaussian_kl_loss(y.unsqueeze(-1), y),
+        lambda: losses.gaussian_log_ratio_loss(y, y.unsqueeze(-1), y.unsqueeze(-1)),
+    ):
+        with pytest.raises(ValueError, match="each row of one with each row of the other"):
+            call()
+    shared = losses.mixture_nll_loss(y, logits[0], loc[0], scale=ones[0])
+    torch.testing.assert_close(shared, losses.mixture_nll_loss(y, logits[:1], loc[:1], scale=ones[:1]))
+    assert losses.mixture_nll_loss(torch.randn(7, n), logits, loc, scale=ones).shape == (7, n)
+    assert losses.kl_penalty(torch.zeros(4, n), y, mask=every[:, 0]).shape == (4, n)
+
+
+def test_mixtures_that_are_not_what_was_meant():
+    n, k, d = 3, 3, 3  # where every wrong order of dimensions fits
+    target, logits, loc = torch.randn(n, d), torch.randn(n, k), torch.randn(n, k, d)
+    with pytest.raises(ValueError, match="needs scale of the shape of loc"):
+        losses.mixture_nll_loss(target, logits, loc, scale=torch.ones(n, k))
+    with pytest.raises(ValueError, match="needs scale_tril"):
+        losses.mixture_nll_loss(target, logits, loc, scale_tril=torch.ones(n, k, d))
+    covariance = torch.full((n, k, d, d), 0.5) + torch.eye(d)
+    with pytest.raises(ValueError, match=r"not lower triangular: scale_tril\[0, 0, 0, 1\] is 0.5"):
+        losses.mixture_nll_loss(target, logits, loc, scale_tril=covariance)
+    with pytest.raises(ValueError, match="logits looks like probabilities"):
+        losses.mixture_nll_loss(target, torch.softmax(logits, -1), loc, scale=torch.ones(n, k, d))
+    with pytest.raises(ValueError, match=r"logits\[1, 0\] is nan"):
+        losses.mixture_nll_loss(
+            target,
+            logits.index_put((torch.tensor(1), torch.tensor(0)), torch.tensor(math.nan)),
+            loc,
+            scale=torch.ones(n, k, d),
+        )
+    with pytest.raises(ValueError, match="positive and finite"):
+        losses.MixtureNLLLoss(math.inf)
+    common = losses.mixture_nll_loss(target, logits, loc, scale=torch.full((n, k, 1), 2.0))
+    torch.testing.assert_close(common, losses.mixture_nll_loss(target, logits, loc, scale=torch.full((n, k, d), 2.0)))
+
+
+def test_the_dtype_of_a_mixtures_loss():
+    """Whole numbers once gave whole numbers, and a scale of float64 float32."""
+    y, loc = torch.tensor([1, 2]), torch.tensor([[0, 1, 2], [0, 1, 2]])
+    found = losses.mixture_nll_loss(y, torch.zeros(2, 3), loc, scale=torch.ones(2, 3))
+    expected = losses.mixture_nll_loss(y.float(), torch.zeros(2, 3), loc.float(), scale=torch.ones(2, 3))
+    torch.testing.assert_close(found, expected)
+    assert (
+        losses.mixture_nll_loss(y.float(), torch.zeros(2, 3), loc.float(), scale=torch.ones(2, 3, dtype=F64)).dtype
+        == F64
+    )
+
+
+def test_half_precision_is_not_taken_for_probabilities():
+    """The slack for rounding once grew with the classes, to 62 of 1,000 in bfloat16."""
+    logits = torch.zeros(1, 1000, dtype=torch.bfloat16)
+    logits[0, :3] = torch.tensor([1.5, 2.25, 0.5])
+    losses.categorical_kl(logits, -logits)
+    with pytest.raises(ValueError, match="looks like probabilities"):
+        losses.categorical_kl(torch.softmax(torch.randn(4, 1000), -1).bfloat16(), logits)

@@ -19,7 +19,7 @@ from .._elementwise import is_lifted, sum_error
 from ..special import expm1mx_value
 from ._reduction import Reduction, reduced, together
 
-__all__ = ["categorical_kl", "grid_kl_loss"]
+__all__ = ["categorical_kl", "check_logits", "grid_kl_loss"]
 
 # The size of u below which a term is p phi(u), beyond it p (u - 1) + q.
 NEAR = 1.0
@@ -71,7 +71,7 @@ def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> t
 _kl = rowwise(_value, _gradient)
 
 
-def _check_logits(name: str, x: Tensor) -> None:
+def check_logits(name: str, x: Tensor) -> None:
     """ValueError where what was given are probabilities, not numbers, or nothing is possible in a row."""
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name} must have a last dimension of classes, got shape {tuple(x.shape)}")
@@ -87,8 +87,11 @@ def _check_logits(name: str, x: Tensor) -> None:
             "fewer classes, or leave that row out"
         )
     sums = x.sum(-1, dtype=torch.float64)
+    slack = (
+        8 * torch.finfo(x.dtype).eps * (x.shape[-1] if x.element_size() > 2 else 1)
+    )  # half precision is rounded once
     whole = bool((x == x.round()).all())  # 0 and 1 are more likely to be logits
-    if not whole and bool(((x >= 0).all(-1) & ((sums - 1).abs() <= 8 * torch.finfo(x.dtype).eps * x.shape[-1])).all()):
+    if not whole and bool(((x >= 0).all(-1) & ((sums - 1).abs() <= slack)).all()):
         raise ValueError(
             f"{name} looks like probabilities: every row is non-negative and sums to 1. Pass their logarithms, "
             f"{name}=probs.log(). If these are logits by chance, add any number to them: only differences count"
@@ -150,8 +153,8 @@ def categorical_kl(logits_p: Tensor, logits_q: Tensor, *, reduction: Reduction =
         >>> print(categorical_kl(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -68.0])))
         tensor(33.3069)
     """
-    _check_logits("logits_p", logits_p)
-    _check_logits("logits_q", logits_q)
+    check_logits("logits_p", logits_p)
+    check_logits("logits_q", logits_q)
     if logits_p.shape[-1] != logits_q.shape[-1]:
         raise ValueError(
             f"the last dimension holds the classes: logits_p has {logits_p.shape[-1]} and logits_q {logits_q.shape[-1]}"
@@ -204,8 +207,8 @@ def grid_kl_loss(log_q: Tensor, log_p: Tensor, dx: Tensor | float, normalized: b
         _check_log_densities(name, x, dx)
     if not normalized:
         if is_eager(log_p) and bool((missing := (log_p == -torch.inf).all(-1)).any()):
-            index = missing.nonzero()[0].tolist()
-            raise ValueError(f"log_p{index or ''} is -inf at every point: P has no mass on the grid. Move the grid")
+            where = missing.nonzero()[0].tolist()
+            raise ValueError(f"log_p{where or ''} is -inf at every point: P has no mass on the grid. Move the grid")
         return _kl(log_p + log_dx, log_q + log_dx).to(dtype)
     mass = torch.exp(log_p + log_dx)
     if is_eager(mass) and mass.numel():

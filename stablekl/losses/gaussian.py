@@ -22,17 +22,19 @@ from .._elementwise import is_lifted
 from ..distributions._gaussian import Gaussian, gaussian_kl
 from ..distributions.normal import normal_kl
 from ..special import expm1_value, expm1mx_value
-from ._reduction import together
+from ._reduction import check_rows, together
 
 __all__ = ["gaussian_kl_loss", "gaussian_log_ratio_loss"]
 
 
-def _check_vectors(mu: Tensor) -> None:
+def _check_vectors(mu: Tensor, logvar: Tensor | float) -> None:
     if mu.ndim == 0:
         raise ValueError(
             "mu must have a last dimension, over which the loss is summed: [batch, n] for a batch of vectors. Of a "
             "single number make a vector with mu.unsqueeze(-1)"
         )
+    if isinstance(logvar, Tensor):
+        check_rows("mu of shape", mu.shape, "logvar of shape", logvar.shape)
 
 
 def _value(mu: Tensor, logvar: Tensor, mu_q: Tensor, logvar_q: Tensor) -> tuple[Tensor]:
@@ -84,7 +86,8 @@ def gaussian_kl_loss(
         (float32 on other devices than a CPU: twice the true value).
 
     Raises:
-        ValueError: ``mu`` has no dimension, or more than one covariance was given.
+        ValueError: ``mu`` has no dimension, ``mu`` and ``logvar`` would pair each row with each other, or more than one
+            covariance was given.
 
     Example:
         >>> import torch
@@ -93,7 +96,7 @@ def gaussian_kl_loss(
         >>> print(gaussian_kl_loss(mu, logvar))
         tensor([0.5000])
     """
-    _check_vectors(mu)
+    _check_vectors(mu, logvar)
     given = [x for x in (scale_tril_q, covariance_matrix_q) if x is not None]
     if not given:
         rows, dtype = together(mu, logvar, mu_q, logvar_q, wide=False)
@@ -137,7 +140,7 @@ def gaussian_log_ratio_loss(
         The log-ratio of each row in nats, ``(...)``, which may be negative, in the dtype that the arguments promote to.
 
     Raises:
-        ValueError: ``mu`` has no dimension.
+        ValueError: ``mu`` has no dimension, or ``z``, ``mu`` and ``logvar`` would pair each row with each other.
 
     Example:
         >>> import torch
@@ -151,7 +154,8 @@ def gaussian_log_ratio_loss(
         G. Roeder, Y. Wu and D. Duvenaud, "Sticking the landing: simple, lower-variance gradient estimators for
         variational inference", NeurIPS 2017, https://arxiv.org/abs/1703.09194.
     """
-    _check_vectors(mu)
+    _check_vectors(mu, logvar)
+    check_rows("z of shape", z.shape, "mu of shape", mu.shape)
     if sticking_the_landing:
         mu, logvar = mu.detach(), logvar.detach()
     (z, mu, logvar, mu_q, logvar_q), dtype = together(z, mu, logvar, mu_q, logvar_q)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..estimators.log_ratio import Estimator, check_estimator, of_log_ratio
-from ._reduction import together
+from ._reduction import check_mask, check_rows, together
 
 __all__ = ["kl_penalty"]
 
@@ -44,7 +44,7 @@ def kl_penalty(
 
     Args:
         logp: log-probabilities of the samples under p, the policy that they were drawn from.
-        logq: those under q, the reference; broadcastable.
+        logq: those under q, the reference; of the same shape, or one that broadcasts to it.
         estimator: "k1", "k2" or "k3"; with logr = logq - logp: -logr, logr^2/2, expm1(logr) - logr.
         mask: True where there is a sample. What is elsewhere, -inf or NaN, is never looked at: 0, with a gradient of 0.
         reparameterized: the samples are differentiable functions of p's parameters, through which ``logp`` and ``logq``
@@ -55,7 +55,8 @@ def kl_penalty(
         float64 where the device has it, and rounded once.
 
     Raises:
-        ValueError: an unknown estimator, or a mask that is not boolean.
+        ValueError: an unknown estimator, a mask that is not boolean, or shapes that would pair each sample with each
+            other, (N,) and (N, 1).
 
     Example:
         >>> import torch
@@ -65,10 +66,10 @@ def kl_penalty(
         tensor([ 0.1065, 97.0000])
     """
     check_estimator(estimator)
+    check_rows("logp of shape", logp.shape, "logq of shape", logq.shape)
     (logp, logq), dtype = together(logp, logq)
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask must be boolean, True where there is a sample; got {mask.dtype}")
+        check_mask(mask, logp.shape, "sample")
         logp, logq = torch.where(mask, logp, 0.0), torch.where(mask, logq, 0.0)
     if reparameterized:
         return of_log_ratio(logp - logq, estimator).to(dtype)

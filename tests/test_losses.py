@@ -635,3 +635,19 @@ def test_half_precision_is_not_taken_for_probabilities():
     losses.categorical_kl(logits, -logits)
     with pytest.raises(ValueError, match="looks like probabilities"):
         losses.categorical_kl(torch.softmax(torch.randn(4, 1000), -1).bfloat16(), logits)
+
+
+def test_matrices_that_are_not_what_they_are_said_to_be():
+    """A negative diagonal was inf, and a covariance was taken for its factor."""
+    mu, logvar = torch.zeros(2, 2), torch.zeros(2, 2)
+    covariance = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    for given, message in (
+        ({"scale_tril_q": -torch.eye(2)}, "must be positive"),
+        ({"scale_tril_q": covariance}, "not lower triangular"),
+        ({"scale_tril_q": torch.eye(3)}, "shape"),
+        ({"scale_tril_q": torch.ones(2)}, "shape"),
+        ({"covariance_matrix_q": covariance.tril()}, "symmetric"),
+        ({"covariance_matrix_q": -covariance}, "positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            losses.gaussian_kl_loss(mu, logvar, **given)

@@ -20,6 +20,7 @@ from torch import Tensor
 from .._autograd import blockwise, rowwise
 from .._elementwise import is_lifted
 from ..distributions._gaussian import Gaussian, gaussian_kl
+from ..distributions.multivariate_normal import MultivariateNormal
 from ..distributions.normal import normal_kl
 from ..special import expm1_value, expm1mx_value
 from ._reduction import check_rows, together
@@ -87,7 +88,8 @@ def gaussian_kl_loss(
 
     Raises:
         ValueError: ``mu`` has no dimension, ``mu`` and ``logvar`` would pair each row with each other, or more than one
-            covariance was given.
+            covariance was given, or the matrix is not what it is said to be (lower triangular with a positive diagonal;
+            symmetric and positive definite), or not n x n.
 
     Example:
         >>> import torch
@@ -109,7 +111,13 @@ def gaussian_kl_loss(
     (mu, logvar, mu_q), dtype = together(mu, logvar, mu_q)
     dtype = torch.promote_types(dtype, given[0].dtype)
     p = Gaussian("scale_diag", mu, torch.exp(0.5 * logvar))
-    q = Gaussian("covariance_matrix" if scale_tril_q is None else "scale_tril", mu_q, given[0])
+    matrix = given[0].to(mu.dtype)  # the class checks it: a factor, or symmetric and positive definite
+    if scale_tril_q is None:
+        full = MultivariateNormal(mu_q, covariance_matrix=matrix)
+        q = Gaussian("covariance_matrix", full.loc, full.covariance_matrix)
+    else:
+        full = MultivariateNormal(mu_q, scale_tril=matrix)
+        q = Gaussian("scale_tril", full.loc, full.scale_tril)
     return gaussian_kl(p, q).to(dtype)
 
 

@@ -281,9 +281,12 @@ def _check(
         names = ", ".join(map(repr, get_args(CovarianceType)))
         raise ValueError(f"covariance_type must be one of {names}, got {covariance_type!r}")
     given = isinstance(init, (Tensor, Distribution))
-    if not given and init not in get_args(Init):
+    if not given and not (isinstance(init, str) and init in get_args(Init)):
         names = ", ".join(map(repr, get_args(Init)))
-        raise ValueError(f"init must be one of {names}, means of shape (K, D), or a mixture; got {init!r}")
+        raise ValueError(
+            f"init must be one of {names}, means of shape (K, D), or a mixture; got "
+            f"{init if isinstance(init, str) else type(init)!r}"
+        )
     if given and n_init != 1:
         raise ValueError(f"n_init={n_init} fits from the start that init gives would be the same; use n_init=1")
     whole = {"num_components": num_components, "n_init": n_init, "batch_size": batch_size}

@@ -155,3 +155,11 @@ def test_what_is_needed():
         kl_monte_carlo(P, Q, 10).interval(1.0)
     impossible = kl_from_log_ratio(torch.tensor([0.1, math.inf]))
     assert float(impossible.value) == math.inf
+
+
+def test_distributions_over_different_spaces():
+    """A RuntimeError about the sizes of tensors, before."""
+    vector = torch.distributions.MultivariateNormal(torch.zeros(1), torch.eye(1))
+    for p, q in ((vector, Normal(torch.zeros(1), 1.0)), (Normal(torch.zeros(1), 1.0), vector)):
+        with pytest.raises(ValueError, match="over the same space"):
+            kl_monte_carlo(p, q)

@@ -651,3 +651,13 @@ def test_matrices_that_are_not_what_they_are_said_to_be():
     ):
         with pytest.raises(ValueError, match=message):
             losses.gaussian_kl_loss(mu, logvar, **given)
+
+
+def test_penalties_of_samples_that_cannot_be():
+    """-inf under the policy itself was a penalty of -inf, and both impossible NaN."""
+    for logp, logq in ((-math.inf, -1.0), (-math.inf, -math.inf), (math.nan, 0.0), (0.0, math.nan), (0.0, math.inf)):
+        rows = torch.tensor([-1.0, logp]), torch.tensor([-2.0, logq])
+        with pytest.raises(ValueError, match=r"logp\[1\] is .* and logq\[1\] is"):
+            losses.kl_penalty(*rows)
+        assert losses.kl_penalty(*rows, mask=torch.tensor([True, False])).tolist() == [1, 0]
+    assert losses.kl_penalty(torch.tensor([-1.0]), torch.tensor([-math.inf])).tolist() == [math.inf]

@@ -23,10 +23,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._autograd import is_eager
 from ..estimators.log_ratio import Estimator, check_estimator, of_log_ratio
 from ._reduction import check_mask, check_rows, together
 
 __all__ = ["kl_penalty"]
+
+
+def _check(logp: Tensor, logq: Tensor) -> None:
+    """ValueError where no sample of p can be."""
+    if not is_eager(logp, logq):
+        return
+    wrong = logp.isnan() | logq.isnan() | logp.isinf() | (logq == torch.inf)
+    if bool(wrong.any()):
+        index = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"logp{list(index)} is {float(logp[index])} and logq{list(index)} is {float(logq[index])}: of samples of "
+            "p, logp is a number, and logq a number or -inf. Likely causes: padding, which mask=... leaves out, or a "
+            "sample that did not come from p"
+        )
 
 
 def kl_penalty(
@@ -40,7 +55,7 @@ def kl_penalty(
     r"""Estimates of KL(p || q) from samples of p, each with the value of k1, k2 or k3 and the gradient of KL(p || q).
 
     Nothing is clamped: where k3 or k2 overflows it is inf, and the gradient, which does not contain e^logr, is finite.
-    A sample that q makes impossible is inf, and has no gradient.
+    A sample that q makes impossible is inf, and has no gradient, unless it is reparameterised.
 
     Args:
         logp: log-probabilities of the samples under p, the policy that they were drawn from.
@@ -55,8 +70,8 @@ def kl_penalty(
         float64 where the device has it, and rounded once.
 
     Raises:
-        ValueError: an unknown estimator, a mask that is not boolean, or shapes that would pair each sample with each
-            other, (N,) and (N, 1).
+        ValueError: an unknown estimator; NaN, or a sample that p makes impossible, where the mask does not leave it
+            out; a mask that is not boolean; shapes that would pair each sample with each other, (N,) and (N, 1).
 
     Example:
         >>> import torch
@@ -71,6 +86,7 @@ def kl_penalty(
     if mask is not None:
         check_mask(mask, logp.shape, "sample")
         logp, logq = torch.where(mask, logp, 0.0), torch.where(mask, logq, 0.0)
+    _check(logp, logq)
     if reparameterized:
         return of_log_ratio(logp - logq, estimator).to(dtype)
     d = (logp - logq).detach()

@@ -661,3 +661,21 @@ def test_penalties_of_samples_that_cannot_be():
             losses.kl_penalty(*rows)
         assert losses.kl_penalty(*rows, mask=torch.tensor([True, False])).tolist() == [1, 0]
     assert losses.kl_penalty(torch.tensor([-1.0]), torch.tensor([-math.inf])).tolist() == [math.inf]
+
+
+@pytest.mark.parametrize("kind", ["scale", "scale_tril"])
+def test_one_mixture_for_all_targets_and_a_mask(kind):
+    """The mask gave the parameters rows that they had not, and the next one an error."""
+    target, mask = torch.randn(6, 2), torch.arange(6) % 2 == 0
+    logits, loc, scale = torch.randn(3), torch.randn(3, 2), torch.full((3, 2), 0.5)
+    given = {kind: scale if kind == "scale" else torch.diag_embed(scale)}
+    found = losses.mixture_nll_loss(target, logits, loc, mask=mask, **given)
+    expected = losses.mixture_nll_loss(target, logits, loc, **given)
+    torch.testing.assert_close(found, torch.where(mask, expected, 0.0))
+    usage = losses.mixture_diagnostics(target, logits, loc, mask=mask, **given).usage
+    torch.testing.assert_close(usage, losses.mixture_diagnostics(target[mask], logits, loc, **given).usage)
+    rows = logits.expand(4, 3), loc.expand(4, 3, 2)
+    given = {name: x.expand(4, *x.shape) for name, x in given.items()}
+    columns = torch.tensor([True, False, True, True])
+    usage = losses.mixture_diagnostics(target[:, None].expand(6, 4, 2), *rows, mask=columns, **given).usage
+    assert float(usage.sum()) == pytest.approx(1)

@@ -51,8 +51,8 @@ class MixtureDiagnostics(NamedTuple):
     Attributes:
         usage: mean posterior probability of each component over all targets, ``(K,)``; 0 for one that explains none.
         effective_components: the exponential of the entropy of ``usage``, from 1 to K.
-        smallest_scale: the least standard deviation of a component in any row, in units of the scale given for the
-            data.
+        smallest_scale: the least standard deviation of a component in any row, in the unit of the targets, with the
+            floor where there is one.
         collapsed: the share of targets most likely to come from a component narrower than twice the floor.
     """
 
@@ -106,7 +106,7 @@ def _components(
         target, logits = torch.where(row, target, 0.0), torch.where(row, logits, 0.0)
         loc = torch.where(row.unsqueeze(-1), loc, 0.0)
         blank = torch.eye(loc.shape[-1], dtype=dtype, device=loc.device) if name == "scale_tril" else 1.0
-        wide = row.reshape(*row.shape, *(1,) * (raw.ndim - logits.ndim))
+        wide = row.reshape(*row.shape, *(1,) * (len(wanted) - 1))
         raw = torch.where(
             wide, raw, 0.0 if name == "log_scale" else torch.as_tensor(blank, device=loc.device).to(dtype)
         )
@@ -200,7 +200,8 @@ def mixture_diagnostics(
         spread = c.scale if c.is_diagonal else torch.linalg.vector_norm(c.scale, dim=-1)
         narrow = spread.amin(-1)
         if mask is not None:
-            posterior, narrow = posterior[mask], narrow.expand(*mask.shape, -1)[mask]
+            used = mask.expand(posterior.shape[:-1])
+            posterior, narrow = posterior[used], narrow.expand(posterior.shape)[used]
         posterior, narrow = posterior.reshape(-1, posterior.shape[-1]), narrow.reshape(-1, narrow.shape[-1])
         if not len(posterior):
             raise ValueError("there is no target to diagnose: the mask is False everywhere, or the batch is empty")

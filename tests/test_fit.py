@@ -472,3 +472,12 @@ def test_a_start_of_another_type_is_named():
     x = torch.randn(40, 2)
     with pytest.raises(ValueError, match=r"means of shape \(K, D\), or a mixture; got <class 'numpy.ndarray'>"):
         gaussian_mixture(x, 2, init=x[:2].numpy())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixture_that_leaves_the_range_of_its_dtype(kind):
+    """It was said to come from a ReLU: a scale that half precision rounds to 0."""
+    x = 1e-9 * torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"does not fit into torch.float16: standard deviations are .*dtype="):
+        gaussian_mixture(x, 2, kind, dtype=torch.float16)
+    assert gaussian_mixture(x, 2, kind).mixture.mean.dtype == torch.float32

@@ -192,7 +192,8 @@ def reverse_kl_loss(
             to a constant, which shifts the loss: by samples of q. A `Grid`: both normalised on the grid; beyond it
             nothing is known of the target.
         num_samples: of q; of each component, where it is a mixture.
-        sticking_the_landing: leave out of the gradient the score of q, noise of mean zero.
+        sticking_the_landing: leave out of the gradient the score of q, noise of mean zero. What the transforms of a
+            TransformedDistribution have as parameters keeps its score: right on average, with the noise.
 
     Returns:
         The loss in nats, of q's batch shape; differentiable by q's parameters.

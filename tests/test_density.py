@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+import stablekl
 from stablekl.mixtures import density_blocks
 from stablekl.mixtures.components import Components
 from stablekl.mixtures.density import component_log_probs, mixture_log_prob
@@ -484,3 +485,17 @@ def test_memory(p: Problem) -> None:
     torchs = memory(backward(theirs, tensors, 0))
     assert torchs.largest >= unit
     assert torchs.peak >= 2 * unit * p.dtype.itemsize
+
+
+def test_points_in_more_rows_than_mixtures():
+    """A batch dimension of 1 broadcasts against the points, as in torch's class; it once was an error."""
+    g = torch.Generator().manual_seed(5)
+    for batch, points in (((1,), (5,)), ((4, 1), (4, 5)), ((4, 1), (3, 1, 5)), ((1, 1), (2, 4, 5))):
+        logits, loc = torch.randn(*batch, 3, generator=g), torch.randn(*batch, 3, 2, generator=g).requires_grad_()
+        m = stablekl.GaussianMixture(logits=logits, loc=loc, scale_diag=torch.full((*batch, 3, 2), 0.5))
+        x = torch.randn(*points, 2, generator=g)
+        shape = torch.broadcast_shapes(batch, points)
+        expected = m.expand(shape[-len(batch) :]).log_prob(x.expand(*shape, 2))
+        torch.testing.assert_close(m.log_prob(x), expected)
+        found, wanted = (torch.autograd.grad(y.sum(), loc)[0] for y in (m.log_prob(x), expected))
+        torch.testing.assert_close(found, wanted)

@@ -155,3 +155,24 @@ def test_what_is_needed():
         kl_monte_carlo(P, Q, 10).interval(1.0)
     impossible = kl_from_log_ratio(torch.tensor([0.1, math.inf]))
     assert float(impossible.value) == math.inf
+
+
+def test_distributions_over_different_spaces():
+    """A RuntimeError about the sizes of tensors, before."""
+    vector = torch.distributions.MultivariateNormal(torch.zeros(1), torch.eye(1))
+    for p, q in ((vector, Normal(torch.zeros(1), 1.0)), (Normal(torch.zeros(1), 1.0), vector)):
+        with pytest.raises(ValueError, match="over the same space"):
+            kl_monte_carlo(p, q)
+
+
+def test_the_rounding_of_a_constant_is_not_a_wrong_sign():
+    """The same Gaussian from two classes, float32: log-ratios of -1e-6 with a spread of 1e-6 were refused."""
+    torch.manual_seed(3)
+    loc, scale = torch.randn(19), torch.rand(19) + 0.2
+    p = torch.distributions.Independent(Normal(loc, scale), 1)
+    q = torch.distributions.MultivariateNormal(loc, torch.diag(scale * scale))
+    x = p.sample((20_000,))
+    for d in (p.log_prob(x) - q.log_prob(x), q.log_prob(x) - p.log_prob(x), torch.full((9,), -1e-6)):
+        assert abs(float(kl_from_log_ratio(d).value)) < 1e-5
+    with pytest.raises(ValueError, match="KL is never negative"):
+        kl_from_log_ratio(torch.full((9,), -1e-3))

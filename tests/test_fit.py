@@ -446,3 +446,38 @@ def test_collapsed_fits_are_not_selected():
     five = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).repeat(40, 1)
     with pytest.raises(ValueError, match="every candidate"):
         select(five, [5, 6])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_of_a_model_can_be_loaded(kind):
+    """One unit for all columns was an expanded tensor, which load_state_dict cannot write to."""
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = gaussian_mixture(x, 2, kind, max_iter=0).mixture
+    moved, other = (GaussianMixtureModel(s, kind) for s in (start, gaussian_mixture(5 * x + 1, 2, kind).mixture))
+    other.load_state_dict(moved.state_dict())
+    assert torch.equal(other().log_prob(x), moved().log_prob(x))
+
+
+def test_samples_of_weight_zero_are_none():
+    """They once counted as samples: five components were fitted to three, and a rank had another cause."""
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    weights = (torch.arange(40) < 3).float()
+    with pytest.raises(ValueError, match="5 components need as many samples at least, got 3"):
+        gaussian_mixture(x, 5, "diag", weights=weights)
+    with pytest.raises(ValueError, match="rank 2 of 3: 3 samples span 2 dimensions at most"):
+        gaussian_mixture(x, 1, weights=weights)
+
+
+def test_a_start_of_another_type_is_named():
+    x = torch.randn(40, 2)
+    with pytest.raises(ValueError, match=r"means of shape \(K, D\), or a mixture; got <class 'numpy.ndarray'>"):
+        gaussian_mixture(x, 2, init=x[:2].numpy())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixture_that_leaves_the_range_of_its_dtype(kind):
+    """It was said to come from a ReLU: a scale that half precision rounds to 0."""
+    x = 1e-9 * torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"does not fit into torch.float16: standard deviations are .*dtype="):
+        gaussian_mixture(x, 2, kind, dtype=torch.float16)
+    assert gaussian_mixture(x, 2, kind).mixture.mean.dtype == torch.float32

@@ -520,3 +520,162 @@ def test_under_torch_compile(name):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for a, b in zip(torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mean_that_fits_although_the_sum_does_not():
+    half, single = torch.full((1000, 1), 20.0).half(), torch.full((10,), 1e38)
+    assert float(losses.GaussianKLLoss()(half, torch.zeros_like(half))) == 200
+    assert float(losses.KLPenalty()(single, torch.zeros(10))) == pytest.approx(1e38)
+    assert float(losses.GaussianKLLoss("sum")(half, torch.zeros_like(half))) == math.inf
+
+
+def test_what_is_not_a_number_does_not_become_one():
+    """NaN in a logit once gave 1: it was taken for a class that p makes impossible."""
+    for value in (math.nan, math.inf):
+        logits = torch.tensor([[0.0, 1.0], [value, 0.0]])
+        with pytest.raises(ValueError, match=r"logits_p\[1, 0\] is (nan|inf)"):
+            losses.categorical_kl(logits, torch.zeros(2, 2))
+        with pytest.raises(ValueError, match=r"logits_q\[1, 0\] is (nan|inf)"):
+            losses.categorical_kl(torch.zeros(2, 2), logits)
+        with pytest.raises(ValueError, match=r"log_q\[1, 0\] is (nan|inf)"):
+            losses.grid_kl_loss(logits, torch.zeros(2, 2), 0.5)
+        for pair in ((logits, torch.zeros(2, 2)), (torch.zeros(2, 2), logits)):
+            found = torch.vmap(losses.categorical_kl)(*pair)
+            assert found.isnan().tolist() == [False, True]
+            grads = torch.vmap(torch.func.grad(losses.categorical_kl, argnums=(0, 1)))(*pair)
+            assert all(bool(x[1].isnan().any()) for x in grads)
+
+
+def test_densities_that_miss_the_grid():
+    """P that is nowhere gave 1, and Q NaN."""
+    x = torch.linspace(-5, 5, 101)
+    log_p, nowhere = Normal(0.0, 1.0).log_prob(x), torch.full((101,), -math.inf)
+    q = nowhere.clone().requires_grad_()
+    loss = losses.grid_kl_loss(q, log_p, 0.1)
+    assert float(loss.detach()) == float(losses.grid_kl_loss(nowhere, log_p, 0.1, normalized=True)) == math.inf
+    assert not bool(torch.autograd.grad(loss, q)[0].isnan().any())
+    with pytest.raises(ValueError, match="log_p is -inf at every point"):
+        losses.grid_kl_loss(log_p, nowhere, 0.1)
+
+
+def test_densities_in_place_of_their_logarithms():
+    x = torch.linspace(-5, 5, 101)
+    log_p = Normal(0.0, 1.0).log_prob(x)
+    for arguments, name in (((log_p.exp(), log_p), "log_q"), ((log_p, log_p.exp()), "log_p")):
+        with pytest.raises(ValueError, match=f"{name} looks like a density"):
+            losses.grid_kl_loss(*arguments, 0.1)
+    losses.grid_kl_loss(log_p.exp() + 1, log_p, 0.1)
+    with pytest.raises(ValueError, match="at the same points"):
+        losses.grid_kl_loss(log_p[:1], log_p, 0.1)
+
+
+def test_rows_that_would_be_paired_with_every_other():
+    """(N,) beside (N, 1) is (N, N) numbers, their mean is not the loss, and nothing shows it."""
+    n, k = 5, 3
+    y, logits, loc = torch.randn(n), torch.randn(n, k), torch.randn(n, k)
+    ones = torch.ones(n, k)
+    every = torch.ones(n, 1, dtype=torch.bool)
+    for call in (
+        lambda: losses.mixture_nll_loss(y.unsqueeze(-1), logits, loc, scale=ones),
+        lambda: losses.mixture_nll_loss(y, logits, loc, scale=ones, mask=every),
+        lambda: losses.kl_penalty(y, y.unsqueeze(-1)),
+        lambda: losses.kl_penalty(y, y, mask=every),
+        lambda: losses.gaussian_kl_loss(y.unsqueeze(-1), y),
+        lambda: losses.gaussian_log_ratio_loss(y, y.unsqueeze(-1), y.unsqueeze(-1)),
+    ):
+        with pytest.raises(ValueError, match="each row of one with each row of the other"):
+            call()
+    shared = losses.mixture_nll_loss(y, logits[0], loc[0], scale=ones[0])
+    torch.testing.assert_close(shared, losses.mixture_nll_loss(y, logits[:1], loc[:1], scale=ones[:1]))
+    assert losses.mixture_nll_loss(torch.randn(7, n), logits, loc, scale=ones).shape == (7, n)
+    assert losses.kl_penalty(torch.zeros(4, n), y, mask=every[:, 0]).shape == (4, n)
+
+
+def test_mixtures_that_are_not_what_was_meant():
+    n, k, d = 3, 3, 3  # where every wrong order of dimensions fits
+    target, logits, loc = torch.randn(n, d), torch.randn(n, k), torch.randn(n, k, d)
+    with pytest.raises(ValueError, match="needs scale of the shape of loc"):
+        losses.mixture_nll_loss(target, logits, loc, scale=torch.ones(n, k))
+    with pytest.raises(ValueError, match="needs scale_tril"):
+        losses.mixture_nll_loss(target, logits, loc, scale_tril=torch.ones(n, k, d))
+    covariance = torch.full((n, k, d, d), 0.5) + torch.eye(d)
+    with pytest.raises(ValueError, match=r"not lower triangular: scale_tril\[0, 0, 0, 1\] is 0.5"):
+        losses.mixture_nll_loss(target, logits, loc, scale_tril=covariance)
+    with pytest.raises(ValueError, match="logits looks like probabilities"):
+        losses.mixture_nll_loss(target, torch.softmax(logits, -1), loc, scale=torch.ones(n, k, d))
+    with pytest.raises(ValueError, match=r"logits\[1, 0\] is nan"):
+        losses.mixture_nll_loss(
+            target,
+            logits.index_put((torch.tensor(1), torch.tensor(0)), torch.tensor(math.nan)),
+            loc,
+            scale=torch.ones(n, k, d),
+        )
+    with pytest.raises(ValueError, match="positive and finite"):
+        losses.MixtureNLLLoss(math.inf)
+    common = losses.mixture_nll_loss(target, logits, loc, scale=torch.full((n, k, 1), 2.0))
+    torch.testing.assert_close(common, losses.mixture_nll_loss(target, logits, loc, scale=torch.full((n, k, d), 2.0)))
+
+
+def test_the_dtype_of_a_mixtures_loss():
+    """Whole numbers once gave whole numbers, and a scale of float64 float32."""
+    y, loc = torch.tensor([1, 2]), torch.tensor([[0, 1, 2], [0, 1, 2]])
+    found = losses.mixture_nll_loss(y, torch.zeros(2, 3), loc, scale=torch.ones(2, 3))
+    expected = losses.mixture_nll_loss(y.float(), torch.zeros(2, 3), loc.float(), scale=torch.ones(2, 3))
+    torch.testing.assert_close(found, expected)
+    assert (
+        losses.mixture_nll_loss(y.float(), torch.zeros(2, 3), loc.float(), scale=torch.ones(2, 3, dtype=F64)).dtype
+        == F64
+    )
+
+
+def test_half_precision_is_not_taken_for_probabilities():
+    """The slack for rounding once grew with the classes, to 62 of 1,000 in bfloat16."""
+    logits = torch.zeros(1, 1000, dtype=torch.bfloat16)
+    logits[0, :3] = torch.tensor([1.5, 2.25, 0.5])
+    losses.categorical_kl(logits, -logits)
+    with pytest.raises(ValueError, match="looks like probabilities"):
+        losses.categorical_kl(torch.softmax(torch.randn(4, 1000), -1).bfloat16(), logits)
+
+
+def test_matrices_that_are_not_what_they_are_said_to_be():
+    """A negative diagonal was inf, and a covariance was taken for its factor."""
+    mu, logvar = torch.zeros(2, 2), torch.zeros(2, 2)
+    covariance = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    for given, message in (
+        ({"scale_tril_q": -torch.eye(2)}, "must be positive"),
+        ({"scale_tril_q": covariance}, "not lower triangular"),
+        ({"scale_tril_q": torch.eye(3)}, "shape"),
+        ({"scale_tril_q": torch.ones(2)}, "shape"),
+        ({"covariance_matrix_q": covariance.tril()}, "symmetric"),
+        ({"covariance_matrix_q": -covariance}, "positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            losses.gaussian_kl_loss(mu, logvar, **given)
+
+
+def test_penalties_of_samples_that_cannot_be():
+    """-inf under the policy itself was a penalty of -inf, and both impossible NaN."""
+    for logp, logq in ((-math.inf, -1.0), (-math.inf, -math.inf), (math.nan, 0.0), (0.0, math.nan), (0.0, math.inf)):
+        rows = torch.tensor([-1.0, logp]), torch.tensor([-2.0, logq])
+        with pytest.raises(ValueError, match=r"logp\[1\] is .* and logq\[1\] is"):
+            losses.kl_penalty(*rows)
+        assert losses.kl_penalty(*rows, mask=torch.tensor([True, False])).tolist() == [1, 0]
+    assert losses.kl_penalty(torch.tensor([-1.0]), torch.tensor([-math.inf])).tolist() == [math.inf]
+
+
+@pytest.mark.parametrize("kind", ["scale", "scale_tril"])
+def test_one_mixture_for_all_targets_and_a_mask(kind):
+    """The mask gave the parameters rows that they had not, and the next one an error."""
+    target, mask = torch.randn(6, 2), torch.arange(6) % 2 == 0
+    logits, loc, scale = torch.randn(3), torch.randn(3, 2), torch.full((3, 2), 0.5)
+    given = {kind: scale if kind == "scale" else torch.diag_embed(scale)}
+    found = losses.mixture_nll_loss(target, logits, loc, mask=mask, **given)
+    expected = losses.mixture_nll_loss(target, logits, loc, **given)
+    torch.testing.assert_close(found, torch.where(mask, expected, 0.0))
+    usage = losses.mixture_diagnostics(target, logits, loc, mask=mask, **given).usage
+    torch.testing.assert_close(usage, losses.mixture_diagnostics(target[mask], logits, loc, **given).usage)
+    rows = logits.expand(4, 3), loc.expand(4, 3, 2)
+    given = {name: x.expand(4, *x.shape) for name, x in given.items()}
+    columns = torch.tensor([True, False, True, True])
+    usage = losses.mixture_diagnostics(target[:, None].expand(6, 4, 2), *rows, mask=columns, **given).usage
+    assert float(usage.sum()) == pytest.approx(1)

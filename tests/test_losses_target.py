@@ -208,3 +208,44 @@ def test_what_is_refused():
         reverse_kl_loss(torch.distributions.Poisson(torch.tensor(3.0)), q.log_prob)
     with pytest.raises(ValueError, match="a grid is on a line"):
         forward_kl_loss(stablekl.MultivariateNormal(torch.zeros(2), torch.eye(2)), grid_of(two(), -9, 9, 10))
+
+
+def test_functions_that_do_not_return_a_number_for_each_point():
+    """A likelihood summed over everything once counted num_samples times, and a column made a matrix."""
+    q = Normal(torch.tensor(0.0), 1.0)
+    vector = torch.distributions.Independent(Normal(torch.zeros(1), 1.0), 1)
+    data = torch.ones(16)
+
+    def summed(z):
+        return Normal(z.unsqueeze(-1), 1.0).log_prob(data).sum()
+
+    def each(z):
+        return Normal(z.unsqueeze(-1), 1.0).log_prob(data)
+
+    column = Normal(torch.zeros(1), 1.0).log_prob
+    for call in (
+        lambda: elbo_loss(q, summed, Normal(0.0, 1.0)),
+        lambda: elbo_loss(q, each, Normal(0.0, 1.0)),
+        lambda: elbo_loss(q, summed, Normal(0.0, 1.0).log_prob),
+        lambda: elbo_loss(vector, column, vector),
+        lambda: reverse_kl_loss(vector, column),
+        lambda: forward_kl_loss(vector, column),
+    ):
+        with pytest.raises(ValueError, match="one number for each point"):
+            call()
+
+
+def test_samples_of_another_shape_than_q():
+    three = Normal(torch.zeros(3), 1.0)
+    for q, shape in ((three, (3,)), (Normal(torch.tensor(0.0), 1.0), (9, 1)), (Normal(torch.zeros(1), 1.0), (9,))):
+        with pytest.raises(ValueError, match="samples must have shape"):
+            forward_kl_loss(q, torch.zeros(shape))
+    with pytest.raises(ValueError, match="samples must have shape"):
+        forward_kl_loss(torch.distributions.Independent(three, 1), torch.zeros(9, 1))
+    assert forward_kl_loss(three, torch.zeros(9, 1)).shape == (3,)
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        forward_kl_loss(
+            torch.distributions.Laplace(0.0, 1.0), torch.distributions.StudentT(torch.tensor(5.0)), num_samples=0
+        )
+    with pytest.raises(ValueError, match="the grid has 1 points"):
+        forward_kl_loss(Normal(0.0, 1.0), Grid(torch.zeros(1), torch.zeros(9), 0.1))

@@ -119,8 +119,9 @@ def kl_monte_carlo(
         many samples are drawn.
 
     Raises:
-        ValueError: fewer than two samples, batch shapes that do not broadcast, points or control variates that p is not
-            made for, or a log-ratio that is NaN or -inf (says at which sample). In all processes, if in one.
+        ValueError: fewer than two samples, event shapes that differ, batch shapes that do not broadcast, points or
+            control variates that p is not made for, or a log-ratio that is NaN or -inf (says at which sample). In all
+            processes, if in one.
 
     Accuracy:
         95 % intervals covered in 93 to 97 % of 1,000 runs for every kind of points, with control variates and without,
@@ -174,6 +175,12 @@ class _Problem:
         control_variates: bool,
         num_samples: int,
     ) -> None:
+        if p.event_shape != q.event_shape:
+            raise ValueError(
+                f"KL needs distributions over the same space, but the event shapes are {tuple(p.event_shape)} and "
+                f"{tuple(q.event_shape)}. If the last batch dimension holds the coordinates of one vector, wrap that "
+                "distribution: Independent(Normal(loc, scale), 1)"
+            )
         check_batch_shapes(p, q)
         self.device = device_of(p)
         self.batch = broadcast_shape(p.batch_shape, q.batch_shape)

@@ -31,7 +31,7 @@ _FLOOR = 1e-3
 
 
 class _Moments(NamedTuple):
-    """Rows, sum and least of their weights other than 0, their mean, factor of their scatter, range of the columns."""
+    """Rows with a weight, its sum and least, their mean, factor of their scatter, range of the columns."""
 
     rows: float
     total: float
@@ -79,8 +79,7 @@ def _triangle(rows: Tensor) -> Tensor:
 
 
 def _moments(x: Tensor, weights: Tensor | None) -> _Moments:
-    n = len(x)
-    w = x.new_ones(n) if weights is None else weights
+    w = x.new_ones(len(x)) if weights is None else weights
     total = float(w.sum())
     share = w / total if total > 0 else w
     mean = share @ x
@@ -89,7 +88,7 @@ def _moments(x: Tensor, weights: Tensor | None) -> _Moments:
     seen, lightest = x[counts], float(w[counts].amin()) if total > 0 else math.inf
     low, high = (seen.amin(0), seen.amax(0)) if len(seen) else (torch.full_like(mean, math.inf), -math.inf + 0 * mean)
     factor = _triangle(w.sqrt().unsqueeze(-1) * (x - mean))
-    return _Moments(n, total, lightest, mean, factor, low, high)
+    return _Moments(len(seen), total, lightest, mean, factor, low, high)
 
 
 def _check_finite(x: Tensor, row: int) -> None:
@@ -107,7 +106,7 @@ class Samples:
     """Rows of data and their weights, in standard units.
 
     Attributes:
-        count: rows, of all processes.
+        count: rows with a weight other than 0, of all processes.
         total: sum of their weights.
         lightest: least share of the total that a row has, other than 0.
         dim: D.

@@ -152,7 +152,7 @@ def gaussian_mixture(
     Raises:
         ValueError: samples or weights that are not finite (says which), of a wrong shape or that can be read only once;
             samples that do not span the space (names their rank); fewer samples than components; a component that
-            collapses without a penalty; an option out of range.
+            collapses without a penalty; a mixture that leaves the range of ``dtype``; an option out of range.
 
     Warns:
         FitWarning: ``max_iter`` was reached, or a component has collapsed.
@@ -250,9 +250,11 @@ def _result(found: Run, samples: Samples, kind: CovarianceType, dtype: torch.dty
     loc = samples.centre + samples.unit * model.loc
     if model.triangular:
         tril = (samples.unit.unsqueeze(-1) * model.scale).expand(len(loc), -1, -1)
+        _check_range(loc, tril.diagonal(dim1=-2, dim2=-1), dtype)
         mixture = GaussianMixture(model.log_weights.to(dtype), None, loc.to(dtype), scale_tril=tril.to(dtype))
     else:
         diagonal = (samples.unit * model.scale).expand(loc.shape)
+        _check_range(loc, diagonal, dtype)
         mixture = GaussianMixture(model.log_weights.to(dtype), None, loc.to(dtype), scale_diag=diagonal.to(dtype))
     history = torch.tensor(found.history, dtype=torch.float64) - float(samples.unit.log().sum())
     return GaussianMixtureFit(
@@ -264,6 +266,18 @@ def _result(found: Run, samples: Samples, kind: CovarianceType, dtype: torch.dty
         samples.total,
         found.collapsed,
         found.responsibilities,
+    )
+
+
+def _check_range(loc: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    """ValueError where the parameters, in float64, leave the range of the mixture's dtype."""
+    rounded = scale.to(dtype)
+    if bool(((rounded > 0) & rounded.isfinite()).all()) and bool(loc.to(dtype).isfinite().all()):
+        return
+    raise ValueError(
+        f"the mixture does not fit into {dtype}: standard deviations are {float(scale.min()):.3g} to "
+        f"{float(scale.max()):.3g}, means up to {float(loc.abs().max()):.3g}. Likely causes: a component that has "
+        "collapsed onto equal samples, or a unit too small or too large. Pass dtype=torch.float64, or other units"
     )
 
 
@@ -281,9 +295,12 @@ def _check(
         names = ", ".join(map(repr, get_args(CovarianceType)))
         raise ValueError(f"covariance_type must be one of {names}, got {covariance_type!r}")
     given = isinstance(init, (Tensor, Distribution))
-    if not given and init not in get_args(Init):
+    if not given and not (isinstance(init, str) and init in get_args(Init)):
         names = ", ".join(map(repr, get_args(Init)))
-        raise ValueError(f"init must be one of {names}, means of shape (K, D), or a mixture; got {init!r}")
+        raise ValueError(
+            f"init must be one of {names}, means of shape (K, D), or a mixture; got "
+            f"{init if isinstance(init, str) else type(init)!r}"
+        )
     if given and n_init != 1:
         raise ValueError(f"n_init={n_init} fits from the start that init gives would be the same; use n_init=1")
     whole = {"num_components": num_components, "n_init": n_init, "batch_size": batch_size}

@@ -69,7 +69,7 @@ class GaussianMixtureModel(nn.Module):
             variance = scale.square() if components.is_diagonal else scale.square().sum(-1)
             unit = (share * (variance + (loc - centre).square())).sum(0).sqrt()
             if covariance_type == "spherical":
-                unit = unit.square().mean().sqrt().expand_as(unit)
+                unit = unit.square().mean().sqrt().expand_as(unit).clone()  # load_state_dict writes there
             model = in_units(covariance_type, components, centre, unit)
             inverse = unconstrained_from_scale_tril if model.triangular else inverse_softplus_scale
             raw = inverse(model.scale, floor)

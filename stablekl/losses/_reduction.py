@@ -7,9 +7,54 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Reduction", "check_reduction", "reduced", "together"]
+from .._autograd import is_eager
+from ..parameterizations import check_positive
+
+__all__ = [
+    "Reduction",
+    "check_factor",
+    "check_mask",
+    "check_reduction",
+    "check_rows",
+    "promoted",
+    "reduced",
+    "together",
+]
 
 Reduction = Literal["none", "mean", "sum"]
+
+
+def check_rows(name: str, shape: torch.Size, other: str, other_shape: torch.Size) -> torch.Size:
+    """What two shapes broadcast to; ValueError where neither has it: (N,) and (N, 1) make (N, N)."""
+    try:
+        both: torch.Size = torch.broadcast_shapes(shape, other_shape)
+    except RuntimeError as error:
+        raise ValueError(f"{name}, {tuple(shape)}, and {other}, {tuple(other_shape)}, do not broadcast") from error
+    if both not in (shape, other_shape):
+        raise ValueError(
+            f"{name}, {tuple(shape)}, and {other}, {tuple(other_shape)}, would broadcast to {tuple(both)}, each row of "
+            "one with each row of the other. Likely cause: a dimension of 1 too many, which squeeze(-1) removes, or "
+            "one too few. If it is meant, expand one of them"
+        )
+    return both
+
+
+def check_factor(name: str, factor: Tensor) -> None:
+    """ValueError unless matrices are lower triangular with a positive diagonal."""
+    check_positive(name, factor.diagonal(dim1=-2, dim2=-1))
+    if is_eager(factor) and bool((above := factor.detach().triu(1) != 0).any()):
+        index = tuple(above.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} is not lower triangular: {name}{list(index)} is {float(factor[index])}. Of a covariance take "
+            "torch.linalg.cholesky; what a network puts out goes through stablekl.scale_tril_from_unconstrained"
+        )
+
+
+def check_mask(mask: Tensor, shape: torch.Size, what: str) -> None:
+    """ValueError unless it is boolean and has the shape of what it masks, or one that broadcasts to it."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be boolean, True where there is a {what}; got {mask.dtype}")
+    check_rows("mask of shape", mask.shape, f"every {what} of shape", shape)
 
 
 def check_reduction(reduction: str) -> None:
@@ -30,11 +75,19 @@ def reduced(values: Tensor, reduction: Reduction, mask: Tensor | None = None) ->
     check_reduction(reduction)
     if reduction == "none":
         return values
-    total = values.sum()
-    if reduction == "sum":
-        return total
-    count = values.numel() if mask is None else mask.expand(values.shape).sum().clamp(min=1)
-    return total / count
+    # in float64, since the sum of a batch leaves the range of float16, where its mean does not
+    total = values.sum(dtype=torch.float32 if values.device.type == "mps" else torch.float64)
+    if reduction == "mean":
+        total = total / (values.numel() if mask is None else mask.expand(values.shape).sum().clamp(min=1))
+    return total.to(values.dtype)
+
+
+def promoted(*tensors: Tensor) -> torch.dtype:
+    """The floating-point dtype that tensors promote to."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype if dtype.is_floating_point else torch.promote_types(dtype, torch.get_default_dtype())
 
 
 def together(*inputs: Tensor | float, wide: bool = True) -> tuple[list[Tensor], torch.dtype]:
@@ -45,11 +98,7 @@ def together(*inputs: Tensor | float, wide: bool = True) -> tuple[list[Tensor], 
         wide: in float64 where the device has it, for one number in a row; otherwise half precision becomes float32.
     """
     tensors = [x for x in inputs if isinstance(x, Tensor)]
-    dtype = tensors[0].dtype
-    for x in tensors[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
-    if not dtype.is_floating_point:
-        dtype = torch.promote_types(dtype, torch.get_default_dtype())
+    dtype = promoted(*tensors)
     device = tensors[0].device
     working = torch.float64 if wide and device.type != "mps" else torch.promote_types(dtype, torch.float32)
     every = [x.to(working) if isinstance(x, Tensor) else torch.tensor(x, dtype=working, device=device) for x in inputs]

@@ -19,7 +19,7 @@ from .._elementwise import is_lifted, sum_error
 from ..special import expm1mx_value
 from ._reduction import Reduction, reduced, together
 
-__all__ = ["categorical_kl", "grid_kl_loss"]
+__all__ = ["categorical_kl", "check_logits", "grid_kl_loss"]
 
 # The size of u below which a term is p phi(u), beyond it p (u - 1) + q.
 NEAR = 1.0
@@ -28,6 +28,7 @@ NEAR = 1.0
 def _log_ratio(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log p, log q, and their difference; NaN where both are -inf."""
     log_p, log_q = torch.log_softmax(a, -1), torch.log_softmax(b, -1)
+    log_q = torch.where((b == -torch.inf).all(-1, keepdim=True), -torch.inf, log_q)  # a density that misses the grid
     seen = log_p > -torch.inf
     usable = seen & (log_q > -torch.inf)
     top = log_p.detach().argmax(-1, keepdim=True)
@@ -49,7 +50,7 @@ def _value(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     p, q = torch.exp(log_p), torch.exp(log_q)
     near = u.abs() < NEAR
     small = torch.where(near, u, 0.0)
-    far = torch.where(p > 0, p * torch.where(p > 0, u - 1, 0.0), 0.0) + q
+    far = torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, u - 1)) + q  # p > 0 would leave out what is NaN
     return (torch.where(near, p * expm1mx_value(-small), far).sum(-1),)
 
 
@@ -60,23 +61,24 @@ def _gradient(inputs: tuple[Tensor, ...], saved: tuple[Tensor, ...] | None) -> t
     log_p, log_q, u = _log_ratio(*inputs)
     p, q = torch.exp(log_p), torch.exp(log_q)
     near = u.abs() < NEAR
-    u = torch.where(p > 0, u, 0.0)
+    u = torch.where(p == 0, 0.0, u)
     gap = u - (p * u).sum(-1, keepdim=True)
     gap = torch.where(u == torch.inf, torch.inf, gap)  # impossible under q: the only way is down
     by_q = torch.where(near, p * torch.expm1(torch.where(near, -u, 0.0)), q - p)
-    return torch.where(p > 0, p * gap, 0.0), by_q
+    return torch.where(p == 0, 0.0, p * gap), by_q
 
 
 _kl = rowwise(_value, _gradient)
 
 
-def _check_logits(name: str, x: Tensor) -> None:
-    """ValueError where what was given are probabilities, or nothing is possible in a row."""
+def check_logits(name: str, x: Tensor) -> None:
+    """ValueError where what was given are probabilities, not numbers, or nothing is possible in a row."""
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name} must have a last dimension of classes, got shape {tuple(x.shape)}")
     if not x.is_floating_point() or not is_eager(x) or not x.numel():
         return
     x = x.detach()
+    _check_numbers(name, x)
     impossible = (x == -torch.inf).all(-1)
     if bool(impossible.any()):
         index = tuple(impossible.nonzero()[0].tolist())
@@ -85,11 +87,40 @@ def _check_logits(name: str, x: Tensor) -> None:
             "fewer classes, or leave that row out"
         )
     sums = x.sum(-1, dtype=torch.float64)
+    slack = (
+        8 * torch.finfo(x.dtype).eps * (x.shape[-1] if x.element_size() > 2 else 1)
+    )  # half precision is rounded once
     whole = bool((x == x.round()).all())  # 0 and 1 are more likely to be logits
-    if not whole and bool(((x >= 0).all(-1) & ((sums - 1).abs() <= 8 * torch.finfo(x.dtype).eps * x.shape[-1])).all()):
+    if not whole and bool(((x >= 0).all(-1) & ((sums - 1).abs() <= slack)).all()):
         raise ValueError(
             f"{name} looks like probabilities: every row is non-negative and sums to 1. Pass their logarithms, "
             f"{name}=probs.log(). If these are logits by chance, add any number to them: only differences count"
+        )
+
+
+def _check_numbers(name: str, x: Tensor) -> None:
+    """ValueError for NaN and +inf; -inf is a logarithm of 0."""
+    wrong = x.isnan() | (x == torch.inf)
+    if bool(wrong.any()):
+        index = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name}{list(index)} is {float(x[index])}: logarithms are numbers, or -inf for what is impossible. Likely "
+            "causes: a step that diverged, or a parameter that is not finite"
+        )
+
+
+def _check_log_densities(name: str, x: Tensor, dx: Tensor) -> None:
+    """ValueError where what was given are densities, or not numbers."""
+    if not is_eager(x) or not x.numel():
+        return
+    x = x.detach()
+    _check_numbers(name, x)
+    total = (x * dx.detach()).sum(-1)
+    if bool(((x >= 0).all(-1) & ((total - 1).abs() <= 1e-2)).all()):
+        raise ValueError(
+            f"{name} looks like a density: non-negative, and its integral is 1. Pass its logarithm, as log_prob "
+            "returns it. If it is a log-density by chance, add any number to it: with normalized=False it is known up "
+            "to one"
         )
 
 
@@ -113,8 +144,8 @@ def categorical_kl(logits_p: Tensor, logits_q: Tensor, *, reduction: Reduction =
         Within 4 units in the last place and 1e-15 of the sum of p_i u_i^2 (float64).
 
     Raises:
-        ValueError: probabilities in place of logits, a row without a possible class, numbers of classes that differ, or
-            an unknown reduction.
+        ValueError: probabilities in place of logits, NaN or +inf among them, a row without a possible class, numbers of
+            classes that differ, or an unknown reduction.
 
     Example:
         >>> import torch
@@ -122,8 +153,8 @@ def categorical_kl(logits_p: Tensor, logits_q: Tensor, *, reduction: Reduction =
         >>> print(categorical_kl(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -68.0])))
         tensor(33.3069)
     """
-    _check_logits("logits_p", logits_p)
-    _check_logits("logits_q", logits_q)
+    check_logits("logits_p", logits_p)
+    check_logits("logits_q", logits_q)
     if logits_p.shape[-1] != logits_q.shape[-1]:
         raise ValueError(
             f"the last dimension holds the classes: logits_p has {logits_p.shape[-1]} and logits_q {logits_q.shape[-1]}"
@@ -151,7 +182,8 @@ def grid_kl_loss(log_q: Tensor, log_p: Tensor, dx: Tensor | float, normalized: b
         The divergence in nats, ``(...)``; inf where Q is impossible and P is not.
 
     Raises:
-        ValueError: ``dx`` is not positive; or with ``normalized=True``, P does not integrate to one within 1 %.
+        ValueError: ``dx`` is not positive; densities in place of their logarithms; NaN or +inf; a P that is -inf at all
+            points; or with ``normalized=True``, P does not integrate to one within 1 %.
 
     Example:
         >>> import torch
@@ -162,11 +194,21 @@ def grid_kl_loss(log_q: Tensor, log_p: Tensor, dx: Tensor | float, normalized: b
         >>> print(f"{grid_kl_loss(Normal(0.0, 1.0).log_prob(x), log_p, dx=30 / 999):.3f}")
         30.557
     """
+    if not (log_q.ndim and log_p.ndim and log_q.shape[-1] == log_p.shape[-1]):
+        raise ValueError(
+            "log_q and log_p must be known at the same points, in their last dimension; got shapes "
+            f"{tuple(log_q.shape)} and {tuple(log_p.shape)}"
+        )
     (log_q, log_p, dx), dtype = together(log_q, log_p, dx)
     if is_eager(dx) and not bool((dx > 0).all()):
         raise ValueError("dx must be positive: the distance of the points, or the widths of the cells")
     log_dx = torch.log(dx)
+    for name, x in (("log_q", log_q), ("log_p", log_p)):
+        _check_log_densities(name, x, dx)
     if not normalized:
+        if is_eager(log_p) and bool((missing := (log_p == -torch.inf).all(-1)).any()):
+            where = missing.nonzero()[0].tolist()
+            raise ValueError(f"log_p{where or ''} is -inf at every point: P has no mass on the grid. Move the grid")
         return _kl(log_p + log_dx, log_q + log_dx).to(dtype)
     mass = torch.exp(log_p + log_dx)
     if is_eager(mass) and mass.numel():

@@ -25,6 +25,8 @@ from ..mixtures.components import Components
 from ..mixtures.density import component_log_probs, mixture_log_prob
 from ..mixtures.weights import normalised_log_weights
 from ..parameterizations import check_positive
+from ._reduction import check_factor, check_mask, check_rows, promoted
+from .categorical import check_logits
 
 __all__ = ["MixtureDiagnostics", "mixture_diagnostics", "mixture_nll_loss"]
 
@@ -49,8 +51,8 @@ class MixtureDiagnostics(NamedTuple):
     Attributes:
         usage: mean posterior probability of each component over all targets, ``(K,)``; 0 for one that explains none.
         effective_components: the exponential of the entropy of ``usage``, from 1 to K.
-        smallest_scale: the least standard deviation of a component in any row, in units of the scale given for the
-            data.
+        smallest_scale: the least standard deviation of a component in any row, in the unit of the targets, with the
+            floor where there is one.
         collapsed: the share of targets most likely to come from a component narrower than twice the floor.
     """
 
@@ -87,21 +89,32 @@ def _components(
             "a mixture needs logits (..., K) and loc (..., K, D) for targets (..., D), or loc (..., K) for targets "
             f"(...); got shapes {tuple(logits.shape)}, {tuple(loc.shape)} and {tuple(target.shape)}"
         )
-    dtype = torch.promote_types(torch.promote_types(target.dtype, loc.dtype), torch.float32)
+    n, (k, d) = logits.ndim - 1, loc.shape[-2:]
+    wanted = (k, d, d) if name == "scale_tril" else (k, d)
+    tail = tuple(raw.shape[n:])
+    if raw.ndim != n + len(wanted) or any(x not in (1, y) for x, y in zip(tail, wanted, strict=True)):
+        text = f"scale_tril (..., K, D, D) = {(*loc.shape, d)}" if len(wanted) == 3 else f"{name} of the shape of loc"
+        raise ValueError(f"a mixture with loc of shape {tuple(loc.shape)} needs {text}, got {tuple(raw.shape)}")
+    raw = raw.expand(*raw.shape[:n], *wanted)
+    batch = torch.broadcast_shapes(logits.shape[:-1], loc.shape[:-2], raw.shape[:n])
+    rows = check_rows("targets in rows of shape", target.shape[:-1], "mixtures in rows of shape", batch)
+    dtype = torch.promote_types(promoted(target, logits, loc, raw), torch.float32)
     target, logits, loc, raw = (x.to(dtype) for x in (target, logits, loc, raw))
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask must be boolean, True where there is a target; got {mask.dtype}")
+        check_mask(mask, rows, "target")
         row = mask.unsqueeze(-1)
         target, logits = torch.where(row, target, 0.0), torch.where(row, logits, 0.0)
         loc = torch.where(row.unsqueeze(-1), loc, 0.0)
         blank = torch.eye(loc.shape[-1], dtype=dtype, device=loc.device) if name == "scale_tril" else 1.0
-        wide = row.reshape(*row.shape, *(1,) * (raw.ndim - logits.ndim))
+        wide = row.reshape(*row.shape, *(1,) * (len(wanted) - 1))
         raw = torch.where(
             wide, raw, 0.0 if name == "log_scale" else torch.as_tensor(blank, device=loc.device).to(dtype)
         )
-    if name != "log_scale":
-        check_positive(name, raw.diagonal(dim1=-2, dim2=-1) if name == "scale_tril" else raw)
+    check_logits("logits", logits)
+    if name == "scale_tril":
+        check_factor(name, raw)
+    elif name == "scale":
+        check_positive(name, raw)
     if min_scale is None:
         raw = torch.exp(raw) if name == "log_scale" else raw
     else:
@@ -144,8 +157,10 @@ def mixture_nll_loss(
         in float32.
 
     Raises:
-        ValueError: not exactly one of ``scale``, ``log_scale`` and ``scale_tril``; shapes that do not fit; a scale that
-            is not positive (named, with its index); a mask that is not boolean.
+        ValueError: not exactly one of ``scale``, ``log_scale`` and ``scale_tril``; shapes that do not fit, or would
+            pair each target with each row's mixture; a scale that is not positive (named, with its index), a factor
+            that is not lower triangular; probabilities in place of logits, NaN or +inf among them, or a row of -inf; a
+            mask that is not boolean.
 
     Example:
         >>> import torch
@@ -155,12 +170,12 @@ def mixture_nll_loss(
         >>> print(far)
         tensor([49990000.])
     """
-    result = torch.promote_types(target.dtype, loc.dtype)
+    scales = (x for x in (scale, log_scale, scale_tril) if x is not None)
     point, components = _components(target, logits, loc, scale, log_scale, scale_tril, mask, min_scale)
     loss = -mixture_log_prob(point, components)
     if mask is not None:
         loss = torch.where(mask, loss, 0.0)
-    return loss.to(result)
+    return loss.to(promoted(target, logits, loc, *scales))
 
 
 def mixture_diagnostics(
@@ -185,7 +200,8 @@ def mixture_diagnostics(
         spread = c.scale if c.is_diagonal else torch.linalg.vector_norm(c.scale, dim=-1)
         narrow = spread.amin(-1)
         if mask is not None:
-            posterior, narrow = posterior[mask], narrow.expand(*mask.shape, -1)[mask]
+            used = mask.expand(posterior.shape[:-1])
+            posterior, narrow = posterior[used], narrow.expand(posterior.shape)[used]
         posterior, narrow = posterior.reshape(-1, posterior.shape[-1]), narrow.reshape(-1, narrow.shape[-1])
         if not len(posterior):
             raise ValueError("there is no target to diagnose: the mask is False everywhere, or the batch is empty")

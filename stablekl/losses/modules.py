@@ -112,7 +112,7 @@ class MixtureNLLLoss(_Reducing):
         reduction: "mean" over rows, "sum" or "none".
 
     Raises:
-        ValueError: a scale or floor that is not positive, or an unknown reduction.
+        ValueError: a scale or floor that is not positive and finite, or an unknown reduction.
 
     Example:
         >>> import torch
@@ -134,10 +134,10 @@ class MixtureNLLLoss(_Reducing):
         """Keep the floor as a buffer."""
         super().__init__(reduction)
         floor = None if data_scale is None else relative_floor * torch.as_tensor(data_scale).detach()
-        if floor is not None and not bool((floor > 0).all()):
+        if floor is not None and not bool(((floor > 0) & floor.isfinite()).all()):
             raise ValueError(
-                f"data_scale and relative_floor must be positive, got {data_scale} and {relative_floor}: a dimension "
-                "in which all targets are the same has no scale, and no density"
+                f"data_scale and relative_floor must be positive and finite, got {data_scale} and {relative_floor}: a "
+                "dimension in which all targets are the same has no scale, and no density"
             )
         self.register_buffer("min_scale", floor)
 

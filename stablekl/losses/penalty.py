@@ -23,10 +23,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._autograd import is_eager
 from ..estimators.log_ratio import Estimator, check_estimator, of_log_ratio
-from ._reduction import together
+from ._reduction import check_mask, check_rows, together
 
 __all__ = ["kl_penalty"]
+
+
+def _check(logp: Tensor, logq: Tensor) -> None:
+    """ValueError where no sample of p can be."""
+    if not is_eager(logp, logq):
+        return
+    wrong = logp.isnan() | logq.isnan() | logp.isinf() | (logq == torch.inf)
+    if bool(wrong.any()):
+        index = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"logp{list(index)} is {float(logp[index])} and logq{list(index)} is {float(logq[index])}: of samples of "
+            "p, logp is a number, and logq a number or -inf. Likely causes: padding, which mask=... leaves out, or a "
+            "sample that did not come from p"
+        )
 
 
 def kl_penalty(
@@ -40,11 +55,11 @@ def kl_penalty(
     r"""Estimates of KL(p || q) from samples of p, each with the value of k1, k2 or k3 and the gradient of KL(p || q).
 
     Nothing is clamped: where k3 or k2 overflows it is inf, and the gradient, which does not contain e^logr, is finite.
-    A sample that q makes impossible is inf, and has no gradient.
+    A sample that q makes impossible is inf, and has no gradient, unless it is reparameterised.
 
     Args:
         logp: log-probabilities of the samples under p, the policy that they were drawn from.
-        logq: those under q, the reference; broadcastable.
+        logq: those under q, the reference; of the same shape, or one that broadcasts to it.
         estimator: "k1", "k2" or "k3"; with logr = logq - logp: -logr, logr^2/2, expm1(logr) - logr.
         mask: True where there is a sample. What is elsewhere, -inf or NaN, is never looked at: 0, with a gradient of 0.
         reparameterized: the samples are differentiable functions of p's parameters, through which ``logp`` and ``logq``
@@ -55,7 +70,8 @@ def kl_penalty(
         float64 where the device has it, and rounded once.
 
     Raises:
-        ValueError: an unknown estimator, or a mask that is not boolean.
+        ValueError: an unknown estimator; NaN, or a sample that p makes impossible, where the mask does not leave it
+            out; a mask that is not boolean; shapes that would pair each sample with each other, (N,) and (N, 1).
 
     Example:
         >>> import torch
@@ -65,11 +81,12 @@ def kl_penalty(
         tensor([ 0.1065, 97.0000])
     """
     check_estimator(estimator)
+    check_rows("logp of shape", logp.shape, "logq of shape", logq.shape)
     (logp, logq), dtype = together(logp, logq)
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask must be boolean, True where there is a sample; got {mask.dtype}")
+        check_mask(mask, logp.shape, "sample")
         logp, logq = torch.where(mask, logp, 0.0), torch.where(mask, logq, 0.0)
+    _check(logp, logq)
     if reparameterized:
         return of_log_ratio(logp - logq, estimator).to(dtype)
     d = (logp - logq).detach()

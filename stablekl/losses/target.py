@@ -65,14 +65,21 @@ def _on_grid(q: Distribution, grid: Grid) -> Tensor:
     """Log q at the points, ``batch_shape + (N,)``."""
     if q.event_shape.numel() != 1:
         raise ValueError(f"a grid is on a line, and q has event_shape {tuple(q.event_shape)}")
+    if grid.x.numel() != grid.log_density.shape[-1]:
+        raise ValueError(f"the grid has {grid.x.numel()} points, and log-densities at {grid.log_density.shape[-1]}")
     points = grid.x.reshape(-1, *(1,) * (len(q.batch_shape) + len(q.event_shape)))
     return q.log_prob(points.expand(-1, *q.batch_shape, *q.event_shape)).movedim(0, -1)
 
 
-def _draws(q: Distribution, num_samples: int) -> tuple[Tensor, Tensor]:
-    """Points of q, ``(S,) + batch_shape + event_shape``, and their weights, which add up to one over S."""
+def _check_number(num_samples: int) -> None:
+    """ValueError unless there are some."""
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+
+
+def _draws(q: Distribution, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Points of q, ``(S,) + batch_shape + event_shape``, and their weights, which add up to one over S."""
+    _check_number(num_samples)
     if not isinstance(q, TorchMixtureSameFamily):
         if not q.has_rsample:
             raise ValueError(
@@ -94,11 +101,23 @@ def _draws(q: Distribution, num_samples: int) -> tuple[Tensor, Tensor]:
     return x.flatten(0, 1), weights.repeat_interleave(num_samples, 0) / num_samples
 
 
+def _valued(values: Tensor, rows: torch.Size, name: str) -> Tensor:
+    """ValueError unless a function of so many points has given a number for each, and not their sum."""
+    if isinstance(values, Tensor) and values.shape != rows:
+        raise ValueError(
+            f"{name} must return one number for each point, of shape num_samples x batch_shape = {tuple(rows)}, got "
+            f"{tuple(values.shape)}. Likely causes: a sum over all dimensions rather than over the data (sum(-1)), or "
+            "none over the coordinates of a point"
+        )
+    return values
+
+
 def _mean_ratio(q: Distribution, log_density: LogDensity, num_samples: int, sticking_the_landing: bool) -> Tensor:
     """The mean under q of log q - log p."""
     x, weights = _draws(q, num_samples)
     still = mapped(q, Tensor.detach) if sticking_the_landing else q
-    return (weights * (still.log_prob(x) - log_density(x))).sum(0)
+    log_q = still.log_prob(x)
+    return (weights * (log_q - _valued(log_density(x), log_q.shape, "the log-density"))).sum(0)
 
 
 def forward_kl_loss(q: Distribution, target: Target, *, num_samples: int = 256) -> Tensor:
@@ -117,7 +136,8 @@ def forward_kl_loss(q: Distribution, target: Target, *, num_samples: int = 256) 
         The loss in nats, of q's batch shape; differentiable by q's parameters.
 
     Raises:
-        ValueError: a grid for a q over vectors, or too few samples.
+        ValueError: a grid for a q over vectors or of other points than its log-density; samples that are too few or not
+            of q's shape; a log-density that is not one number for each point.
 
     Example:
         >>> import torch, stablekl
@@ -130,6 +150,15 @@ def forward_kl_loss(q: Distribution, target: Target, *, num_samples: int = 256) 
     if isinstance(target, Grid):
         return grid_kl_loss(_on_grid(q, target), target.normalized(), target.dx, normalized=True)
     if isinstance(target, Tensor):
+        events = len(q.batch_shape) + len(q.event_shape)
+        given = tuple(target.shape)
+        fits = target.ndim == 1 + events and all(n in (1, m) for n, m in zip(given[1:], q.batch_shape, strict=False))
+        if not fits or given[target.ndim - len(q.event_shape) :] != tuple(q.event_shape):
+            raise ValueError(
+                "samples must have shape (N,) + batch_shape + event_shape, here (N,) + "
+                f"{(*q.batch_shape, *q.event_shape)}; got {given}. For samples that "
+                "all of a batch of q share, unsqueeze a dimension of 1"
+            )
         if not len(target):
             raise ValueError("there are no samples: target has a first dimension of 0")
         return -q.log_prob(target).mean(0)
@@ -137,13 +166,15 @@ def forward_kl_loss(q: Distribution, target: Target, *, num_samples: int = 256) 
         try:
             return kl_divergence(target, q)
         except NotImplementedError:
+            _check_number(num_samples)
             x = target.sample((num_samples,))
             missing = len(q.batch_shape) - len(target.batch_shape)
             x = x.reshape(num_samples, *(1,) * missing, *x.shape[1:])
             return (target.log_prob(x) - q.log_prob(x)).mean(0)
     with torch.no_grad():
         x, weights = _draws(q, num_samples)
-    log_ratio = target(x) - q.log_prob(x)
+    log_q = q.log_prob(x)
+    log_ratio = _valued(target(x), log_q.shape, "the log-density") - log_q
     with torch.no_grad():
         logits = log_ratio + weights.log()  # -inf for a component without weight
         posterior, normalizer = torch.softmax(logits, 0), torch.logsumexp(logits, 0)
@@ -161,13 +192,15 @@ def reverse_kl_loss(
             to a constant, which shifts the loss: by samples of q. A `Grid`: both normalised on the grid; beyond it
             nothing is known of the target.
         num_samples: of q; of each component, where it is a mixture.
-        sticking_the_landing: leave out of the gradient the score of q, noise of mean zero.
+        sticking_the_landing: leave out of the gradient the score of q, noise of mean zero. What the transforms of a
+            TransformedDistribution have as parameters keeps its score: right on average, with the noise.
 
     Returns:
         The loss in nats, of q's batch shape; differentiable by q's parameters.
 
     Raises:
-        ValueError: samples as a target; a q without reparameterised samples; a grid for a q over vectors.
+        ValueError: samples as a target; a q without reparameterised samples; a grid for a q over vectors; a log-density
+            that is not one number for each point.
 
     Example:
         >>> import torch
@@ -215,7 +248,8 @@ def elbo_loss(
         The loss in nats, of q's batch shape.
 
     Raises:
-        ValueError: a q without reparameterised samples.
+        ValueError: a q without reparameterised samples; a log-likelihood or log-density that is not one number for each
+            point.
 
     Example:
         >>> import torch
@@ -236,6 +270,11 @@ def elbo_loss(
             prior = prior.log_prob
         else:
             x, weights = _draws(q, num_samples)
-            return divergence - (weights * log_likelihood(x)).sum(0)
+            return divergence - (weights * _valued(log_likelihood(x), weights.shape, "log_likelihood")).sum(0)
     density = prior
-    return _mean_ratio(q, lambda x: density(x) + log_likelihood(x), num_samples, sticking_the_landing)
+
+    def joint(x: Tensor) -> Tensor:
+        rows = x.shape[: x.ndim - len(q.event_shape)]
+        return _valued(density(x), rows, "the prior") + _valued(log_likelihood(x), rows, "log_likelihood")
+
+    return _mean_ratio(q, joint, num_samples, sticking_the_landing)

@@ -80,7 +80,9 @@ def _evaluate(value: Tensor, components: Components, *, pooled: bool) -> Tensor:
     """Bring the arguments into this file's layout and call the function; points stay last."""
     dtype = _dtype(value, components)
     dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    batch, shape = _batch_shape(components), _shape(value, components)
+    shape = _shape(value, components)
+    # that of the components, or where they have a 1 and the points more, that of the points
+    batch = shape[len(shape) - len(_batch_shape(components)) :]
     samples = math.prod(shape[: len(shape) - len(batch)])
     x = value.to(dtype).expand(*shape, value.shape[-1]).reshape(samples, *batch, value.shape[-1]).movedim(0, -1)
     k, d = components.loc.shape[-2:]

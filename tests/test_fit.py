@@ -205,6 +205,8 @@ def test_criteria_are_sklearns(kind):
         ([X, X[:, :2]], KINDS, "2 columns"),
         (iter([X]), KINDS, "only once"),
         ([], KINDS, "no samples"),
+        (X.numpy(), KINDS, r"torch\.from_numpy\(x\)"),
+        (TensorDataset(X), KINDS, r"DataLoader\(dataset"),
     ],
 )
 def test_bad_samples_are_named(x, kinds, message):
@@ -227,6 +229,7 @@ def start_of(k, d):
         ({"weights": torch.ones(3)}, "one for each of 2000"),
         ({"weights": -torch.ones(2000)}, r"weights\[0\] is -1"),
         ({"tol": -1.0}, "tol must not be negative"),
+        ({"max_iter": 2.5}, "max_iter must be a whole number, got 2.5"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"init": start_of(3, 2)}, r"event shape \(3,\)"),
         ({"init": start_of(2, 3)}, "has 2 components, not 3"),
@@ -292,6 +295,19 @@ def test_restarts_are_no_worse():
     one = gaussian_mixture(IRIS, 4, tol=1e-5, max_iter=1000)
     many = gaussian_mixture(IRIS, 4, tol=1e-5, max_iter=1000, n_init=5)
     assert many.log_likelihood >= one.log_likelihood - 1e-6
+
+
+def test_a_start_that_collapses_without_a_penalty_leaves_the_others():
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    single = []
+    for seed in range(6):
+        try:
+            single.append(gaussian_mixture(x, 8, penalty=0.0, seed=seed, max_iter=1000))
+        except ValueError as error:
+            assert "has collapsed" in str(error)  # noqa: PT017 - some starts do, some do not
+    many = gaussian_mixture(x, 8, penalty=0.0, n_init=20, max_iter=1000)
+    assert len(single) < 6
+    assert not many.collapsed.any()
 
 
 def test_random_state_is_left_alone():

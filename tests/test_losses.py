@@ -679,3 +679,12 @@ def test_one_mixture_for_all_targets_and_a_mask(kind):
     columns = torch.tensor([True, False, True, True])
     usage = losses.mixture_diagnostics(target[:, None].expand(6, 4, 2), *rows, mask=columns, **given).usage
     assert float(usage.sum()) == pytest.approx(1)
+
+
+def test_one_hot_labels_are_not_logits():
+    with pytest.raises(ValueError, match="one-hot labels"):
+        losses.categorical_kl(torch.eye(3), torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="one-hot labels"):
+        losses.categorical_kl(torch.zeros(3, 3), torch.eye(3)[[0, 1, 1]])
+    assert losses.categorical_kl(torch.tensor([0.0, 1.0]), torch.zeros(2)) > 0  # one row may be logits
+    assert losses.categorical_kl(torch.zeros(4, 3), torch.ones(4, 3)).abs().max() == 0

@@ -125,7 +125,7 @@ def kl_monte_carlo(
 
     Accuracy:
         95 % intervals covered in 93 to 97 % of 1,000 runs for every kind of points, with control variates and without,
-        of Gaussians, a Gamma and mixtures (``tests/test_estimators_points.py``). Exceptions: k3 where q is much wider
+        of Gaussians, a Gamma and mixtures (``tests/test_estimators_points.py``). Exceptions: k3 where q is wider
         than p, fewer than 32 scrambles, and less than 4,000 samples less control variates, whose rest has heavier
         tails (1,000: 92.6 to 94 %). Standard errors, 8,192 samples (131,072), against random ones: two Gaussians on
         the line mirrored 1/1.4, Sobol points 1/11 (1/43), control variates 0; a mixture of two in the plane

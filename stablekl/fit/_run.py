@@ -17,7 +17,7 @@ from ._samples import Samples
 from ._squares import collect_squares, squares_are_safe
 from ._start import Subsample
 
-__all__ = ["Options", "Run", "by_weight", "from_labels", "run"]
+__all__ = ["CollapseError", "Options", "Run", "by_weight", "from_labels", "run"]
 
 # Numbers in a chunk of y: the caches of a CPU hold it, and a GPU is busy with it.
 _CPU_CHUNK, _GPU_CHUNK = 2**19, 2**25
@@ -31,6 +31,10 @@ _SHARED, _START = 0.1, 1e-6
 _VANISHED = 1e26
 # Stepwise EM: the n-th batch counts n^-0.7.
 _FORGETTING = 0.7
+
+
+class CollapseError(ValueError):
+    """A component's likelihood has become infinite."""
 
 
 class Options(NamedTuple):
@@ -208,7 +212,7 @@ class _Em:
         bad = ~(most < _VANISHED)
         if bool(bad.any()):
             k = int(bad.nonzero()[0])
-            raise ValueError(
+            raise CollapseError(
                 f"component {k} has collapsed: its samples span fewer than {self.samples.dim} dimensions, and its "
                 f"likelihood is infinite. Fit fewer components, or give a penalty above {self.options.penalty:g}."
             )

@@ -14,8 +14,10 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from .._distributed import Processes
 from ..mixtures.square_root import lower_square_root
@@ -201,6 +203,10 @@ class Samples:
 
     def _scan(self) -> _Moments | None:
         """Moments of this process's rows, which are checked."""
+        if isinstance(self._data, (np.ndarray, Dataset)):
+            how = "torch.from_numpy(x)" if isinstance(self._data, np.ndarray) else "DataLoader(dataset, 4096)"
+            name = type(self._data).__name__
+            raise ValueError(f"samples come in a tensor or in batches of tensors, not in a {name}: give {how}")
         if isinstance(self._data, Iterator):
             raise ValueError(
                 "samples that can be read only once cannot be fitted, which takes several passes: give a DataLoader, a "

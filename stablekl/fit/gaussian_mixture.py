@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from numbers import Integral
 from typing import get_args
 
 import torch
@@ -33,7 +34,7 @@ from .._progress import Progress
 from ..mixtures.components import Components
 from ..mixtures.gaussian_mixture import GaussianMixture
 from ._model import CovarianceType, Model, components_of, in_units
-from ._run import Options, Run, by_weight, from_labels, run
+from ._run import CollapseError, Options, Run, by_weight, from_labels, run
 from ._samples import Data, Samples
 from ._start import Init, labels_of, nearest, subsample
 
@@ -187,11 +188,24 @@ def gaussian_mixture(
             raise ValueError(f"{num_components} components need as many samples at least, got {samples.count}")
         line = Progress(f"fit of {num_components} components", progress if samples.processes.rank == 0 else False)
         starts = _starts(samples, num_components, covariance_type, init, n_init, seed)
-        best = max((run(samples, start, options, line) for start in starts), key=_merit)
+        best = _best(samples, starts, options, line)
     line.close()
     best = by_weight(best) if isinstance(init, str) else best
     _warn(best, options)
     return _result(best, samples, covariance_type, dtype)
+
+
+def _best(samples: Samples, starts: list[Model], options: Options, line: Progress) -> Run:
+    """The best of the runs from every start; without a penalty some may end in a collapse, but not all."""
+    found, failure = [], None
+    for start in starts:
+        try:
+            found.append(run(samples, start, options, line))
+        except CollapseError as error:
+            failure = error
+    if failure is not None and not found:
+        raise failure
+    return max(found, key=_merit)
 
 
 def _merit(found: Run) -> tuple[bool, float]:
@@ -303,6 +317,9 @@ def _check(
         )
     if given and n_init != 1:
         raise ValueError(f"n_init={n_init} fits from the start that init gives would be the same; use n_init=1")
+    for name, count in {"num_components": num_components, "n_init": n_init, "max_iter": max_iter}.items():
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise ValueError(f"{name} must be a whole number, got {count!r}")
     whole = {"num_components": num_components, "n_init": n_init, "batch_size": batch_size}
     for name, number in whole.items():
         if number is not None and number < 1:

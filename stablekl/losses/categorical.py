@@ -90,11 +90,15 @@ def check_logits(name: str, x: Tensor) -> None:
     slack = (
         8 * torch.finfo(x.dtype).eps * (x.shape[-1] if x.element_size() > 2 else 1)
     )  # half precision is rounded once
-    whole = bool((x == x.round()).all())  # 0 and 1 are more likely to be logits
-    if not whole and bool(((x >= 0).all(-1) & ((sums - 1).abs() <= slack)).all()):
+    # one row of 0 and 1 is more likely to be logits; in all of several rows just one 1 is not
+    single = x.numel() == x.shape[-1] or x.shape[-1] == 1
+    if single and bool((x == x.round()).all()):
+        return
+    if bool(((x >= 0).all(-1) & ((sums - 1).abs() <= slack)).all()):
         raise ValueError(
-            f"{name} looks like probabilities: every row is non-negative and sums to 1. Pass their logarithms, "
-            f"{name}=probs.log(). If these are logits by chance, add any number to them: only differences count"
+            f"{name} looks like probabilities, or one-hot labels: every row is non-negative and sums to 1. Pass their "
+            f"logarithms, {name}=probs.log(). If these are logits by chance, add any number to them: only differences "
+            "count"
         )
 
 

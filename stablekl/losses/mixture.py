@@ -2,7 +2,8 @@ r"""Negative log-likelihood of targets under mixtures of Gaussians that a networ
 
 The log-density is that of `GaussianMixture`: in log space, streamed over the components, its gradient by the
 responsibilities. A target that no component is near has a finite loss and a gradient that leads there, where
-``log(sum(w * exp(log_prob)))`` is inf and NaN.
+``log(sum(w * exp(log_prob)))`` is inf and NaN; as long as squared distances in units of the scales, over the scale, are
+in the range of the dtype. In float32 and without a floor that ends at a log-scale of -25 for targets at 1e4.
 
 Likelihoods of mixtures are unbounded: a component may shrink to one target, and its loss falls for ever. ``min_scale``,
 a share of the data's own standard deviation, is a floor of the scales, in logarithms a hyperbola,

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import stablekl
 from stablekl.data import load_iris
 from stablekl.fit import FitWarning, GaussianMixtureModel, gaussian_mixture, select
-from stablekl.fit._em import collect, maximised
 from stablekl.fit._model import Model
 from stablekl.fit._squares import collect_squares, squares_are_safe
+from stablekl.fit._steps import collect, maximised
 
 F64 = torch.float64
 KINDS = ("full", "tied", "diag", "spherical")

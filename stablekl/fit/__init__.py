@@ -1,6 +1,6 @@
 """Gaussian mixtures fitted to data: by EM, in any units and on many machines; by gradient; and their number by BIC."""
 
-from .gaussian_mixture import FitWarning, GaussianMixtureFit, gaussian_mixture
+from .em import FitWarning, GaussianMixtureFit, gaussian_mixture
 from .model import GaussianMixtureModel
 from .selection import Selection, select
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .._progress import Progress
 from ..mixtures.square_root import lower_square_root
-from ._em import Sums, collect, maximised, posterior
 from ._model import CovarianceType, Model, scale_of
 from ._samples import Samples
 from ._squares import collect_squares, squares_are_safe
 from ._start import Subsample
+from ._steps import Sums, collect, maximised, posterior
 
 __all__ = ["CollapseError", "Options", "Run", "by_weight", "from_labels", "run"]
 

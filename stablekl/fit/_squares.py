@@ -6,7 +6,7 @@ r"""The sums of an iteration for diagonal covariances by matrix products, where 
 is two products of matrices, and so are the sums over samples, where differences are passes over samples x components x
 columns. Terms cancel: the error is a few eps times the largest of them, for which there is a bound before the pass.
 scikit-learn expands wherever the data are; here they are in standard units, and components that are too narrow or too
-far out are left to `stablekl.fit._em`.
+far out are left to `stablekl.fit._steps`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._em import Sums
 from ._model import Model
+from ._steps import Sums
 
 __all__ = ["collect_squares", "squares_are_safe"]
 
@@ -34,7 +34,7 @@ def squares_are_safe(model: Model, reach: Tensor) -> bool:
 
 
 def collect_squares(model: Model, chunks: Iterable[tuple[Tensor, Tensor | None]]) -> Sums:
-    """As `stablekl.fit._em.collect`, without a shift."""
+    """As `stablekl.fit._steps.collect`, without a shift."""
     _, _, loc, scale = model
     k, d = loc.shape
     precision = scale.expand(k, d).square().reciprocal()

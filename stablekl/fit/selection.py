@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 from ._samples import Data
-from .gaussian_mixture import FitWarning, GaussianMixtureFit, gaussian_mixture
+from .em import FitWarning, GaussianMixtureFit, gaussian_mixture
 
 __all__ = ["Criterion", "Selection", "select"]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import is_eager
+from ..distributions._base import broadcast_shape
 from ..parameterizations import check_positive
 
 __all__ = [
@@ -27,7 +28,7 @@ Reduction = Literal["none", "mean", "sum"]
 def check_rows(name: str, shape: torch.Size, other: str, other_shape: torch.Size) -> torch.Size:
     """What two shapes broadcast to; ValueError where neither has it: (N,) and (N, 1) make (N, N)."""
     try:
-        both: torch.Size = torch.broadcast_shapes(shape, other_shape)
+        both = broadcast_shape(shape, other_shape)
     except RuntimeError as error:
         raise ValueError(f"{name}, {tuple(shape)}, and {other}, {tuple(other_shape)}, do not broadcast") from error
     if both not in (shape, other_shape):

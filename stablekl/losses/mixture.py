@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributions._base import broadcast_shape
 from ..mixtures.components import Components
 from ..mixtures.density import component_log_probs, mixture_log_prob
 from ..mixtures.weights import normalised_log_weights
@@ -97,7 +98,7 @@ def _components(
         text = f"scale_tril (..., K, D, D) = {(*loc.shape, d)}" if len(wanted) == 3 else f"{name} of the shape of loc"
         raise ValueError(f"a mixture with loc of shape {tuple(loc.shape)} needs {text}, got {tuple(raw.shape)}")
     raw = raw.expand(*raw.shape[:n], *wanted)
-    batch = torch.broadcast_shapes(logits.shape[:-1], loc.shape[:-2], raw.shape[:n])
+    batch = broadcast_shape(logits.shape[:-1], loc.shape[:-2], raw.shape[:n])
     rows = check_rows("targets in rows of shape", target.shape[:-1], "mixtures in rows of shape", batch)
     dtype = torch.promote_types(promoted(target, logits, loc, raw), torch.float32)
     target, logits, loc, raw = (x.to(dtype) for x in (target, logits, loc, raw))

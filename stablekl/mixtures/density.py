@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import custom, is_plain
+from ..distributions._base import broadcast_shape
 from . import density_blocks as blocks
 from .components import Components
 from .density_terms import base, coefficients, inverse_factor, is_diagonal, living, parameter_gradients, pool
@@ -68,12 +69,12 @@ def _batch_shape(components: Components) -> torch.Size:
     event = components.scale.ndim - 2 if components.is_diagonal else components.scale.ndim - 3
     log_weights, loc, scale = components
     shapes = log_weights.shape[:-1], loc.shape[:-2], scale.shape[:event]
-    return torch.Size(torch.broadcast_shapes(*shapes))
+    return broadcast_shape(*shapes)
 
 
 def _shape(value: Tensor, components: Components) -> torch.Size:
     shapes = value.shape[:-1], _batch_shape(components)
-    return torch.Size(torch.broadcast_shapes(*shapes))
+    return broadcast_shape(*shapes)
 
 
 def _evaluate(value: Tensor, components: Components, *, pooled: bool) -> Tensor:

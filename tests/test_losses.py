@@ -688,3 +688,20 @@ def test_one_hot_labels_are_not_logits():
         losses.categorical_kl(torch.zeros(3, 3), torch.eye(3)[[0, 1, 1]])
     assert losses.categorical_kl(torch.tensor([0.0, 1.0]), torch.zeros(2)) > 0  # one row may be logits
     assert losses.categorical_kl(torch.zeros(4, 3), torch.ones(4, 3)).abs().max() == 0
+
+
+@pytest.mark.parametrize("log_scale", [-20.0, -30.0, -40.0, -43.0, 40.0])
+def test_a_mixture_that_starts_far_too_narrow_has_finite_gradients(log_scale):
+    """Those by the scale leave float32 long before those by its logarithm do."""
+    leaves = [torch.zeros(2, 2), torch.tensor([[-1.0, 1.0], [0.0, 3.0]]), torch.full((2, 2), log_scale)]
+    leaves = [x.requires_grad_() for x in leaves]
+    target = torch.tensor([0.5, 1.0])
+    loss = losses.mixture_nll_loss(target, *leaves[:2], log_scale=leaves[2])
+    loss.sum().backward()
+    nearest = torch.tensor([-0.5, 1.0], dtype=F64)  # from the likelier component
+    z2 = (nearest * math.exp(-log_scale)).square()
+    if log_scale < 0:
+        expected = 0.5 * z2 + log_scale + math.log(2) + 0.5 * math.log(2 * math.pi)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(leaves[2].grad.sum(-1).double(), -z2, rtol=1e-6, atol=0)
+    assert all(bool(x.grad.isfinite().all()) for x in leaves)

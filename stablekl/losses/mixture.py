@@ -2,8 +2,8 @@ r"""Negative log-likelihood of targets under mixtures of Gaussians that a networ
 
 The log-density is that of `GaussianMixture`: in log space, streamed over the components, its gradient by the
 responsibilities. A target that no component is near has a finite loss and a gradient that leads there, where
-``log(sum(w * exp(log_prob)))`` is inf and NaN; as long as squared distances in units of the scales, over the scale, are
-in the range of the dtype. In float32 and without a floor that ends at a log-scale of -25 for targets at 1e4.
+``log(sum(w * exp(log_prob)))`` is inf and NaN; both in float64, so that they are finite wherever the dtype can hold
+them (float32, target 1 away: down to log-scales of -43).
 
 Likelihoods of mixtures are unbounded: a component may shrink to one target, and its loss falls for ever. ``min_scale``,
 a share of the data's own standard deviation, is a floor of the scales, in logarithms a hyperbola,
@@ -100,7 +100,9 @@ def _components(
     raw = raw.expand(*raw.shape[:n], *wanted)
     batch = broadcast_shape(logits.shape[:-1], loc.shape[:-2], raw.shape[:n])
     rows = check_rows("targets in rows of shape", target.shape[:-1], "mixtures in rows of shape", batch)
-    dtype = torch.promote_types(promoted(target, logits, loc, raw), torch.float32)
+    # in float64: the gradient by a log-scale goes through that by the scale, z^2/scale, which leaves the range first
+    dtype = torch.float32 if loc.device.type == "mps" else torch.float64
+    narrow = promoted(logits)
     target, logits, loc, raw = (x.to(dtype) for x in (target, logits, loc, raw))
     if mask is not None:
         check_mask(mask, rows, "target")
@@ -112,7 +114,7 @@ def _components(
         raw = torch.where(
             wide, raw, 0.0 if name == "log_scale" else torch.as_tensor(blank, device=loc.device).to(dtype)
         )
-    check_logits("logits", logits)
+    check_logits("logits", logits.to(narrow))  # by the rounding that they came with
     if name == "scale_tril":
         check_factor(name, raw)
     elif name == "scale":
@@ -155,8 +157,8 @@ def mixture_nll_loss(
             module; a thousandth of the data's own is a start. None: no floor, and a likelihood without bound.
 
     Returns:
-        The loss of each row in nats, ``(...)``, in the dtype that the arguments promote to; half precision is computed
-        in float32.
+        The loss of each row in nats, ``(...)``, in the dtype that the arguments promote to; computed in float64 where
+        the device has it.
 
     Raises:
         ValueError: not exactly one of ``scale``, ``log_scale`` and ``scale_tril``; shapes that do not fit, or would

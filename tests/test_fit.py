@@ -310,6 +310,11 @@ def test_a_start_that_collapses_without_a_penalty_leaves_the_others():
     assert not many.collapsed.any()
 
 
+def test_where_to_compute_may_be_a_name():
+    here, named = gaussian_mixture(X, 2), gaussian_mixture(X, 2, device="cpu")
+    assert distance(here.mixture, named.mixture) == 0
+
+
 def test_random_state_is_left_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()

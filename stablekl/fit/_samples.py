@@ -137,10 +137,11 @@ class Samples:
         common: bool,
         full: bool,
         processes: Processes,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         """Read everything once."""
-        self._data, self._weights, self._device, self.processes = data, weights, device, processes
+        self._data, self._weights, self.processes = data, weights, processes
+        self._device = None if device is None else torch.device(device)
         self.dtype, self.dim = torch.float32, 0
         error, moments = None, None
         try:

@@ -109,7 +109,7 @@ def gaussian_mixture(
     batch_size: int | None = None,
     seed: int = 0,
     distributed: bool = True,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool | None = None,
 ) -> GaussianMixtureFit:

@@ -178,10 +178,12 @@ def test_the_random_state_is_left_alone():
 def test_samples_without_a_density_are_refused():
     x, y = samples(100, 100, 2)
     twice = torch.cat([x, x[:3]])
-    with pytest.raises(ValueError, match=r"x\[0\] is repeated: 1 or more of the other x equal it"):
+    with pytest.raises(
+        ValueError, match=r"x\[0\] is repeated, and 5.8% of the samples are: 1 or more of the other x equal it"
+    ):
         kl_from_samples(twice, y)
-    with pytest.raises(ValueError, match=r"x\[5\] is repeated: 1 or more of y"):
-        kl_from_samples(x, torch.cat([y, x[5:6]]))
+    with pytest.raises(ValueError, match=r"x\[5\] is repeated, and 11.0% of the samples are: 1 or more of y"):
+        kl_from_samples(x, torch.cat([y, x[5:16]]))
     assert math.isfinite(kl_from_samples(twice, y, num_neighbours=2).value)
     for method in ("gaussian", "nearest_neighbour"):
         flat = torch.cat([x, x.sum(-1, keepdim=True)], -1)
@@ -193,6 +195,17 @@ def test_samples_without_a_density_are_refused():
         kl_from_samples(*samples(5, 50, 6), "gaussian")
     with pytest.raises(ValueError, match="y has 8 samples in 6 dimensions"):
         kl_from_samples(*samples(50, 8, 6), "gaussian")
+
+
+def test_a_few_repeated_samples_take_later_neighbours():
+    """float32 numbers on a line repeat: 0.1 % of 10,000 do, and every estimate was refused."""
+    x, y = samples(10_000, 10_000, 1)
+    x = x + 1
+    exact, rounded = kl_from_samples(x, y), kl_from_samples(x.float(), y.float())
+    assert (x.float().double().unique().numel()) < 10_000
+    assert abs(float(exact.value - rounded.value)) < 0.1 * float(exact.standard_error)
+    one = kl_from_samples(x[:400], torch.cat([y[:399], x[5:6]]))
+    assert one.value.isfinite()
 
 
 def test_what_is_needed():

@@ -172,7 +172,7 @@ def mixture_nll_loss(
         >>> far = mixture_nll_loss(torch.tensor([1e4]), torch.zeros(1, 2), torch.tensor([[-1.0, 1.0]]),
         ...                        scale=torch.ones(1, 2))
         >>> print(far)
-        tensor([49990000.])
+        tensor([49990004.])
     """
     scales = (x for x in (scale, log_scale, scale_tril) if x is not None)
     point, components = _components(target, logits, loc, scale, log_scale, scale_tril, mask, min_scale)

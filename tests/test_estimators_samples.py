@@ -198,7 +198,7 @@ def test_samples_without_a_density_are_refused():
 
 
 def test_a_few_repeated_samples_take_later_neighbours():
-    """float32 numbers on a line repeat: 0.1 % of 10,000 do, and every estimate was refused."""
+    """float32 numbers on a line repeat: 0.04 % of 10,000 do, and the estimate was refused."""
     x, y = samples(10_000, 10_000, 1)
     x = x + 1
     exact, rounded = kl_from_samples(x, y), kl_from_samples(x.float(), y.float())

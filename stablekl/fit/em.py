@@ -188,9 +188,11 @@ def gaussian_mixture(
         if samples.count < num_components:
             raise ValueError(f"{num_components} components need as many samples at least, got {samples.count}")
         line = Progress(f"fit of {num_components} components", progress if samples.processes.rank == 0 else False)
-        starts = _starts(samples, num_components, covariance_type, init, n_init, seed)
-        best = _best(samples, starts, options, line)
-    line.close()
+        try:
+            starts = _starts(samples, num_components, covariance_type, init, n_init, seed)
+            best = _best(samples, starts, options, line)
+        finally:
+            line.close()
     best = by_weight(best) if isinstance(init, str) else best
     _warn(best, options)
     return _result(best, samples, covariance_type, dtype)

@@ -138,8 +138,8 @@ def gaussian_mixture(
         penalty: a above; 0 for plain maximum likelihood.
         batch_size: stepwise EM, which updates the mixture after every so many samples of each process (shuffled if they
             are in a tensor), the n-th time by a step of (n + 1)^-0.7; None for EM on all samples at once. For data that
-            are read slowly: 100,000 samples, D = 8, by 10,000, were 0.05 nats from the maximum after one pass (EM 0.17),
-            0.005 after two (EM 2e-4), 1e-4 after four (EM 3e-9).
+            are read slowly: 100,000 samples, D = 8, by 10,000, were 0.05 nats from the maximum after one pass (EM
+            0.17), 0.005 after two (EM 2e-4), 1e-4 after four (EM 3e-9).
         seed: of the starts. torch's random state is neither used nor changed.
         distributed: where torch.distributed is initialised, x is this process's share of the samples, sums are taken
             over all processes, and all of them, which must all call, get the fit of all samples. False for this process

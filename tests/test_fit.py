@@ -18,6 +18,8 @@ from stablekl.fit._model import Model
 from stablekl.fit._squares import collect_squares, squares_are_safe
 from stablekl.fit._steps import collect, maximised
 
+from .sklearn_fits import precisions
+
 F64 = torch.float64
 KINDS = ("full", "tied", "diag", "spherical")
 IRIS = load_iris()[0]
@@ -40,13 +42,7 @@ X = clusters()
 def in_sklearn(x, kind, start, **options):
     """scikit-learn's mean log-likelihood from this start, or None where it gives up."""
     c = start.component_distribution
-    precision = torch.linalg.inv(c.covariance_matrix.double())
-    precision = {
-        "full": precision,
-        "tied": precision[0],
-        "diag": precision.diagonal(dim1=-2, dim2=-1),
-        "spherical": precision[:, 0, 0],
-    }[kind]
+    precision = precisions(kind, c.covariance_matrix)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -28,6 +28,9 @@ for how in ("split", "stride"):
         good = far < 1e-11 and shared.num_iterations == alone.num_iterations
         good &= abs(shared.log_likelihood - alone.log_likelihood) < 1e-8 and shared.num_samples == 20000
         print(good and len(shared.responsibilities) == len(own))
+# must differ: a shard alone
+lonely = gaussian_mixture(own, 5, tol=1e-6, distributed=False).mixture.component_distribution
+print(float((lonely.mean - b.mean).abs().max()) > 1e-4)
 # one process without a sample, and batches of different numbers
 own = [x] if rank == 0 else []
 shared = gaussian_mixture(own, 5, tol=1e-6)
@@ -58,7 +61,7 @@ except ValueError as e:
 @pytest.mark.parametrize("size", [2, 3])
 def test_shards_are_the_whole(size, tmp_path):
     for printed in outputs(SAME, size, tmp_path):
-        assert printed.split() == ["True"] * 10
+        assert printed.split() == ["True"] * 11
 
 
 def test_an_error_is_everybodys(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor
 import stablekl
 from stablekl.fit import gaussian_mixture
 from tests.benchmarks.timing import seconds
+from tests.sklearn_fits import precisions
 
 KINDS = ("full", "tied", "diag", "spherical")
 
@@ -47,13 +48,7 @@ def compare(x: Tensor, k: int, kind: str, rounds: int) -> str:
     c = gaussian_mixture(x, k, kind, max_iter=0).mixture.component_distribution
     weights = torch.full((k,), 1 / k, dtype=x.dtype)  # a power of 2: scikit-learn wants a sum of exactly 1
     start = stablekl.GaussianMixture(probs=weights, loc=c.mean, scale_tril=c.scale_tril)
-    precision = torch.linalg.inv(c.covariance_matrix.double())
-    precision = {
-        "full": precision,
-        "tied": precision[0],
-        "diag": precision.diagonal(dim1=-2, dim2=-1),
-        "spherical": precision[:, 0, 0],
-    }[kind]
+    precision = precisions(kind, c.covariance_matrix)
     array = x.numpy()
     given = {"weights_init": weights, "means_init": c.mean, "precisions_init": precision}
     theirs = SklearnMixture(

@@ -5,7 +5,7 @@ every pair of Gaussian families. torch's own rules stay until `harden` replaces 
 """
 
 from . import estimators, fit, linalg, losses, special
-from .distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
+from .distributions import Exponential, Laplace, LowRankMultivariateNormal, MultivariateNormal, Normal
 from .divergences import (
     bhattacharyya_distance,
     chernoff_distance,
@@ -44,8 +44,10 @@ from .registry import harden, kl_divergence
 
 __all__ = [
     "AccuracyWarning",
+    "Exponential",
     "GaussianMixture",
     "KLEstimate",
+    "Laplace",
     "LowRankMultivariateNormal",
     "MixtureSameFamily",
     "MultivariateNormal",

@@ -28,6 +28,7 @@ __all__ = [
     "check_positive",
     "inverse_bounded_log_scale",
     "inverse_softplus_scale",
+    "raise_outside",
     "scale_tril_from_unconstrained",
     "softplus_scale",
     "unconstrained_from_scale_tril",
@@ -95,6 +96,39 @@ def check_positive(name: str, value: Tensor) -> None:
         f"{name} must be positive, but {name}{where} is {entry}{others}. {cause}; {cure} "
         "stablekl.softplus_scale(x, floor=1e-3), with a floor that suits the data."
     )
+
+
+def raise_outside(owner: str, name: str, value: Tensor, good: Tensor, requirement: str) -> None:
+    """Raise the error of a parameter that is outside of its domain.
+
+    Args:
+        owner: the name of the class whose parameter it is.
+        name: of the parameter.
+        value: what was given.
+        good: where it is in the domain; without the last dimensions of ``value`` where these are judged together.
+        requirement: the domain, to be read after "must be".
+
+    Raises:
+        ValueError: names the first bad index and its value, and the likely cause.
+    """
+    where, index, others = _first_bad(good)
+    entry = value[index].detach()
+    shown = entry.item() if entry.ndim == 0 else entry.tolist()
+    if bool(entry.isnan().any()):
+        cause = (
+            "A NaN usually comes from a step that diverged, or from NaN in the network's input; "
+            "torch.autograd.set_detect_anomaly(True) finds where"
+        )
+    elif name == "probs":
+        cause = (
+            "Values outside of [0, 1], or sums that are not 1, usually are the raw output of a layer: give that as "
+            "logits"
+        )
+    elif name == "logits":
+        cause = "A log-probability usually is infinite since a probability has underflowed to 0"
+    else:
+        cause = "Such a value usually is the raw output of a layer, or the result of an overflow"
+    raise ValueError(f"{name} of {owner} must be {requirement}, but {name}{where} is {shown}{others}. {cause}.")
 
 
 def _check_floor(floor: float, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ stay as they are until `harden` replaces them, and come back when it is undone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from types import TracebackType
 from typing import TypeVar
 
@@ -20,10 +21,12 @@ Rule = Callable[..., Tensor]
 RuleT = TypeVar("RuleT", bound=Rule)
 Pair = tuple[type[Distribution], type[Distribution]]
 
+# The pairs that torch has a rule for, as far as it knows them now.
+_TORCHS = frozenset(pair for pair, rule in _KL_REGISTRY.items() if rule.__module__.startswith("torch."))
 # Rules for pairs that torch owns: waiting for harden(), and always used by stablekl.kl_divergence.
 _HARDENED: dict[Pair, Rule] = {}
-# What harden() took out of torch's registry, and who asked for it to stay out.
-_REPLACED: dict[Pair, Rule] = {}
+# What harden() took out of torch's registry (None: torch goes by a base class), and who asked for it to stay out.
+_REPLACED: dict[Pair, Rule | None] = {}
 _ACTIVE: list[Hardening] = []
 
 
@@ -32,19 +35,28 @@ def _host(family: type[Distribution]) -> type[Distribution]:
     return next(c for c in family.__mro__ if c.__module__.startswith("torch."))
 
 
-def register_hardened(family_p: type[Distribution], family_q: type[Distribution]) -> Callable[[RuleT], RuleT]:
+def register_hardened(
+    family_p: type[Distribution], family_q: type[Distribution], *, torch_lacks_it: bool = False
+) -> Callable[[RuleT], RuleT]:
     """Register a KL rule for a pair of families, in every mixture of stablekl's and torch's classes.
 
     Pairs that contain one of our classes, and pairs for which torch has no rule, are registered with torch
     at once. torch picks its own rule silently when only (ours, ours) is registered, and warns of an
-    ambiguity when only the mixed pairs are; hence all of them. A pair that torch owns is kept for `harden`.
+    ambiguity when only the mixed pairs are; hence all of them. A pair that torch owns, itself or by its base classes,
+    is kept for `harden`.
+
+    Args:
+        family_p: the family of p, ours or torch's.
+        family_q: that of q.
+        torch_lacks_it: what torch finds by base classes raises NotImplementedError; our rule is registered at once.
     """
 
     def decorate(rule: RuleT) -> RuleT:
         host_pair = (_host(family_p), _host(family_q))
+        known = any(pair in _TORCHS for pair in product(host_pair[0].__mro__, host_pair[1].__mro__))
         for p in dict.fromkeys((family_p, host_pair[0])):
             for q in dict.fromkeys((family_q, host_pair[1])):
-                if (p, q) == host_pair and host_pair in _KL_REGISTRY:
+                if (p, q) == host_pair and known and not torch_lacks_it:
                     _HARDENED[p, q] = rule
                 else:
                     register_kl(p, q)(rule)
@@ -103,8 +115,7 @@ class Hardening:
         for pair, rule in _HARDENED.items():
             current = _KL_REGISTRY.get(pair)
             if current is not rule:
-                if current is not None:
-                    _REPLACED[pair] = current
+                _REPLACED[pair] = current
                 _KL_REGISTRY[pair] = rule
         _KL_MEMOIZE.clear()
         _ACTIVE.append(self)
@@ -119,9 +130,13 @@ class Hardening:
         _ACTIVE.remove(self)
         if _ACTIVE:
             return
-        for pair, rule in _HARDENED.items():
-            if pair in _REPLACED and _KL_REGISTRY.get(pair) is rule:
-                _KL_REGISTRY[pair] = _REPLACED[pair]
+        for pair, before in _REPLACED.items():
+            if _KL_REGISTRY.get(pair) is not _HARDENED[pair]:
+                continue
+            if before is None:
+                del _KL_REGISTRY[pair]
+            else:
+                _KL_REGISTRY[pair] = before
         _REPLACED.clear()
         _KL_MEMOIZE.clear()
 

@@ -1,4 +1,4 @@
-"""What every stablekl distribution has beyond torch's, ``.to(device, dtype)``; precision and batch shapes of rules."""
+"""What stablekl's distributions have beyond torch's, ``.to(device, dtype)`` and errors that help; shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,22 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 from .._autograd import is_plain
+from ..parameterizations import check_positive, raise_outside
 
-__all__ = ["Movable", "broadcast_shape", "check_batch_shapes", "common_dtype", "mapped", "moved", "of_both", "widened"]
+__all__ = [
+    "Checked",
+    "Movable",
+    "broadcast_shape",
+    "check_batch_shapes",
+    "common_dtype",
+    "mapped",
+    "moved",
+    "of_both",
+    "widened",
+]
 
 DistributionT = TypeVar("DistributionT", bound=Distribution)
 
@@ -105,3 +116,48 @@ class Movable:
     def to(self: DistributionT, *args: Any, **kwargs: Any) -> DistributionT:  # type: ignore[misc]
         """Return a copy on another device or in another dtype; takes what `torch.Tensor.to` takes."""
         return moved(self, *args, **kwargs)
+
+
+_SCALAR = torch.Size()
+_REQUIREMENTS = {
+    "real": "finite or infinite, and no NaN",
+    "nonnegative": "0 or more",
+    "unit_interval": "between 0 and 1",
+    "nonnegative_integer": "a whole number, 0 or more",
+    "simplex": "0 or more and sum to 1 along the last dimension",
+    "real_vector": "no NaN",
+}
+
+
+def _named(constraint: object) -> str:
+    """In words what a constraint requires."""
+    for name, words in _REQUIREMENTS.items():
+        if constraint is getattr(constraints, name):
+            return words
+    return f"within the constraint {constraint}"
+
+
+class Checked(Movable, Distribution):
+    """Mixin, to be listed after torch's class: errors about parameters that say which entry is wrong, and why.
+
+    torch's constructors end in that of `Distribution`, which checks the parameters; this one stands before it, so a
+    subclass needs no constructor of its own, and ``expand`` keeps its type. What is valid costs nothing more.
+    """
+
+    def __init__(
+        self, batch_shape: torch.Size = _SCALAR, event_shape: torch.Size = _SCALAR, validate_args: bool | None = None
+    ) -> None:
+        """Let torch check the parameters, and say more than torch where they are wrong."""
+        try:
+            super().__init__(batch_shape, event_shape, validate_args=validate_args)
+        except ValueError:
+            for name, constraint in self.arg_constraints.items():
+                value = getattr(self, name, None)
+                if constraints.is_dependent(constraint) or not isinstance(value, Tensor):
+                    continue
+                good = constraint.check(value)
+                if not bool(good.all()):
+                    if constraint is constraints.positive:
+                        check_positive(name, value)
+                    raise_outside(type(self).__name__, name, value, good, _named(constraint))
+            raise

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl as torch_kl
 
-from ... import registry
-from ...distributions import Normal
+from ... import distributions, registry
 from ..batches import RELATIONS, Batch, Expand, Plan, plans, related, scalars
 from ..references import FAMILIES
 from ..references.context import Number, mp
@@ -22,8 +21,6 @@ from ..subject import Rule, Subject, differentiated, divergence_of, gradient_of,
 __all__ = ["subjects"]
 
 COUNT = 2048
-# Our own class where there is one, torch's elsewhere.
-OURS = {"Normal": Normal}
 # torch computes these by their base distributions, or as a subclass; its registry does not name them.
 INHERITED = (
     ("Chi2", "Chi2"),
@@ -72,7 +69,8 @@ def rules(p: str, q: str) -> dict[str, Rule]:
     classes = torch_class(p), torch_class(q)
     found: dict[str, Rule] = {"torch": lambda *batch: torch_kl.kl_divergence(*_built(classes, batch))}
     if registry.rule_for(classes[0], classes[1]) is not torch_kl._dispatch_kl(*classes):
-        ours = OURS.get(p, classes[0]), OURS.get(q, classes[1])
+        # our own class where there is one
+        ours = getattr(distributions, p, classes[0]), getattr(distributions, q, classes[1])
         found["stablekl"] = lambda *batch: registry.kl_divergence(*_built(ours, batch))
     return found
 

@@ -1,0 +1,76 @@
+r"""Laplace distributions, and their KL divergence as a sum of non-negative terms.
+
+With :math:`u = |\mu_p - \mu_q|/b_p`, :math:`\rho = b_p/b_q` and :math:`E(x) = e^x - 1 - x`,
+
+.. math:: KL = \rho\,E(-u) + \mathrm{log\_ratio\_bregman}(b_p, b_q).
+
+torch evaluates :math:`-\log \rho + |\mu_p - \mu_q|/b_q + \rho e^{-u} - 1`, of which nothing is left where p is near q:
+L(0, 1) against L(1e-4, 1) is 0 in float32, for 5e-9.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Laplace as TorchLaplace
+
+from ..registry import register_hardened
+from ..special import expm1_value, expm1mx, expm1mx_value, log_ratio_bregman_value
+from ._base import Checked
+from ._scalar import scalar_rule
+
+__all__ = ["Laplace"]
+
+# Beyond it |mu_p - mu_q|/b_q and rho (1 - e^-u) are taken apart, a quarter of it: u overflows where they do not.
+_FAR = 4.0
+
+
+class Laplace(TorchLaplace, Checked):
+    """`torch.distributions.Laplace` with a KL divergence that is accurate for every pair of parameters.
+
+    Args:
+        loc: median, any shape that broadcasts with ``scale``.
+        scale: positive.
+        validate_args: as in torch; on by default.
+
+    Raises:
+        ValueError: ``scale`` is zero, negative or NaN somewhere (says where, and how to parameterise).
+
+    Example:
+        >>> import torch, stablekl
+        >>> p, q = stablekl.Laplace(torch.tensor(0.0), 1.0), stablekl.Laplace(torch.tensor(1e-4), 1.0)
+        >>> print(f"{torch.distributions.kl_divergence(p, q):.3e}")
+        5.000e-09
+    """
+
+
+def _value(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> Tensor:
+    d = (mu_p - mu_q).abs()
+    u, rho = d / b_p, b_p / b_q
+    near = rho * expm1mx_value(-u.clamp(max=_FAR))
+    shift = torch.where(u < _FAR, near, d / b_q + rho * expm1_value(-u))
+    return shift + log_ratio_bregman_value(b_p, b_q)
+
+
+def _gradient(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> tuple[Tensor, ...]:
+    d = mu_p - mu_q
+    size = torch.where(d < 0, -d, d)
+    u = size / b_p
+    fall = -expm1_value(-u)  # 1 - e^-u
+    by_mu = torch.where(d < 0, -fall, fall) / b_q
+    # rho E(-u) differentiates to e^-u (1 + u)/b_q - 1/b_q = -e^-u E(u)/b_q by b_p
+    near = u < 1
+    v, far = torch.where(near, u, 0.0), torch.where(u < 1e4, u, 1e4)
+    gap = (b_p - b_q) / torch.maximum(b_p, b_q) / torch.minimum(b_p, b_q)  # 1/b_q - 1/b_p
+    by_p = torch.where(near, gap - torch.exp(-v) * expm1mx(v) / b_q, torch.exp(-far) * (1 + far) / b_q - 1 / b_p)
+    by_q = ((b_q - b_p) - torch.where(near, b_p * expm1mx(-v), size - b_p * fall)) / b_q / b_q
+    return by_mu, by_p, -by_mu, by_q
+
+
+_kl = scalar_rule(_value, _gradient)
+
+
+@register_hardened(Laplace, Laplace)
+def kl_laplace_laplace(p: TorchLaplace, q: TorchLaplace) -> Tensor:
+    """KL between Laplace distributions, elementwise; see the module."""
+    return _kl(p.loc, p.scale, q.loc, q.scale)

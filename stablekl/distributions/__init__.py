@@ -26,6 +26,7 @@ from .one_hot_categorical import OneHotCategorical
 from .pareto import Pareto
 from .poisson import Poisson
 from .uniform import Uniform
+from .weibull import Weibull
 from .wishart import Wishart
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Pareto",
     "Poisson",
     "Uniform",
+    "Weibull",
     "Wishart",
     "_cross",
 ]

@@ -16,6 +16,7 @@ from ..parameterizations import check_positive, raise_outside
 
 __all__ = [
     "Checked",
+    "Given",
     "Movable",
     "broadcast_shape",
     "check_batch_shapes",
@@ -47,11 +48,30 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype if dtype.is_floating_point else torch.get_default_dtype()
 
 
+class Given:
+    """Mixin of classes whose torch constructor rounds or clamps a parameter: they keep what was given.
+
+    Attributes:
+        given_as: ``"probs"`` or ``"logits"``.
+        given_value: the parameter by that name.
+    """
+
+    given_as: str
+    given_value: Tensor
+
+    def _keep(self, probs: Tensor | float | None, logits: Tensor | float | None, like: Tensor) -> None:
+        value = logits if probs is None else probs
+        self.given_as = "logits" if probs is None else "probs"
+        self.given_value = value if isinstance(value, Tensor) else torch.full_like(like, value)  # type: ignore[arg-type]
+
+
 def given(distribution: Distribution) -> tuple[str, Tensor]:
     """``"probs"`` or ``"logits"``, whichever the distribution was built from, and its value.
 
-    What a constructor stores comes before what has been asked for since.
+    What torch's constructors store comes before what has been asked for since.
     """
+    if isinstance(distribution, Given):
+        return distribution.given_as, distribution.given_value
     stored = [name for name in ("probs", "logits") if name in distribution.__dict__]
     if len(stored) > 1:  # never so where torch.compile traces, which before torch 2.12 can't run through a __dict__
         stored = [name for name in distribution.__dict__ if name in stored]

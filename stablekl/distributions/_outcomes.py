@@ -186,7 +186,9 @@ def log_of(x: Tensor) -> Double:
     """The logarithm to twice the digits, -inf at 0, with its derivative."""
     has = x > 0
     safe = torch.where(has, x, 1.0)
+    smooth = torch.log(safe)
     with torch.no_grad():
-        log = _double.log(safe)
-    hi = attached(log.hi, torch.log(safe))
-    return Double(torch.where(has, hi, -torch.inf), torch.where(has, log.lo, 0.0))
+        roomy = safe > 1e-290
+        log = _double.log(torch.where(roomy, safe, 1.0))
+    hi = attached(torch.where(roomy, log.hi, smooth), smooth)
+    return Double(torch.where(has, hi, -torch.inf), torch.where(has & roomy, log.lo, 0.0))

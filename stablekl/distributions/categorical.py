@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Categorical as TorchCategorical
-from torch.distributions import Distribution
 from torch.types import _size
 
 from .._double import Double
 from ..registry import register_hardened
-from ._base import Checked, common_dtype, given, widened
+from ._base import Checked, Given, common_dtype, given, widened
 from ._outcomes import log_of, log_weights_kl, weights_kl
 
 __all__ = ["Categorical", "categories_kl"]
 
 
-class Categorical(TorchCategorical, Checked):
+class Categorical(Given, TorchCategorical, Checked):
     """`torch.distributions.Categorical` with a KL divergence that is exact at probabilities of 0 and logits of -inf.
 
     Args:
@@ -46,20 +45,14 @@ class Categorical(TorchCategorical, Checked):
     ) -> None:
         """Keep what was given besides torch's normalised version of it."""
         super().__init__(probs, logits, validate_args=validate_args)
-        self.given_as = "logits" if probs is None else "probs"
-        self.given_weights: Tensor = logits if probs is None else probs  # type: ignore[assignment]
+        self._keep(probs, logits, self._param)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> Categorical:
         """Return this distribution with its batch shape expanded; no memory is allocated."""
         new = self._get_checked_instance(Categorical, _instance)  # type: ignore[no-untyped-call]
         expanded: Categorical = super().expand(batch_shape, new)  # type: ignore[no-untyped-call]
-        expanded.given_as = self.given_as
-        expanded.given_weights = self.given_weights.expand(*batch_shape, -1)
+        expanded.given_as, expanded.given_value = self.given_as, self.given_value.expand(*batch_shape, -1)
         return expanded
-
-
-def _given(p: Distribution) -> tuple[str, Tensor]:
-    return (p.given_as, p.given_weights) if isinstance(p, Categorical) else given(p)
 
 
 def categories_kl(p: TorchCategorical, q: TorchCategorical) -> Tensor:
@@ -68,7 +61,7 @@ def categories_kl(p: TorchCategorical, q: TorchCategorical) -> Tensor:
     Raises:
         ValueError: the numbers of categories differ.
     """
-    (name_p, x), (name_q, y) = _given(p), _given(q)
+    (name_p, x), (name_q, y) = given(p), given(q)
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(
             f"p has {x.shape[-1]} categories and q has {y.shape[-1]}: they are no distributions over the same points. "

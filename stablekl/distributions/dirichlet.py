@@ -41,15 +41,15 @@ from .._bregman import (
     stirling_series,
 )
 from .._elementwise import product_error, sum_error
+from ..quadrature import gauss_legendre
 from ..registry import register_hardened
 from ._base import Checked
 from ._scalar import attached, vector_rule
 
 __all__ = ["Dirichlet", "dirichlet_kl"]
 
-# Gauss and Legendre's four nodes on [0, 1]: enough for functions of A + t b with b below A/50.
-_NODES = ((0.06943184420297371, 0.17392742256872692), (0.33000947820757187, 0.32607257743127307))
-_SMALL = 0.02
+# Gauss and Legendre's nodes on [0, 1]: as many as functions of A + t b need for b below A/50.
+_NODES, _SMALL = 4, 0.02
 
 
 class Dirichlet(TorchDirichlet, Checked):
@@ -84,12 +84,11 @@ def _series(a_p: Tensor, a_q: Tensor, d_a: Tensor, b_p: Tensor, b_q: Tensor, d_b
 
     small = torch.maximum(b_p / a_p, b_q / a_q) < _SMALL
     difference = at(a_p, a_q, d_a) - at(a_p + b_p, a_q + b_q, d_a + d_b)
-    total = torch.zeros_like(difference)
-    for node, weight in _NODES:
-        for t in (node, 1 - node):
-            u, w, d = 1 / (a_p + t * b_p), 1 / (a_q + t * b_q), d_a + t * d_b
-            even, odd = power_series(u, u, w)
-            total = total + weight * (d * w) * u * (cross * u * odd + d_b * u * even)
+    t, weights, _ = gauss_legendre(_NODES, a_p.device).to(a_p.dtype)
+    x, y, d, b, cross = (v.unsqueeze(-1) for v in (a_p, a_q, d_a, d_b, cross))
+    u, w, d = 1 / (x + t * b_p.unsqueeze(-1)), 1 / (y + t * b_q.unsqueeze(-1)), d + t * b
+    even, odd = power_series(u, u, w)
+    total = (weights * (d * w) * u * (cross * u * odd + b * u * even)).sum(-1)
     return torch.where(small, total, difference)
 
 

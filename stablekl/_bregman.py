@@ -23,12 +23,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._autograd import rowwise
 from ._elementwise import product_error, sum_error
 from .special import log1pmx, log1pmx_value
 
 __all__ = [
     "STEPS",
     "STIRLING",
+    "lgamma_bregman",
     "lgamma_bregman_value",
     "lgamma_curvature",
     "lgamma_slope",
@@ -157,3 +159,20 @@ def lgamma_slope(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
 def lgamma_curvature(x: Tensor) -> Tensor:
     """g''(x) = trigamma(x) - 1/x, positive, differentiable."""
     return lgamma_slope(x, x, torch.zeros_like(x))
+
+
+def _lgamma_value(y: Tensor, x: Tensor, d: Tensor) -> tuple[Tensor]:
+    # lgamma is g plus a log a - a, whose divergence is y L(x/y - 1)
+    return (y * remainder_of_log(-d / y, x / y) + lgamma_bregman_value(y, x, d),)
+
+
+def _lgamma_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
+    y, x, d = inputs
+    d = d.detach() + ((y - x) - (y - x).detach())
+    near = d.abs() < 0.5 * x
+    log = torch.where(near, torch.log1p(torch.where(near, d / x, 0.0)), log_quotient(y, x))
+    return d * lgamma_slope(y, x, d) + log, -d * (lgamma_curvature(x) + 1 / x), torch.zeros_like(d)
+
+
+lgamma_bregman = rowwise(_lgamma_value, _lgamma_gradient)
+"""The divergence of lgamma itself, at y from x with d = y - x: three positive tensors of one shape, differentiable."""

@@ -26,6 +26,7 @@ from ._elementwise import broadcast_apply, elementwise
 __all__ = [
     "bounded_log_scale",
     "check_positive",
+    "holds_data",
     "inverse_bounded_log_scale",
     "inverse_softplus_scale",
     "raise_outside",
@@ -38,7 +39,7 @@ __all__ = [
 # --- errors -----------------------------------------------------------------------------------------------
 
 
-def _holds_data(value: Tensor) -> bool:
+def holds_data(value: Tensor) -> bool:
     """False while compiling, inside vmap and the like, during CUDA graph capture and on the meta device."""
     return not (
         torch.compiler.is_compiling()
@@ -76,7 +77,7 @@ def check_positive(name: str, value: Tensor) -> None:
         ...
         ValueError: scale must be positive, but scale[1] is 0.0. An exact zero usually comes from a ReLU ...
     """
-    if not _holds_data(value):
+    if not holds_data(value):
         return
     good = value > 0
     if bool(good.all()):
@@ -207,7 +208,7 @@ def inverse_softplus_scale(scale: Tensor, floor: float = 0.0) -> Tensor:
         ValueError: the floor is not valid, or an entry of ``scale`` is not above it (says which).
     """
     _check_floor(floor, scale.dtype)
-    if _holds_data(scale) and not bool((good := scale > floor).all()):
+    if holds_data(scale) and not bool((good := scale > floor).all()):
         where, index, others = _first_bad(good)
         raise ValueError(
             f"scale must be greater than floor = {floor}, but scale{where} is {scale[index].item()}{others}. "
@@ -285,7 +286,7 @@ def inverse_bounded_log_scale(scale: Tensor, min_log: float, max_log: float) -> 
     m, h = _check_log_bounds(min_log, max_log, scale.dtype)
     working = torch.promote_types(scale.dtype, torch.float32)
     log_scale = torch.log(scale.to(working))
-    if _holds_data(scale) and not bool((good := (log_scale > min_log) & (log_scale < max_log)).all()):
+    if holds_data(scale) and not bool((good := (log_scale > min_log) & (log_scale < max_log)).all()):
         where, index, others = _first_bad(good)
         raise ValueError(
             f"scale must be strictly between exp(min_log) = {math.exp(min_log):.6g} and exp(max_log) = "

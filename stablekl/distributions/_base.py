@@ -181,6 +181,9 @@ class Checked(Movable, Distribution):
         self, batch_shape: torch.Size = _SCALAR, event_shape: torch.Size = _SCALAR, validate_args: bool | None = None
     ) -> None:
         """Let torch check the parameters, and say more than torch where they are wrong."""
+        if torch.compiler.is_compiling():  # no looking at data then, and torch's loop over constraints may not trace
+            super().__init__(batch_shape, event_shape, validate_args=False)
+            return
         try:
             super().__init__(batch_shape, event_shape, validate_args=validate_args)
         except ValueError:

@@ -35,7 +35,7 @@ from .._residual import residual
 from ..special import log1pmx_value, log_ratio_bregman_value
 from ._base import broadcast_shape, of_both, widened
 
-__all__ = ["covariance_kl", "precision_kl", "scale_tril_kl"]
+__all__ = ["covariance_kl", "precision_kl", "scale_tril_kl", "trace_excess"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -383,3 +383,16 @@ def covariance_kl(mu_p: Tensor, cov_p: Tensor, mu_q: Tensor, cov_q: Tensor) -> T
 def precision_kl(mu_p: Tensor, precision_p: Tensor, mu_q: Tensor, precision_q: Tensor) -> Tensor:
     """KL from means (..., D) and precisions (..., D, D). The gradient is that of the symmetric matrices."""
     return _precision_kl(*_broadcast(mu_p, precision_p, mu_q, precision_q))
+
+
+def trace_excess(kind: str, a_p: Tensor, a_q: Tensor) -> Tensor:
+    """tr(Sq^-1 Sp) - D from matrices (..., D, D) of one kind, by their difference."""
+    zero = torch.zeros_like(a_p[..., 0])
+    _, a_p, _, a_q = _broadcast(zero, a_p, zero, a_q)
+    if kind == "scale_tril":
+        x = _whitened(a_p, a_q, torch.zeros_like(a_p[..., 0]))[..., 1:]
+        r = _diagonal(x)
+        return (r * (2 + r)).sum(-1) + x.tril(-1).square().sum((-2, -1))
+    # of precisions it is tr(Pp^-1 Pq) - D
+    near, far = (a_p, a_q) if kind == "covariance_matrix" else (a_q, a_p)
+    return _trace(_sandwich(_factor(far), near - far))

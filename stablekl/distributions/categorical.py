@@ -14,6 +14,7 @@ from torch.distributions import Categorical as TorchCategorical
 from torch.types import _size
 
 from .._double import Double
+from ..parameterizations import holds_data, raise_outside
 from ..registry import register_hardened
 from ._base import Checked, Given, common_dtype, given, widened
 from ._outcomes import log_of, log_weights_kl, weights_kl
@@ -43,8 +44,13 @@ class Categorical(Given, TorchCategorical, Checked):
     def __init__(
         self, probs: Tensor | None = None, logits: Tensor | None = None, validate_args: bool | None = None
     ) -> None:
-        """Keep what was given besides torch's normalised version of it."""
-        super().__init__(probs, logits, validate_args=validate_args)
+        """Check the weights, and keep them besides torch's normalised version of them."""
+        checked = self._validate_args if validate_args is None else validate_args
+        if checked:
+            _check_weights(type(self).__name__, probs, logits)
+        # torch would want probabilities to sum to 1 to six digits, which its own in half precision do not
+        super().__init__(probs, logits, validate_args=False)
+        self._validate_args = checked
         self._keep(probs, logits, self._param)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> Categorical:
@@ -53,6 +59,25 @@ class Categorical(Given, TorchCategorical, Checked):
         expanded: Categorical = super().expand(batch_shape, new)  # type: ignore[no-untyped-call]
         expanded.given_as, expanded.given_value = self.given_as, self.given_value.expand(*batch_shape, -1)
         return expanded
+
+
+def _check_weights(owner: str, probs: Tensor | None, logits: Tensor | None) -> None:
+    """Raise an error that says which weights make no distribution."""
+    if (probs is None) == (logits is None):
+        raise ValueError(f"{owner} takes either probs or logits")
+    name, x = ("probs", probs) if logits is None else ("logits", logits)
+    if x is None or not holds_data(x):
+        return
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{name} of {owner} must be (..., K), one for each category, but the shape is {tuple(x.shape)}"
+        )
+    good = (x >= 0) & x.isfinite() if name == "probs" else x < torch.inf
+    if not bool(good.all()):
+        raise_outside(owner, name, x, good, "finite and 0 or more" if name == "probs" else "below inf, and no NaN")
+    some = (x > (0 if name == "probs" else -torch.inf)).any(-1)
+    if not bool(some.all()):
+        raise_outside(owner, name, x, some, "those of one possible category at least")
 
 
 def categories_kl(p: TorchCategorical, q: TorchCategorical) -> Tensor:

@@ -30,6 +30,7 @@ from .._autograd import rowwise
 from .._bregman import remainder_of_log
 from .._double import Double
 from .._elementwise import horner
+from ..parameterizations import holds_data, raise_outside
 from ..quadrature import gauss_legendre
 from ..registry import register_hardened
 from ._base import Checked, Given, common_dtype, given, widened
@@ -100,8 +101,15 @@ class ContinuousBernoulli(Given, TorchContinuousBernoulli, Checked):
         lims: tuple[float, float] = (0.499, 0.501),
         validate_args: bool | None = None,
     ) -> None:
-        """Keep what was given besides torch's clamped version of it."""
-        super().__init__(probs, logits, lims, validate_args=validate_args)
+        """Check what was given, and keep it besides torch's clamped version of it."""
+        checked = self._validate_args if validate_args is None else validate_args
+        if checked and isinstance(probs, Tensor) and holds_data(probs):
+            good = (probs >= 0) & (probs <= 1)
+            if not bool(good.all()):
+                raise_outside(type(self).__name__, "probs", probs, good, "between 0 and 1")
+        # torch looks at the data whenever this is not None, to say no more than that something is wrong
+        super().__init__(probs, logits, lims, validate_args=None)
+        self._validate_args = checked
         self._keep(probs, logits, self._param)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> ContinuousBernoulli:
@@ -220,7 +228,7 @@ def natural_parameters(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor
         (name_p, x), (name_q, y) = given(p), given(q)
         if name_p == name_q == "probs":  # twice the digits of logarithms are not enough next to p = q
             odds = (widened(y) - widened(x)) / widened(x) / (1 - widened(y))
-            d = torch.where(odds.abs() < 0.5, torch.log1p(odds.clamp(-0.5, 0.5)), d)
+            d = torch.where(odds.abs() < 1e-10, torch.log1p(odds.clamp(-0.5, 0.5)), d)
     return a.hi.expand(shape), b.hi.expand(shape), torch.where(d.isnan(), 0.0, d).expand(shape)
 
 

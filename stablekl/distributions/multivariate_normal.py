@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Wishart, constraints
 from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 from torch.distributions.utils import lazy_property
 from torch.types import _size
@@ -30,8 +30,8 @@ _MATRICES = ("covariance_matrix", "precision_matrix", "scale_tril")
 _ASYMMETRY, _ASYMMETRY_EPS = 1e-5, 4
 
 
-def given_parameter(distribution: TorchMultivariateNormal) -> str:
-    """The name of the parameter a multivariate normal, torch's or ours, was built from.
+def given_parameter(distribution: TorchMultivariateNormal | Wishart) -> str:
+    """The name of the matrix a multivariate normal or a Wishart, torch's or ours, was built from.
 
     The constructor stores it before any of the others can be computed on demand, and a dict keeps its order.
     """

@@ -31,8 +31,11 @@ class OneHotCategorical(TorchOneHotCategorical, Checked):
         self, probs: Tensor | None = None, logits: Tensor | None = None, validate_args: bool | None = None
     ) -> None:
         """Build on stablekl's `Categorical`, which keeps what was given."""
-        super().__init__(probs, logits, validate_args=validate_args)
-        self._categorical = Categorical(probs, logits, validate_args=False)
+        self._categorical = Categorical(probs, logits, validate_args=validate_args)
+        shape = self._categorical.batch_shape
+        # not torch's constructor, which would want probabilities to sum to 1 to six digits
+        Checked.__init__(self, shape, self._categorical.param_shape[-1:], validate_args=False)
+        self._validate_args = self._categorical._validate_args
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> OneHotCategorical:
         """Return this distribution with its batch shape expanded; no memory is allocated."""

@@ -23,6 +23,7 @@ ROOT = PACKAGE.parent
 # The floor of a module, or of everything in a subpackage. A module may import from its own floor and below.
 FLOORS = {
     "_autograd": 0,
+    "_bregman": 0,
     "_double": 0,
     "_elementwise": 0,
     "_fused": 0,
@@ -279,6 +280,9 @@ import stablekl
 after = resolved()
 changed = [k for k, rule in registry.items() if kl._KL_REGISTRY.get(k) is not rule]
 shadowed = [k for k, rule in before.items() if rule is not NotImplemented and after[k] is not rule]
+# of these torch finds the rule of transformed distributions, which raises NotImplementedError
+lacking = {"Weibull", "Kumaraswamy"}
+shadowed = [k for k in shadowed if k[0] is not k[1] or k[0].__name__ not in lacking]
 print(len(registry) > 50, sum(r is not NotImplemented for r in before.values()) > 100, changed, shadowed)
 """
     )

@@ -57,6 +57,7 @@ __all__ = [
     "lgamma",
     "log",
     "log1p",
+    "log_quotient",
     "multiply",
     "negative",
     "rounded",
@@ -278,6 +279,11 @@ def log1p(x: Number) -> Double:
     x = double(x)
     one_more = add(x, 1.0)
     return _log(select(x.hi == torch.inf, x, one_more), x)
+
+
+def log_quotient(x: Number, y: Number) -> Double:
+    """The logarithm of x/y for positive x and y, to its relative accuracy where they are near each other too."""
+    return _log(divide(x, y), divide(subtract(x, y), y))
 
 
 # ---- log Gamma and its derivative -------------------------------------------------------------------------------

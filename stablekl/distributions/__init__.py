@@ -1,6 +1,6 @@
 """Families, drop-in for torch's, and their KL rules."""
 
-from . import _cross
+from . import _cross, cross
 from .bernoulli import Bernoulli
 from .beta import Beta
 from .binomial import Binomial
@@ -56,4 +56,5 @@ __all__ = [
     "Uniform",
     "Wishart",
     "_cross",
+    "cross",
 ]

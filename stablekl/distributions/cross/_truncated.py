@@ -62,8 +62,8 @@ def _split(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def shortfall(rate: Tensor) -> Tensor:
-    """log(1 - e^-rate), for the weight that truncation leaves of an exponential distribution; rate > 0."""
-    return torch.log(-torch.expm1(-rate))
+    """log(1 - e^-rate), the weight that truncation leaves of an exponential distribution, for rates from 1 on."""
+    return torch.log1p(-torch.exp(-rate))
 
 
 def tail_weight(rate: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def tail_weight(rate: Tensor) -> Tensor:
 def log_mgf(y: Tensor) -> Tensor:
     """k(y)."""
     near, square, rate = _split(y)
-    return torch.where(near, square * horner(square, _K), 0.5 * rate + torch.log1p(-torch.exp(-rate)) - torch.log(rate))
+    return torch.where(near, square * horner(square, _K), 0.5 * rate + shortfall(rate) - torch.log(rate))
 
 
 def tail_mean(y: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def variance(y: Tensor) -> Tensor:
 
 def unit_negentropy(rate: Tensor) -> Tensor:
     """E less log(rate), the negative entropy of rate times the variable, for rates from 3 on."""
-    return tail_weight(rate) - 1 - torch.log1p(-torch.exp(-rate))
+    return tail_weight(rate) - 1 - shortfall(rate)
 
 
 def negentropy(y: Tensor) -> Tensor:

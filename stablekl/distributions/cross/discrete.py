@@ -25,7 +25,6 @@ from ..bernoulli import Bernoulli
 from ..binomial import Binomial
 from ..poisson import Poisson
 from ._pieces import deviance
-from ._rule import cross_rule
 
 __all__: list[str] = []
 
@@ -43,27 +42,36 @@ def _bernoulli_poisson(one: Double, zero: Double, rate: Tensor) -> Tensor:
     return deviance(one, rate) + deviance(zero, torch.ones_like(rate))
 
 
-def _x_log_x(x: Tensor) -> Tensor:
-    """X log(x), 0 with gradient 0 at 0."""
-    return x * torch.log(torch.where(x > 0, x, 1.0))
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), infinite at infinity with gradient 0; torch's own is x from 20 on."""
+    finite = x < torch.inf
+    safe = torch.where(finite, x, 0.0)
+    return torch.where(finite, safe.clamp(min=0) + torch.log1p(torch.exp(-safe.abs())), torch.inf)
 
 
-def _smooth(one: Tensor, zero: Tensor, rate: Tensor) -> Tensor:
-    log_rate = torch.where(one > 0, torch.log(torch.where(one > 0, rate, 1.0)), 0.0)
-    return _x_log_x(one) - one * log_rate + rate + _x_log_x(zero)
+def _by_outcome(one: Tensor, log_one: Tensor, log_zero: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives by the probability and by the rate; 0 where the one-sided ones are infinite."""
+    inside = (one > 0) & (rate > 0) & (log_zero > -torch.inf)
+    by_one = torch.where(inside, log_one - torch.log(torch.where(rate > 0, rate, 1.0)) - log_zero, 0.0)
+    return by_one, torch.where(rate > 0, (rate - one) / torch.where(rate > 0, rate, 1.0), (one == 0).to(one.dtype))
+
+
+def _by_probs(p: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    some, certain = p > 0, p == 1
+    log_zero = torch.where(certain, -torch.inf, torch.log1p(-torch.where(certain, 0.0, p)))
+    return _by_outcome(p, torch.log(torch.where(some, p, 1.0)), log_zero, rate)
+
+
+def _by_logits(logits: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    one, zero = torch.sigmoid(logits), torch.sigmoid(-logits)
+    finite = torch.where(logits.isfinite(), logits, 0.0)
+    by_one, by_rate = _by_outcome(one, -_softplus(-finite), -_softplus(finite), rate)
+    return by_one * one * zero, by_rate
 
 
 _RULES = {
-    "probs": cross_rule(
-        lambda p, rate: _bernoulli_poisson(double(p), subtract(1.0, p), rate),
-        lambda p, rate: _smooth(p, 1 - p, rate),
-        (0.5, 1.0),
-    ),
-    "logits": cross_rule(
-        lambda logits, rate: _bernoulli_poisson(*_odds(logits), rate),
-        lambda logits, rate: _smooth(torch.sigmoid(logits), torch.sigmoid(-logits), rate),
-        (0.0, 1.0),
-    ),
+    "probs": scalar_rule(lambda p, rate: _bernoulli_poisson(double(p), subtract(1.0, p), rate), _by_probs),
+    "logits": scalar_rule(lambda logits, rate: _bernoulli_poisson(*_odds(logits), rate), _by_logits),
 }
 
 
@@ -72,13 +80,6 @@ def kl_bernoulli_poisson(p: TorchBernoulli, q: TorchPoisson) -> Tensor:
     """KL of a Bernoulli against a Poisson distribution, elementwise; see the module."""
     kind, value = given(p)
     return _RULES[kind](value, q.rate)
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), infinite at infinity with gradient 0; torch's own is x from 20 on."""
-    finite = x < torch.inf
-    safe = torch.where(finite, x, 0.0)
-    return torch.where(finite, safe.clamp(min=0) + torch.log1p(torch.exp(-safe.abs())), torch.inf)
 
 
 def _none_of(kind: str, value: Tensor) -> Tensor:

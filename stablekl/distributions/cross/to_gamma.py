@@ -51,7 +51,7 @@ from ..._double import (
     subtract,
     total,
 )
-from ...special import log1pmx_value, log_ratio_bregman
+from ...special import bd0, log1pmx_value, log_ratio_bregman
 from ..beta import Beta
 from ..continuous_bernoulli import ContinuousBernoulli
 from ..exponential import Exponential
@@ -59,9 +59,8 @@ from ..gamma import Gamma
 from ..pareto import Pareto
 from ..uniform import Uniform
 from . import _truncated
-from ._pieces import deviance, excess, gamma_shape, lgamma_bregman, log_mean_gap, remainders
+from ._pieces import beta_unit, deviance, excess, gamma_shape, lgamma_bregman, log_mean_gap, remainders
 from ._rule import register_pair, settled
-from .to_normal import beta_entropy
 
 __all__ = ["beta_excess"]
 
@@ -74,8 +73,7 @@ def _exponential_gamma(rate: Tensor, c: Tensor, r: Tensor) -> Tensor:
 
 
 def _exponential_gamma_smooth(rate: Tensor, c: Tensor, r: Tensor) -> Tensor:
-    euler, ratio = 0.5772156649015329, r / rate
-    return ratio - c * torch.log(ratio) + torch.lgamma(c) + c * euler - (1 + euler)
+    return lgamma_bregman(c, torch.ones_like(c), c - 1) + bd0(c, r / rate)
 
 
 def _gamma_exponential(a: Tensor, rate: Tensor, r: Tensor) -> Tensor:
@@ -84,8 +82,7 @@ def _gamma_exponential(a: Tensor, rate: Tensor, r: Tensor) -> Tensor:
 
 
 def _gamma_exponential_smooth(a: Tensor, rate: Tensor, r: Tensor) -> Tensor:
-    shape = -a - torch.lgamma(a) + (a - 1) * torch.digamma(a)
-    return shape + torch.log(rate) - torch.log(r) + a * (r / rate)
+    return lgamma_bregman(torch.ones_like(a), a, 1 - a) + log_ratio_bregman(a * r, rate)
 
 
 # ---- from Beta distributions ------------------------------------------------------------------------------------
@@ -102,8 +99,8 @@ def _shape_gap(a: Tensor, b: Tensor, n: Double, at_b: Double, at_n: Double) -> D
     return select(b > _LARGE, divided, subtract(at_b, at_n))
 
 
-def _omega_precise(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Omega in twice the digits."""
+def _omega_precise(a: Tensor, b: Tensor, c: Tensor, near: Tensor) -> Tensor:
+    """Omega in twice the digits, from B(c, a) in float64: it has more of them where R(a) is large and B small."""
     n, zero = exact_sum(a, b), torch.zeros_like(a)
     x = Double(torch.stack([a, b, n.hi, c]), torch.stack([zero, zero, n.lo, zero]))
     r, s = stirling(x)
@@ -116,6 +113,7 @@ def _omega_precise(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     # B(c, a) = [z - log1p(z)]/2 + R(c) - R(a) + S(a) d, z = d/a
     logs = multiply(subtract(divide(d, a), log_quotient(c, a)), 0.5)
     bregman = total(logs, multiply(part(s, 0), d), subtract(part(r, 3), part(r, 0)))
+    bregman = select((a < 20) & (near < 1e-15), near, bregman)
     scale = multiply(subtract(log_quotient(n, b), divide(a, n)), 0.5)
     linear = divide(multiply(d, -0.5), n)
     gap = _shape_gap(a, b, n, part(t, 1), part(t, 2))
@@ -130,8 +128,9 @@ def beta_excess(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     scale = torch.where(small, -log1pmx_value(-torch.where(small, u, 0.0)), torch.log1p(a / b) - u)
     d = c - a
     _, s = remainders(n)
-    terms = (lgamma_bregman(c, a, d), 0.5 * scale, -0.5 * d / n, gamma_shape(b), -gamma_shape(n), -c * s)
-    return settled(terms, lambda: _omega_precise(a, b, c))
+    bregman = lgamma_bregman(c, a, d)
+    terms = (bregman, 0.5 * scale, -0.5 * d / n, gamma_shape(b), -gamma_shape(n), -c * s)
+    return settled(terms, lambda: _omega_precise(a, b, c, bregman))
 
 
 def _beta_gamma(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> Tensor:
@@ -141,7 +140,7 @@ def _beta_gamma(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> Tensor:
 def _beta_gamma_smooth(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> Tensor:
     n = a + b
     mean_log = torch.digamma(a) - torch.digamma(n)
-    return torch.lgamma(c) - c * torch.log(r) - beta_entropy(a, b) - (c - 1) * mean_log + r * (a / n)
+    return torch.lgamma(c) - c * torch.log(r) + beta_unit(a, b) - (c - 1) * mean_log + r * (a / n)
 
 
 def _beta_exponential(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ def _beta_exponential(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
 
 
 def _beta_exponential_smooth(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
-    return r * (a / (a + b)) - torch.log(r) - beta_entropy(a, b)
+    return r * (a / (a + b)) - torch.log(r) + beta_unit(a, b)
 
 
 # ---- from Pareto distributions ----------------------------------------------------------------------------------
@@ -198,13 +197,13 @@ def _uniform_gamma(low: Tensor, high: Tensor, c: Tensor, r: Tensor) -> Tensor:
     eta = (high - low) / (high + low)
     remainder, _ = remainders(c)
     log = torch.log(math.sqrt(2 / math.pi) * torch.sqrt(c) * eta)
-    kl = deviance(c, mean) + (remainder - log + (c - 1) * log_mean_gap(low, high))
+    kl = deviance(c, mean) + (remainder - log + (c - 1) * log_mean_gap(low, high - low))
     return torch.where(inside, kl, torch.inf)
 
 
 def _uniform_gamma_smooth(low: Tensor, high: Tensor, c: Tensor, r: Tensor) -> Tensor:
     mean = 0.5 * (low + high)
-    mean_log = torch.log(mean) - log_mean_gap(low, high)
+    mean_log = torch.log(mean) - log_mean_gap(low, high - low)
     return torch.lgamma(c) - c * torch.log(r) - (c - 1) * mean_log + r * mean - torch.log(high - low)
 
 

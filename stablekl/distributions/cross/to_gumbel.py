@@ -50,7 +50,7 @@ from ..gumbel import Gumbel
 from ..normal import Normal
 from ..uniform import Uniform
 from . import _truncated
-from ._pieces import excess, gamma_shape
+from ._pieces import excess, gamma_entropy, gamma_shape
 from ._rule import register_pair, settled
 
 __all__: list[str] = []
@@ -66,7 +66,7 @@ def _excess(w: Tensor, exp_w: Tensor) -> Tensor:
 def _exp(w: Double, factor: Tensor | float = 1.0) -> Tensor:
     """e^w times a factor that is small where e^w alone overflows."""
     half = torch.exp(0.5 * w.hi)
-    return ((half * factor) * half) * (1 + w.lo)
+    return ((half * factor) * half) * (1 + torch.where(w.hi < 1e3, w.lo, 0.0))
 
 
 def _normal(m: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
@@ -118,8 +118,7 @@ def _gamma(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
 
 def _gamma_smooth(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     theta, z = rate * b, mu / b
-    entropy = a + torch.lgamma(a) + (1 - a) * torch.digamma(a)
-    return torch.log(theta) - entropy + a / theta - z + torch.exp(z - a * torch.log1p(1 / theta))
+    return torch.log(theta) - gamma_entropy(a) + a / theta - z + torch.exp(z - a * torch.log1p(1 / theta))
 
 
 def _uniform(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:

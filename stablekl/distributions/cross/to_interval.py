@@ -56,27 +56,13 @@ from ..continuous_bernoulli import ContinuousBernoulli
 from ..pareto import Pareto
 from ..uniform import Uniform
 from . import _truncated
-from ._pieces import deviance, excess, lgamma_bregman, log_mean_gap, minus_log1pmx, remainders
+from ._pieces import beta_unit, deviance, excess, lgamma_bregman, log_mean_gap, minus_log1pmx, remainders
 from ._rule import register_pair, settled
 from .to_gamma import beta_excess
-from .to_normal import beta_entropy
 
 __all__: list[str] = []
 
 # ---- against uniform distributions ------------------------------------------------------------------------------
-
-
-def _beta_unit(a: Tensor, b: Tensor) -> Tensor:
-    """KL of a Beta against Uniform(0, 1); differentiable."""
-    n = a + b
-    t = (a - b) / n
-    near = t.abs() < 0.7
-    one = torch.ones_like(a)
-    inner = torch.where(near, t, 0.0)
-    x, y = torch.where(near, one, a), torch.where(near, one, b)
-    means = torch.where(near, -torch.log1p(-inner * inner), -torch.log(4 * (x / (x + y)) * (y / (x + y))))
-    own = lgamma_bregman(one, a, 1 - a) + lgamma_bregman(one, b, 1 - b)
-    return means + (own - lgamma_bregman(2 * one, n, (1 - a) + (1 - b)))
 
 
 def _widened(kl: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -87,7 +73,7 @@ def _widened(kl: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _beta_uniform(a: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return _widened(_beta_unit(a, b), low, high)
+    return _widened(beta_unit(a, b), low, high)
 
 
 def _truncated_uniform(y: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -123,13 +109,13 @@ def _beta_truncated(a: Tensor, b: Tensor, y: Double) -> Tensor:
     mean = divide(multiply(rate, x), exact_sum(x, z))
     beyond = excess(mean, torch.ones_like(a)) + beta_excess(x, z, torch.ones_like(a)) + _truncated.shortfall(rate.hi)
     near = torch.where(far, 0.0, y.hi)
-    terms = (_beta_unit(a, b), -near * (0.5 * (a - b) / (a + b)), _truncated.log_mgf(near))
+    terms = (beta_unit(a, b), -near * (0.5 * (a - b) / (a + b)), _truncated.log_mgf(near))
     within = settled(terms, lambda: _beta_truncated_precise(a, b, y), ~far)
     return torch.where(far, beyond, within)
 
 
 def _beta_truncated_smooth(a: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    return _truncated.log_mgf(y) - 0.5 * y * ((a - b) / (a + b)) - beta_entropy(a, b)
+    return _truncated.log_mgf(y) - 0.5 * y * ((a - b) / (a + b)) + beta_unit(a, b)
 
 
 def _log_width(low: Tensor, high: Tensor) -> Tensor:
@@ -150,8 +136,8 @@ def _uniform_truncated(low: Tensor, high: Tensor, y: Tensor) -> Tensor:
     far = y.abs() > 3
     small, rate = torch.where(far, 0.0, y), torch.where(far, y, 3.0).abs()
     centre = torch.where(y < 0, 0.5 * (low + high), 0.5 * ((1 - low) + (1 - high)))
-    near = _truncated.log_mgf(small) - _log_width(low, high) - small * (0.5 * ((high - 0.5) + (low - 0.5)))
-    beyond = log_ratio_bregman(rate * centre, torch.ones_like(rate)) + torch.log1p(-torch.exp(-rate))
+    near = _truncated.log_mgf(small) - _log_width(low, high) - small * (0.5 * (low - (1 - high)))
+    beyond = log_ratio_bregman(rate * centre, torch.ones_like(rate)) + _truncated.shortfall(rate)
     beyond = beyond + (1 + torch.log(centre / (high - low)))
     return torch.where(inside, torch.where(far, beyond, near), torch.inf)
 
@@ -168,7 +154,7 @@ def _mean_log_plus_one(low: Tensor, high: Tensor) -> Tensor:
     wide = width > _WIDE * total_
     rest = torch.where(low > 0, low * torch.log(torch.where(low > 0, low, 1.0)), 0.0)
     return torch.where(
-        wide, (high * torch.log(high) - rest) / width, torch.log(0.5 * total_) - log_mean_gap(low, high) + 1
+        wide, (high * torch.log(high) - rest) / width, torch.log(0.5 * total_) - log_mean_gap(low, high - low) + 1
     )
 
 
@@ -178,7 +164,7 @@ def _mean_log_complement_plus_one(low: Tensor, high: Tensor) -> Tensor:
     width, total_ = high - low, x + y
     wide = width > _WIDE * total_
     rest = torch.where(x > 0, x * torch.log1p(-torch.where(x > 0, high, 0.0)), 0.0)
-    inner = torch.log1p(-(0.5 * low + 0.5 * high)) - log_mean_gap(x, y) + 1
+    inner = torch.log1p(-(0.5 * low + 0.5 * high)) - log_mean_gap(x, width) + 1
     return torch.where(wide, (y * torch.log1p(-low) - rest) / width, inner)
 
 
@@ -190,19 +176,24 @@ def _unit_beta(a: Tensor, b: Tensor) -> Tensor:
     return means + (own - lgamma_bregman(a + b, 2 * one, (a - 1) + (b - 1)))
 
 
+def _uniform_beta_near(low: Tensor, high: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the parameters are modest, and the KL there; differentiable."""
+    modest = (a < _MODEST) & (b < _MODEST)
+    a, b = torch.where(modest, a, 1.0), torch.where(modest, b, 1.0)
+    logs = (a - 1) * _mean_log_plus_one(low, high) + (b - 1) * _mean_log_complement_plus_one(low, high)
+    return modest, (_unit_beta(a, b) - _log_width(low, high)) - logs
+
+
 def _uniform_beta(low: Tensor, high: Tensor, a: Tensor, b: Tensor) -> Tensor:
     inside, low, high = _inside_unit(low, high)
-    modest = (a < _MODEST) & (b < _MODEST)
-    x, y = torch.where(modest, a, 1.0), torch.where(modest, b, 1.0)
-    near = _unit_beta(x, y) - _log_width(low, high)
-    near = near - (x - 1) * _mean_log_plus_one(low, high) - (y - 1) * _mean_log_complement_plus_one(low, high)
+    modest, near = _uniform_beta_near(low, high, a, b)
 
     n, mean = exact_sum(a, b), multiply(exact_sum(low, high), 0.5)
     other = subtract(1.0, mean)
-    gap_1, gap_0 = log_mean_gap(low, high), log_mean_gap(1 - high, 1 - low)
+    width = high - low
+    gap_1, gap_0 = log_mean_gap(low, width), log_mean_gap(1 - high, width)
     (r_a, _), (r_b, _), (r_n, _) = remainders(a), remainders(b), remainders(n.hi)
     # quotients in an order that neither overflows nor underflows
-    width = high - low
     smaller, larger = torch.minimum(a, b), torch.maximum(a, b)
     root = torch.sqrt(n.hi / larger) / torch.sqrt(smaller)
     logs = torch.log(math.sqrt(2 * math.pi) * root * (mean.hi * (other.hi / width)))
@@ -212,10 +203,13 @@ def _uniform_beta(low: Tensor, high: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _uniform_beta_smooth(low: Tensor, high: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    modest, near = _uniform_beta_near(low, high, a, b)
+    width = high - low
     log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
-    mean_log = torch.log(0.5 * (low + high)) - log_mean_gap(low, high)
-    mean_log_other = torch.log(0.5 * ((1 - low) + (1 - high))) - log_mean_gap(1 - high, 1 - low)
-    return log_beta - torch.log(high - low) - (a - 1) * mean_log - (b - 1) * mean_log_other
+    mean_log = torch.log(0.5 * (low + high)) - log_mean_gap(low, width)
+    mean_log_other = torch.log(0.5 * ((1 - low) + (1 - high))) - log_mean_gap(1 - high, width)
+    far = log_beta - torch.log(width) - (a - 1) * mean_log - (b - 1) * mean_log_other
+    return torch.where(modest, near, far)
 
 
 # ---- against Pareto distributions -------------------------------------------------------------------------------
@@ -225,7 +219,7 @@ def _uniform_pareto(low: Tensor, high: Tensor, scale: Tensor, alpha: Tensor) -> 
     inside = low >= scale
     low, high = torch.where(inside, low, scale), torch.where(inside, high, 2 * scale)
     width = (high - low) / scale
-    mean_log = torch.log1p((low - scale) / scale + 0.5 * width) - log_mean_gap(low, high)
+    mean_log = torch.log1p((low - scale) / scale + 0.5 * width) - log_mean_gap(low, high - low)
     kl = log_ratio_bregman(alpha * mean_log, torch.ones_like(alpha)) + (1 + mean_log + torch.log(mean_log / width))
     return torch.where(inside, kl, torch.inf)
 

@@ -60,7 +60,7 @@ from ..normal import Normal
 from ..pareto import Pareto
 from ..uniform import Uniform
 from . import _truncated
-from ._pieces import excess, gamma_shape, minus_log1pmx, remainders
+from ._pieces import beta_unit, excess, gamma_entropy, gamma_shape, minus_log1pmx, remainders
 from ._rule import register_pair, settled
 
 __all__: list[str] = []
@@ -100,7 +100,11 @@ def _uniform(low: Tensor, high: Tensor, mu: Tensor, s: Tensor) -> Tensor:
 def _pareto(scale: Tensor, alpha: Tensor, mu: Tensor, s: Tensor) -> Tensor:
     finite = alpha > 2
     a = torch.where(finite, alpha, 3.0)
-    shape = EXPONENTIAL + minus_log1pmx(-1 / a) - 0.5 * torch.log1p(-2 / a)
+    # 2/a is rounded, a - 2 is not
+    edge = a < 4
+    low, high = torch.where(edge, a, 3.0), torch.where(edge, 4.0, a)
+    tail = torch.where(edge, torch.log(low / (low - 2)), -torch.log1p(-2 / high))
+    shape = EXPONENTIAL + minus_log1pmx(-1 / a) + 0.5 * tail
     over = scale / (a - 1)
     kl = shape + _between((scale - mu) + over, over * torch.sqrt(a / (a - 2)), s)
     return torch.where(finite, kl, torch.inf)
@@ -127,8 +131,7 @@ def _gamma(a: Tensor, rate: Tensor, mu: Tensor, s: Tensor) -> Tensor:
 
 
 def _gamma_smooth(a: Tensor, rate: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-    entropy = a - torch.log(rate) + torch.lgamma(a) + (1 - a) * torch.digamma(a)
-    return _textbook(entropy, a / rate, a / rate / rate, mu, s)
+    return _textbook(gamma_entropy(a) - torch.log(rate), a / rate, a / rate / rate, mu, s)
 
 
 # ---- Beta -------------------------------------------------------------------------------------------------------
@@ -176,16 +179,9 @@ def _beta(a: Tensor, b: Tensor, mu: Tensor, s: Tensor) -> Tensor:
     return _beta_shape(a, b) + 0.5 * t * t + 0.5 * variances
 
 
-def beta_entropy(a: Tensor, b: Tensor) -> Tensor:
-    """The textbook form of the entropy."""
-    n = a + b
-    log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(n)
-    return log_beta - (a - 1) * torch.digamma(a) - (b - 1) * torch.digamma(b) + (n - 2) * torch.digamma(n)
-
-
 def _beta_smooth(a: Tensor, b: Tensor, mu: Tensor, s: Tensor) -> Tensor:
     n = a + b
-    return _textbook(beta_entropy(a, b), a / n, (a / n) * (b / n) / (n + 1), mu, s)
+    return _textbook(-beta_unit(a, b), a / n, (a / n) * (b / n) / (n + 1), mu, s)
 
 
 kl_beta_normal = register_pair(Beta, Normal, _beta, _beta_smooth, (1.0, 1.0, 0.0, 1.0))

@@ -1,4 +1,4 @@
-"""What the rules between two families share: reading parameters, values with a gradient of their own, sums that cancel."""
+"""What rules between two families share: reading parameters, values with a gradient of their own, sums that cancel."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 r"""What a ContinuousBernoulli is made of: an exponential distribution truncated to the unit interval.
 
 Its density is proportional to :math:`e^{yx}` with y the logit of ``probs``. About the middle of the interval its
-cumulants are the derivatives of the even, convex
+cumulants are the derivatives of the even and convex
 
 .. math:: k(y) = \log \frac{\sinh(y/2)}{y/2},
 
 so that its mean is :math:`1/2 + k'(y)`, its variance :math:`k''(y)`, and its negative entropy the Bregman divergence
 :math:`e(y) = y k'(y) - k(y)` of k at 0 and y. Up to |y| = 3 these are their Taylor series in :math:`y^2`: the textbook
-forms divide a difference by y or its square. Beyond, with :math:`\lambda = |y|`, the textbook forms stand, by the mean's
-distance from the end of the interval where the density is highest, :math:`1/\lambda - 1/(e^\lambda - 1)`.
+forms divide a difference by y or its square. Beyond, with :math:`\lambda = |y|`, the textbook forms stand, in terms of
+the mean's distance from the end of the interval where the density is highest, :math:`1/\lambda - 1/(e^\lambda - 1)`.
 
 All functions are differentiable.
 """
@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from ..._elementwise import horner
+from ...special import expm1mx
 
 __all__ = [
+    "integral",
     "log_mgf",
     "mean",
     "negentropy",
@@ -52,6 +54,8 @@ _MEAN = tuple(c for _, c in reversed(_ORDERS))  # k'/y
 _VARIANCE = tuple(c * (2 * j - 1) for j, c in reversed(_ORDERS))
 _ENTROPY = tuple(c * (2 * j - 1) / (2 * j) for j, c in reversed(_ORDERS))  # e/y^2
 _REACH = 3.0
+# (e^x - 1)/x and (e^x - 1 - x)/x^2, for |x| <= 1
+_FIRST, _SECOND = (tuple(1 / math.factorial(k + n) for k in range(18, -1, -1)) for n in (1, 2))
 
 
 def _split(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,6 +63,15 @@ def _split(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     near = y.abs() < _REACH
     inner = torch.where(near, y, 0.0)
     return near, inner * inner, torch.where(near, _REACH, y).abs()
+
+
+def integral(rate: Tensor, x: Tensor) -> Tensor:
+    """The integral from 0 to x in (0, 1) of the distribution function of y = -rate, rate >= 0."""
+    near = rate < 1
+    r = torch.where(near, rate, 0.0)
+    series = x * x * horner(-r * x, _SECOND) / horner(-r, _FIRST)
+    r = torch.where(near, 1.0, rate)
+    return torch.where(near, series, expm1mx(-r * x) / r / -torch.expm1(-r))
 
 
 def shortfall(rate: Tensor) -> Tensor:
@@ -78,16 +91,16 @@ def log_mgf(y: Tensor) -> Tensor:
 
 
 def tail_mean(y: Tensor) -> Tensor:
-    """The mean's distance from 1 where y is positive, and from 0 where it is negative: 1/2 - |k'|."""
+    """The mean's distance from 1 where y is positive, and from 0 where it is not: 1/2 - |k'|."""
     near, square, rate = _split(y)
-    inner = torch.where(near, y, 0.0).abs()
+    inner = torch.where(near, torch.where(y > 0, y, -y), 0.0)  # abs has the derivative 0 at 0
     return torch.where(near, 0.5 - inner * horner(square, _MEAN), (1 - tail_weight(rate)) / rate)
 
 
 def mean(y: Tensor) -> Tensor:
     """The mean, which is small where y is far below 0."""
     tail = tail_mean(y)
-    return torch.where(y < 0, tail, 1 - tail)
+    return torch.where(y <= 0, tail, 1 - tail)
 
 
 def _scaled_variance(rate: Tensor) -> Tensor:

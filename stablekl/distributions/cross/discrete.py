@@ -1,15 +1,17 @@
 r"""KL between Bernoulli, binomial and Poisson distributions.
 
-* Bernoulli(p) against Poisson(lambda): :math:`deviance(p, \lambda) + [(1 - p) \log(1 - p) + p]`, neither negative, with
-  :math:`deviance(x, y) = x \log(x/y) + y - x`, of which the second term is deviance(1 - p, 1). torch adds an entropy, a
-  logarithm and a rate, of which nothing is left for small p near the rate: KL is :math:`p^2/2` there. From logits, p and
-  1 - p are taken in twice the digits, since p may lie closer to the rate than its rounding does.
-* Poisson against Bernoulli and binomial distributions: infinite, since no count is too large for a Poisson, except where
-  its rate is 0 and all of its mass at 0: :math:`-n \log(1 - q)`, the logarithm of the other's mass there. The gradient by
-  the rate is given as 0 where that is 0 (the one-sided derivative is infinite). torch says infinite throughout.
+* Bernoulli(p) against Poisson(lambda): :math:`D(p, \lambda) + [(1 - p) \log(1 - p) + p]`, neither negative, with
+  :math:`D(x, y) = x \log(x/y) + y - x`; the second term is D(1 - p, 1). torch adds an entropy, a logarithm and a rate,
+  of which nothing is left for small p near the rate: KL is :math:`p^2/2` there. From logits, p and 1 - p are taken in
+  twice the digits, since p may lie closer to the rate than its rounding does.
+* Poisson against Bernoulli and binomial distributions: infinite, since no count is too large for a Poisson, except
+  where its rate is 0 and all of its mass at 0: :math:`-n \log(1 - q)`, by the other's mass there. The gradient by the
+  rate is given as 0 there (the one-sided derivative is infinite). torch says infinite throughout.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ from torch.distributions import Binomial as TorchBinomial
 from torch.distributions import Poisson as TorchPoisson
 
 from ..._double import Double, add, divide, double, exp, select, subtract
+from ..._elementwise import elementwise
 from ...registry import register_hardened
+from ...special import log_ratio_value
 from .._base import given
 from .._scalar import scalar_rule
 from ..bernoulli import Bernoulli
@@ -42,31 +46,28 @@ def _bernoulli_poisson(one: Double, zero: Double, rate: Tensor) -> Tensor:
     return deviance(one, rate) + deviance(zero, torch.ones_like(rate))
 
 
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), infinite at infinity with gradient 0; torch's own is x from 20 on."""
-    finite = x < torch.inf
-    safe = torch.where(finite, x, 0.0)
-    return torch.where(finite, safe.clamp(min=0) + torch.log1p(torch.exp(-safe.abs())), torch.inf)
+def _by_rate(one: Tensor, rate: Tensor) -> Tensor:
+    """The derivative by the rate, 0 where KL is infinite."""
+    return torch.where(rate > 0, (rate - one) / torch.where(rate > 0, rate, 1.0), (one == 0).to(one.dtype))
 
 
-def _by_outcome(one: Tensor, log_one: Tensor, log_zero: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """The derivatives by the probability and by the rate; 0 where the one-sided ones are infinite."""
-    inside = (one > 0) & (rate > 0) & (log_zero > -torch.inf)
-    by_one = torch.where(inside, log_one - torch.log(torch.where(rate > 0, rate, 1.0)) - log_zero, 0.0)
-    return by_one, torch.where(rate > 0, (rate - one) / torch.where(rate > 0, rate, 1.0), (one == 0).to(one.dtype))
+# its own derivatives, where autograd through its branches would have none
+_log_ratio = elementwise(log_ratio_value, lambda x, y: 1 / x, lambda x, y: -1 / y)
 
 
 def _by_probs(p: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    some, certain = p > 0, p == 1
-    log_zero = torch.where(certain, -torch.inf, torch.log1p(-torch.where(certain, 0.0, p)))
-    return _by_outcome(p, torch.log(torch.where(some, p, 1.0)), log_zero, rate)
+    # 0 where the one-sided derivative is infinite
+    inside = (p > 0) & (p < 1) & (rate > 0)
+    one, positive = torch.where(inside, p, 0.5), torch.where(inside, rate, 1.0)
+    by_p = _log_ratio(one, positive) - torch.log1p(-one)
+    return torch.where(inside, by_p, 0.0), _by_rate(p, rate)
 
 
 def _by_logits(logits: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
     one, zero = torch.sigmoid(logits), torch.sigmoid(-logits)
-    finite = torch.where(logits.isfinite(), logits, 0.0)
-    by_one, by_rate = _by_outcome(one, -_softplus(-finite), -_softplus(finite), rate)
-    return by_one * one * zero, by_rate
+    inside = logits.isfinite() & (rate > 0)
+    by_one = torch.where(inside, logits, 0.0) - torch.log(torch.where(inside, rate, 1.0))
+    return torch.where(inside, by_one * one * zero, 0.0), _by_rate(one, rate)
 
 
 _RULES = {
@@ -85,21 +86,28 @@ def kl_bernoulli_poisson(p: TorchBernoulli, q: TorchPoisson) -> Tensor:
 def _none_of(kind: str, value: Tensor) -> Tensor:
     """-log of the probability of 0."""
     if kind == "logits":
-        return _softplus(value)
+        return -torch.nn.functional.logsigmoid(-value)
     inside = value < 1
     return torch.where(inside, -torch.log1p(-torch.where(inside, value, 0.0)), torch.inf)
 
 
-def _poisson(kind: str, rate: Tensor, count: Tensor, value: Tensor) -> Tensor:
-    at_zero = (rate == 0) & (count > 0)
-    kl = count * _none_of(kind, torch.where(at_zero, value, 0.0))
-    return torch.where(rate == 0, torch.where(at_zero, kl, 0.0), torch.inf)
+def _poisson(kind: str) -> Callable[..., Tensor]:
+    def value(rate: Tensor, count: Tensor, of_one: Tensor) -> Tensor:
+        none = torch.where(count > 0, count * _none_of(kind, torch.where(count > 0, of_one, 0.0)), 0.0)
+        return torch.where(rate == 0, none, torch.inf)
+
+    def gradient(rate: Tensor, count: Tensor, of_one: Tensor) -> tuple[Tensor, ...]:
+        none = _none_of(kind, of_one)
+        finite = (rate == 0) & none.isfinite()
+        safe = torch.where(finite, of_one, 0.0)
+        slope = torch.sigmoid(safe) if kind == "logits" else 1 / (1 - safe)
+        zero = torch.zeros_like(rate)
+        return zero, torch.where(finite, _none_of(kind, safe), zero), torch.where(finite, count * slope, zero)
+
+    return scalar_rule(value, gradient)
 
 
-_POISSON = {
-    kind: scalar_rule(lambda rate, count, value, kind=kind: _poisson(kind, rate, count, value))
-    for kind in ("probs", "logits")
-}
+_POISSON = {kind: _poisson(kind) for kind in ("probs", "logits")}
 
 
 @register_hardened(Poisson, Bernoulli)

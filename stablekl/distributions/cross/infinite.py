@@ -1,7 +1,7 @@
 """Pairs whose KL divergence is infinite whatever the parameters: p has mass where q has none.
 
-The result has the broadcast batch shape and the dtype that all parameters promote to (torch's has the shape and dtype of
-p's first parameter), and its gradient is 0.
+The result has the broadcast batch shape and the dtype that all parameters promote to (torch's has the shape and dtype
+of p's first parameter), and its gradient is 0.
 """
 
 from __future__ import annotations

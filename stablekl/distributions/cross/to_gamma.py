@@ -59,7 +59,7 @@ from ..gamma import Gamma
 from ..pareto import Pareto
 from ..uniform import Uniform
 from . import _truncated
-from ._pieces import beta_unit, deviance, excess, gamma_shape, lgamma_bregman, log_mean_gap, remainders
+from ._pieces import beta_unit, deviance, excess, gamma_shape, lgamma_bregman, log_mean_gap, minus_log1pmx, remainders
 from ._rule import register_pair, settled
 
 __all__ = ["beta_excess"]
@@ -151,6 +151,11 @@ def _beta_exponential_smooth(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
     return r * (a / (a + b)) - torch.log(r) + beta_unit(a, b)
 
 
+def _centred_lgamma(c: Tensor) -> Tensor:
+    """g, the textbook form."""
+    return torch.lgamma(c) - c * torch.log(c) + c
+
+
 # ---- from Pareto distributions ----------------------------------------------------------------------------------
 
 
@@ -174,9 +179,8 @@ def _pareto_gap(alpha: Tensor) -> Tensor:
 
 
 def _pareto_gamma_smooth(scale: Tensor, alpha: Tensor, c: Tensor, r: Tensor) -> Tensor:
-    mean_log = torch.log(scale) + 1 / alpha
-    mean = scale * (alpha / (alpha - 1))
-    return torch.log(alpha) - 1 - c * mean_log + torch.lgamma(c) - c * torch.log(r) + r * mean
+    shape = torch.log(alpha) - 1 + c * minus_log1pmx(-1 / alpha)
+    return bd0(c, r * (scale * (alpha / (alpha - 1)))) + _centred_lgamma(c) + shape
 
 
 def _pareto_exponential(scale: Tensor, alpha: Tensor, r: Tensor) -> Tensor:
@@ -202,9 +206,8 @@ def _uniform_gamma(low: Tensor, high: Tensor, c: Tensor, r: Tensor) -> Tensor:
 
 
 def _uniform_gamma_smooth(low: Tensor, high: Tensor, c: Tensor, r: Tensor) -> Tensor:
-    mean = 0.5 * (low + high)
-    mean_log = torch.log(mean) - log_mean_gap(low, high - low)
-    return torch.lgamma(c) - c * torch.log(r) - (c - 1) * mean_log + r * mean - torch.log(high - low)
+    mean, width = 0.5 * (low + high), high - low
+    return bd0(c, r * mean) + _centred_lgamma(c) + (c - 1) * log_mean_gap(low, width) + torch.log(mean / width)
 
 
 def _uniform_exponential(low: Tensor, high: Tensor, r: Tensor) -> Tensor:

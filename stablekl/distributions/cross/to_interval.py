@@ -4,9 +4,9 @@ Infinite where p has mass outside; a support that is open or closed at its ends 
 take apart: Uniform(0, 1) against a ContinuousBernoulli is infinite there. With B, L, T, R, S of `_pieces` (B(y, x) of
 lgamma), k and e of `_truncated`, y the logit of a ContinuousBernoulli, and lambda = |y|:
 
-* Beta(a, b) against Uniform(low, high): :math:`\log(high - low) + K`, K the KL against Uniform(0, 1), that is Beta(1, 1):
-  with n = a + b, :math:`K = -\log[1 - ((a - b)/n)^2] + B(1, a) + B(1, b) - B(2, n)`, of which the last is less than
-  the others together;
+* Beta(a, b) against Uniform(low, high): :math:`\log(high - low) + K`, K the KL against Uniform(0, 1), that is
+  Beta(1, 1): with n = a + b, :math:`K = -\log[1 - ((a - b)/n)^2] + B(1, a) + B(1, b) - B(2, n)`, of which the last is
+  less than the others together;
 * ContinuousBernoulli against Uniform: :math:`\log(high - low) + e(y)`;
 * Beta against ContinuousBernoulli: :math:`K - y (a - b)/(2 n) + k(y)` up to lambda = 8, in twice the digits where that
   cancels. Beyond, the KL against the exponential distribution that is truncated, of rate lambda from the end where the
@@ -94,7 +94,7 @@ def _beta_truncated_precise(a: Tensor, b: Tensor, y: Double) -> Tensor:
     terms = multiply(subtract(less, lgamma(x)), sign)
     entropy = total(*(Double(terms.hi[i], terms.lo[i]) for i in range(3)))
     rate = absolute(y)
-    # log((1 - e^-rate)/rate) + rate c, with c the mean's distance from the end; -rate/2 + rate c where the rate is small
+    # log((1 - e^-rate)/rate), -rate/2 where the rate is small, and rate times the mean's distance from the end
     tiny = rate.hi < 1e-30
     safe = select(tiny, 1.0, rate)
     mass = log(divide(negative(expm1(negative(safe))), safe))

@@ -8,19 +8,19 @@ For q with location mu and scale b only the mean absolute deviation :math:`A = E
 of which the second term is the KL against the Laplace distribution about mu of the best scale, A. In units of p's own
 scale:
 
-===================  ==================================================================  ======================================
-p                    A                                                                   second term
-===================  ==================================================================  ======================================
-Normal(m, s)         s [sqrt(2/pi) e^(-u^2/2) + u erf(u/sqrt 2)], u = (m - mu)/s         1/2 - log(pi/2) + log(sqrt(pi/2) A/s)
-Exponential(rate)    [t - 1 + 2 e^-t]/rate, t = rate mu; 1/rate - mu for mu < 0          log(2 rate A)
-Gumbel(loc, s)       s [z + gamma + 2 E1(e^z)], z = (loc - mu)/s                         log(2 A/s) - gamma
-Pareto(scale, a)     scale X/(a - 1), see below; infinite up to a = 1                    log(2 X) + L(-1/a)
-Uniform(low, high)   half the width and the distance, or a mean of squares inside        1 - log(2) + log(4 A/width)
-ContinuousBernoulli  with the distribution function, [e^(y x) - 1]/[e^y - 1]             1 + log(2 A) + e(y)
-===================  ==================================================================  ======================================
+===================  =========================================================  =================================
+p                    A                                                          second term
+===================  =========================================================  =================================
+Normal(m, s)         s sqrt(2/pi) C, C = e^(-u^2/2) + u sqrt(pi/2) erf(u/2^.5)  1/2 - log(pi/2) + log(C)
+Exponential(rate)    [t - 1 + 2 e^-t]/rate, t = rate mu; 1/rate - mu below 0    log(2 rate A)
+Gumbel(loc, s)       s [z + gamma + 2 E1(e^z)], z = (loc - mu)/s                log(2 A/s) - gamma
+Pareto(scale, a)     scale X/(a - 1); infinite up to a = 1                      log(2 X) + L(-1/a)
+Uniform(low, high)   outside: the distance of the middle; a square inside       1 - log(2) + log(4 A/width)
+ContinuousBernoulli  by the integral of the distribution function               1 + log(2 A) + e(y)
+===================  =========================================================  =================================
 
-gamma is Euler's constant, E1 the exponential integral, L(z) = z - log(1 + z), and e that of `_truncated`. For mu
-above the scale of a Pareto, with t = (mu - scale)/scale, X = (a - 1) t - 1 + 2 (1 + t)^(1 - a).
+Here u = (m - mu)/s, gamma is Euler's constant, E1 the exponential integral, L(z) = z - log(1 + z), and e that of
+`_truncated`. For mu above the scale of a Pareto, with t = (mu - scale)/scale, X = (a - 1) t - 1 + 2 (1 + t)^(1 - a).
 
 All of it is positive and of order 1 at the least, so that nothing cancels, and rules are differentiated as they stand.
 torch's formula for the normal takes the logarithms apart and multiplies s and e^(-u^2/2).
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ..._elementwise import elementwise, horner
-from ...special import expm1mx, log_ratio_bregman
+from ...special import log_ratio_bregman
 from ..continuous_bernoulli import ContinuousBernoulli
 from ..exponential import Exponential
 from ..gumbel import Gumbel
@@ -145,12 +145,8 @@ def _truncated_exponential(y: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     mean = _truncated.tail_mean(y)
     inside = (centre > 0) & (centre < 1)
     c = torch.where(inside, centre, 0.5)
-    # twice the integral of the distribution function up to c, c^2 for a density that is flat
-    flat = rate < 1e-17
-    r = torch.where(flat, 1.0, rate)
-    integral = torch.where(flat, c * c, 2 * (expm1mx(-r * c) / r) / -torch.expm1(-r))
     outside = torch.where(centre > 0.5, (centre - 1) + (1 - mean), mean - centre)
-    deviation = torch.where(inside, mean - c + integral, outside)
+    deviation = torch.where(inside, mean - c + 2 * _truncated.integral(rate, c), outside)
     far = rate > 3
     r = torch.where(far, rate, 3.0)
     log_far = torch.log(2 * (r * torch.where(far, deviation, 1.0))) + _truncated.unit_negentropy(r)

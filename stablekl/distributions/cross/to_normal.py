@@ -112,7 +112,7 @@ def _pareto(scale: Tensor, alpha: Tensor, mu: Tensor, s: Tensor) -> Tensor:
 
 def _truncated_exponential(y: Tensor, mu: Tensor, s: Tensor) -> Tensor:
     tail = _truncated.tail_mean(y)
-    shift = torch.where(y < 0, tail - mu, (1 - mu) - tail)
+    shift = torch.where(y <= 0, tail - mu, (1 - mu) - tail)
     return _truncated.shape(y) + _between(shift, torch.sqrt(_truncated.variance(y)), s)
 
 

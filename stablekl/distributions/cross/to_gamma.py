@@ -87,37 +87,44 @@ def _gamma_exponential_smooth(a: Tensor, rate: Tensor, r: Tensor) -> Tensor:
 
 # ---- from Beta distributions ------------------------------------------------------------------------------------
 
-_LARGE = 1e6
+_LARGE, _CLOSE = 1e6, 1e-15
+_STEP = 2.0**-27
 
 
-def _shape_gap(a: Tensor, b: Tensor, n: Double, at_b: Double, at_n: Double) -> Double:
-    """T(b) - T(n), for large b by the divided differences of 1/(3x) + 1/(12 x^2) + 1/(90 x^3) - 1/(120 x^4)."""
+def _part(x: Double, i: int) -> Double:
+    return Double(x.hi[i], x.lo[i])
+
+
+def _shape_gap(a: Tensor, b: Tensor, n: Double, t: Double) -> Double:
+    """T(b) - T(n), where t holds T of b, n, b (1 - h) and b (1 + h).
+
+    For large b it is the divided difference of 1/(3x) + 1/(12 x^2) + 1/(90 x^3) - 1/(120 x^4), which does not cancel;
+    for small a a derivative, by central differences, which leave 1e-16.
+    """
     u, v = 1 / b, 1 / n.hi
     one, two = u + v, u * u + u * v + v * v
     higher = one / 12 + two / 90 - (u + v) * (u * u + v * v) / 120
     divided = multiply(divide(a, multiply(n, b)), add(constant(Fraction(1, 3)), higher))
-    return select(b > _LARGE, divided, subtract(at_b, at_n))
+    slope = multiply(subtract(_part(t, 2), _part(t, 3)), divide(a, 2 * _STEP * b))
+    gap = select(a < _CLOSE * b, slope, subtract(_part(t, 0), _part(t, 1)))
+    return select(b > _LARGE, divided, gap)
 
 
 def _omega_precise(a: Tensor, b: Tensor, c: Tensor, near: Tensor) -> Tensor:
     """Omega in twice the digits, from B(c, a) in float64: it has more of them where R(a) is large and B small."""
     n, zero = exact_sum(a, b), torch.zeros_like(a)
-    x = Double(torch.stack([a, b, n.hi, c]), torch.stack([zero, zero, n.lo, zero]))
+    down, up = exact_sum(b, -_STEP * b), exact_sum(b, _STEP * b)
+    x = Double(torch.stack([b, n.hi, down.hi, up.hi, a, c]), torch.stack([zero, n.lo, down.lo, up.lo, zero, zero]))
     r, s = stirling(x)
     t = subtract(subtract(divide(0.5, x), r), multiply(subtract(x, 1.0), s))
-
-    def part(of: Double, i: int) -> Double:
-        return Double(of.hi[i], of.lo[i])
-
     d = exact_sum(c, -a)
     # B(c, a) = [z - log1p(z)]/2 + R(c) - R(a) + S(a) d, z = d/a
     logs = multiply(subtract(divide(d, a), log_quotient(c, a)), 0.5)
-    bregman = total(logs, multiply(part(s, 0), d), subtract(part(r, 3), part(r, 0)))
+    bregman = total(logs, multiply(_part(s, 4), d), subtract(_part(r, 5), _part(r, 4)))
     bregman = select((a < 20) & (near < 1e-15), near, bregman)
     scale = multiply(subtract(log_quotient(n, b), divide(a, n)), 0.5)
     linear = divide(multiply(d, -0.5), n)
-    gap = _shape_gap(a, b, n, part(t, 1), part(t, 2))
-    return rounded(total(bregman, scale, linear, gap, negative(multiply(part(s, 2), c))))
+    return rounded(total(bregman, scale, linear, _shape_gap(a, b, n, t), negative(multiply(_part(s, 1), c))))
 
 
 def beta_excess(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

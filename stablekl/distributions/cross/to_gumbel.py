@@ -124,7 +124,11 @@ def _gamma_smooth(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
 def _uniform(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     delta = (high - low) / b
     k = _truncated.log_mgf(delta)
-    w = k - 0.5 * ((low - mu) / b + (high - mu) / b)
+    # half of delta cancels where that is large
+    far = delta > 3
+    edge = torch.where(far, delta, 3.0)
+    outer = (mu - low) / b - torch.log(edge) + _truncated.shortfall(edge)
+    w = torch.where(far, outer, k - 0.5 * ((low - mu) / b + (high - mu) / b))
     exp_w = _exp(divide(exact_sum(mu, -low), b), -torch.expm1(-delta) / delta)
     return _excess(w, exp_w) + (1 + k - torch.log(delta))
 

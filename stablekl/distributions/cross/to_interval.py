@@ -164,7 +164,10 @@ def _mean_log_complement_plus_one(low: Tensor, high: Tensor) -> Tensor:
     width, total_ = high - low, x + y
     wide = width > _WIDE * total_
     rest = torch.where(x > 0, x * torch.log1p(-torch.where(x > 0, high, 0.0)), 0.0)
-    inner = torch.log1p(-(0.5 * low + 0.5 * high)) - log_mean_gap(x, width) + 1
+    mean = 0.5 * (low + high)
+    small = mean < 0.5
+    log = torch.where(small, torch.log1p(-torch.where(small, mean, 0.0)), torch.log(0.5 * (x + y)))
+    inner = log - log_mean_gap(x, width) + 1
     return torch.where(wide, (y * torch.log1p(-low) - rest) / width, inner)
 
 

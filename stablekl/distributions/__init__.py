@@ -1,6 +1,6 @@
 """Families, drop-in for torch's, and their KL rules."""
 
-from . import _cross, transformed
+from . import _cross, cross, transformed
 from .bernoulli import Bernoulli
 from .beta import Beta
 from .binomial import Binomial
@@ -58,5 +58,6 @@ __all__ = [
     "Weibull",
     "Wishart",
     "_cross",
+    "cross",
     "transformed",
 ]

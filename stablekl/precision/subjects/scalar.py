@@ -28,6 +28,8 @@ INHERITED = (
     ("InverseGamma", "InverseGamma"),
     ("LogNormal", "LogNormal"),
 )
+# Pairs that torch lacks.
+ADDED = tuple((p, "Laplace") for p in ("ContinuousBernoulli", "Exponential", "Gumbel", "Pareto", "Uniform"))
 ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential", "Gamma", "Pareto")
 # Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.
 EXCLUDED = {"ContinuousBernoulli": True, "Geometric": False}  # whether both ends, or 0 alone
@@ -45,10 +47,10 @@ def torch_class(name: str) -> Any:
 
 
 def registered_pairs() -> list[tuple[str, str]]:
-    """The pairs of these families that torch has a rule for, by name."""
+    """The pairs of these families that torch has a rule for, by name, and some that it lacks."""
     names = {(p.__name__, q.__name__) for p, q in torch_kl._KL_REGISTRY if p.__module__.startswith("torch.")}
     known = {pair for pair in names if pair[0] in FAMILIES and pair[1] in FAMILIES}
-    return sorted(known | set(INHERITED))
+    return sorted(known | set(INHERITED) | set(ADDED))
 
 
 # ---- rules --------------------------------------------------------------------------------------------------------
@@ -68,10 +70,14 @@ def rules(p: str, q: str) -> dict[str, Rule]:
     """The rule of torch for a pair, and stablekl's where it has one of its own."""
     classes = torch_class(p), torch_class(q)
     found: dict[str, Rule] = {"torch": lambda *batch: torch_kl.kl_divergence(*_built(classes, batch))}
-    if registry.rule_for(classes[0], classes[1]) is not torch_kl._dispatch_kl(*classes):
+    torchs = torch_kl._dispatch_kl(*classes)
+    ours = torchs.__module__.startswith("stablekl.")
+    if ours:  # torch has none, and found the one that stablekl registered
+        del found["torch"]
+    if ours or registry.rule_for(classes[0], classes[1]) is not torchs:
         # our own class where there is one
-        ours = getattr(distributions, p, classes[0]), getattr(distributions, q, classes[1])
-        found["stablekl"] = lambda *batch: registry.kl_divergence(*_built(ours, batch))
+        own = getattr(distributions, p, classes[0]), getattr(distributions, q, classes[1])
+        found["stablekl"] = lambda *batch: registry.kl_divergence(*_built(own, batch))
     return found
 
 

@@ -1,0 +1,262 @@
+r"""KL against Gamma and exponential distributions: a mismatch of means, and a shape.
+
+With m the mean of p, and c and r for the concentration and the rate of q (c = 1 for the exponential distribution),
+
+.. math:: KL = \mathrm{deviance}(c, r m) + \Omega(p, c), \qquad \mathrm{deviance}(x, y) = x \log(x/y) + y - x.
+
+Omega is the KL against the Gamma of concentration c that has the mean of p; neither term is negative. With
+g(x) = lgamma(x) - x log(x) + x, B its Bregman divergence, L(z) = z - log(1 + z), and T, R, S of `_pieces`,
+
+=====================================  ===========================================================================
+p                                      Omega
+=====================================  ===========================================================================
+Gamma(a, rate)                         B(c, a); an exponential distribution is that with a = 1
+Beta(a, b), n = a + b                  B(c, a) + [log(n/b) - a/n]/2 + (a - c)/(2n) + T(b) - T(n) - c S(n)
+Pareto(scale, alpha)                   R(c) + c L(-1/alpha) + log(2 pi alpha^2/c)/2 - 1, infinite up to alpha = 1
+Uniform(low, high)                     R(c) + (c - 1) gap - log(2 c eta^2/pi)/2, eta = (high - low)/(high + low)
+ContinuousBernoulli(y), c = 1, y < -1  -log(1 - e^y) - L(y/(e^-y - 1))
+the same, other y                      1 + log(m) + e(y), with e of `_truncated`
+=====================================  ===========================================================================
+
+where gap = log E[X] - E[log X]. torch adds entropies, moments and log Gammas, which cancel without end where p comes
+near the family of q: Beta(1, b) is within 1/(2 b^2) of the exponential distribution of rate b, to which the leading
+terms of Stirling's series contribute nothing. They are left out by hand, and what still cancels (T(b) against T(n), the
+terms linear in a - c against the others) is summed in twice the digits. A product or quotient enters the deviance in
+twice the digits, too: of the difference c - r m nothing is left after a rounding.
+
+Gradients are those of the textbook form, or of these where they are differentiable.
+
+Accuracy, float64: 37 ulp at most (Beta against Gamma; Uniform 17, ContinuousBernoulli 14, the others 10) in 74,000 to
+206,000 parameter sets of every pair and up to 2,000 next to the closest q, concentrations up to 1e12. float32:
+correctly rounded, as far as seen. Out of reach: Beta(a, b) against a Gamma of concentration c with c/a beyond 1e18
+KL, where B(c, a) and (a - c)/(2n) cancel (a = 6e21, b = 3e-6, c = 1.6e60: 1e11 ulp); nothing between 1e-12 and 1e12.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..._double import (
+    Double,
+    add,
+    constant,
+    divide,
+    exact_product,
+    exact_sum,
+    log_quotient,
+    multiply,
+    negative,
+    rounded,
+    select,
+    stirling,
+    subtract,
+    total,
+)
+from ...special import bd0, log1pmx_value, log_ratio_bregman
+from ..beta import Beta
+from ..continuous_bernoulli import ContinuousBernoulli
+from ..exponential import Exponential
+from ..gamma import Gamma
+from ..pareto import Pareto
+from ..uniform import Uniform
+from . import _truncated
+from ._pieces import beta_unit, deviance, excess, gamma_shape, lgamma_bregman, log_mean_gap, minus_log1pmx, remainders
+from ._rule import register_pair, settled
+
+__all__ = ["beta_excess"]
+
+# ---- from Gamma and exponential distributions -------------------------------------------------------------------
+
+
+def _exponential_gamma(rate: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    one = torch.ones_like(c)
+    return lgamma_bregman(c, one, c - 1) + deviance(c, divide(r, rate))
+
+
+def _exponential_gamma_smooth(rate: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    return lgamma_bregman(c, torch.ones_like(c), c - 1) + bd0(c, r / rate)
+
+
+def _gamma_exponential(a: Tensor, rate: Tensor, r: Tensor) -> Tensor:
+    one = torch.ones_like(a)
+    return lgamma_bregman(one, a, 1 - a) + excess(exact_product(a, r), rate)
+
+
+def _gamma_exponential_smooth(a: Tensor, rate: Tensor, r: Tensor) -> Tensor:
+    return lgamma_bregman(torch.ones_like(a), a, 1 - a) + log_ratio_bregman(a * r, rate)
+
+
+# ---- from Beta distributions ------------------------------------------------------------------------------------
+
+_LARGE, _CLOSE = 1e6, 1e-15
+_STEP = 2.0**-27
+
+
+def _part(x: Double, i: int) -> Double:
+    return Double(x.hi[i], x.lo[i])
+
+
+def _shape_gap(a: Tensor, b: Tensor, n: Double, t: Double) -> Double:
+    """T(b) - T(n), where t holds T of b, n, b (1 - h) and b (1 + h).
+
+    For large b it is the divided difference of 1/(3x) + 1/(12 x^2) + 1/(90 x^3) - 1/(120 x^4), which does not cancel;
+    for small a a derivative, by central differences, which leave 1e-16.
+    """
+    u, v = 1 / b, 1 / n.hi
+    one, two = u + v, u * u + u * v + v * v
+    higher = one / 12 + two / 90 - (u + v) * (u * u + v * v) / 120
+    divided = multiply(divide(a, multiply(n, b)), add(constant(Fraction(1, 3)), higher))
+    slope = multiply(subtract(_part(t, 2), _part(t, 3)), divide(a, 2 * _STEP * b))
+    gap = select(a < _CLOSE * b, slope, subtract(_part(t, 0), _part(t, 1)))
+    return select(b > _LARGE, divided, gap)
+
+
+def _omega_precise(a: Tensor, b: Tensor, c: Tensor, near: Tensor) -> Tensor:
+    """Omega in twice the digits, from B(c, a) in float64: it has more of them where R(a) is large and B small."""
+    n, zero = exact_sum(a, b), torch.zeros_like(a)
+    down, up = exact_sum(b, -_STEP * b), exact_sum(b, _STEP * b)
+    x = Double(torch.stack([b, n.hi, down.hi, up.hi, a, c]), torch.stack([zero, n.lo, down.lo, up.lo, zero, zero]))
+    r, s = stirling(x)
+    t = subtract(subtract(divide(0.5, x), r), multiply(subtract(x, 1.0), s))
+    d = exact_sum(c, -a)
+    # B(c, a) = [z - log1p(z)]/2 + R(c) - R(a) + S(a) d, z = d/a
+    logs = multiply(subtract(divide(d, a), log_quotient(c, a)), 0.5)
+    bregman = total(logs, multiply(_part(s, 4), d), subtract(_part(r, 5), _part(r, 4)))
+    bregman = select((a < 20) & (near < 1e-15), near, bregman)
+    scale = multiply(subtract(log_quotient(n, b), divide(a, n)), 0.5)
+    linear = divide(multiply(d, -0.5), n)
+    return rounded(total(bregman, scale, linear, _shape_gap(a, b, n, t), negative(multiply(_part(s, 1), c))))
+
+
+def beta_excess(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Omega of a Beta."""
+    n = a + b
+    u = a / n
+    small = u < 0.5
+    scale = torch.where(small, -log1pmx_value(-torch.where(small, u, 0.0)), torch.log1p(a / b) - u)
+    d = c - a
+    _, s = remainders(n)
+    bregman = lgamma_bregman(c, a, d)
+    terms = (bregman, 0.5 * scale, -0.5 * d / n, gamma_shape(b), -gamma_shape(n), -c * s)
+    return settled(terms, lambda: _omega_precise(a, b, c, bregman))
+
+
+def _beta_gamma(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    return deviance(c, divide(exact_product(a, r), exact_sum(a, b))) + beta_excess(a, b, c)
+
+
+def _beta_gamma_smooth(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    n = a + b
+    mean_log = torch.digamma(a) - torch.digamma(n)
+    return torch.lgamma(c) - c * torch.log(r) + beta_unit(a, b) - (c - 1) * mean_log + r * (a / n)
+
+
+def _beta_exponential(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
+    return _beta_gamma(a, b, torch.ones_like(r), r)
+
+
+def _beta_exponential_smooth(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
+    return r * (a / (a + b)) - torch.log(r) + beta_unit(a, b)
+
+
+def _centred_lgamma(c: Tensor) -> Tensor:
+    """g, the textbook form."""
+    return torch.lgamma(c) - c * torch.log(c) + c
+
+
+# ---- from Pareto distributions ----------------------------------------------------------------------------------
+
+
+def _pareto_gamma(scale: Tensor, alpha: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    finite = alpha > 1
+    alpha = torch.where(finite, alpha, 2.0)
+    mean = divide(multiply(exact_product(scale, alpha), r), subtract(alpha, 1.0))
+    remainder, _ = remainders(c)
+    # of a factor alpha/sqrt(c), its square may be out of range
+    log = torch.log(math.sqrt(2 * math.pi) * (alpha / torch.sqrt(c)))
+    shape = remainder + (log - 1) - c * _pareto_gap(alpha)
+    return torch.where(finite, deviance(c, mean) + shape, torch.inf)
+
+
+def _pareto_gap(alpha: Tensor) -> Tensor:
+    """-L(-1/alpha), which takes the other form near alpha = 1: 1/alpha is rounded, alpha - 1 is not."""
+    near = alpha < 2
+    inside = torch.where(near, 0.0, -1 / alpha)
+    edge = torch.where(near, alpha, 2.0)
+    return torch.where(near, torch.log(edge - 1) - torch.log(edge) + 1 / edge, log1pmx_value(inside))
+
+
+def _pareto_gamma_smooth(scale: Tensor, alpha: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    shape = torch.log(alpha) - 1 + c * minus_log1pmx(-1 / alpha)
+    return bd0(c, r * (scale * (alpha / (alpha - 1)))) + _centred_lgamma(c) + shape
+
+
+def _pareto_exponential(scale: Tensor, alpha: Tensor, r: Tensor) -> Tensor:
+    finite = alpha > 1
+    a = torch.where(finite, alpha, 2.0)
+    mean = r * (scale * (a / (a - 1)))
+    shape = torch.log(a) + (torch.log(a) - torch.log(a - 1) - 1 / a)
+    return torch.where(finite, log_ratio_bregman(mean, torch.ones_like(mean)) + shape, torch.inf)
+
+
+# ---- from uniform distributions ---------------------------------------------------------------------------------
+
+
+def _uniform_gamma(low: Tensor, high: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    inside = low >= 0
+    low, high = torch.where(inside, low, 0.0), torch.where(inside, high, 1.0)
+    mean = multiply(multiply(exact_sum(low, high), 0.5), r)
+    eta = (high - low) / (high + low)
+    remainder, _ = remainders(c)
+    log = torch.log(math.sqrt(2 / math.pi) * torch.sqrt(c) * eta)
+    kl = deviance(c, mean) + (remainder - log + (c - 1) * log_mean_gap(low, high - low))
+    return torch.where(inside, kl, torch.inf)
+
+
+def _uniform_gamma_smooth(low: Tensor, high: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    mean, width = 0.5 * (low + high), high - low
+    return bd0(c, r * mean) + _centred_lgamma(c) + (c - 1) * log_mean_gap(low, width) + torch.log(mean / width)
+
+
+def _uniform_exponential(low: Tensor, high: Tensor, r: Tensor) -> Tensor:
+    inside = low >= 0
+    low, high = torch.where(inside, low, 0.0), torch.where(inside, high, 1.0)
+    shape = (1 - math.log(2)) + torch.log1p(2 * low / (high - low))
+    mean = (0.5 * low + 0.5 * high) * r
+    return torch.where(inside, log_ratio_bregman(mean, torch.ones_like(mean)) + shape, torch.inf)
+
+
+# ---- from a ContinuousBernoulli ---------------------------------------------------------------------------------
+
+
+def _truncated_exponential(y: Double, r: Tensor) -> Tensor:
+    falling = y.hi < -1
+    rate = select(falling, negative(y), 1.0)
+    weight = _truncated.tail_weight(rate.hi)
+    kl_falling = excess(multiply(subtract(1.0, weight), r), rate)
+    kl_falling = kl_falling - _truncated.shortfall(rate.hi) + log1pmx_value(-weight)
+    z = torch.where(falling, 0.0, rounded(y))
+    mean = _truncated.mean(z)
+    other = excess(exact_product(mean, r), torch.ones_like(r)) + (1 + torch.log(mean) + _truncated.negentropy(z))
+    return torch.where(falling, kl_falling, other)
+
+
+def _truncated_exponential_smooth(y: Tensor, r: Tensor) -> Tensor:
+    return _truncated.negentropy(y) - torch.log(r) + r * _truncated.mean(y)
+
+
+kl_beta_exponential = register_pair(Beta, Exponential, _beta_exponential, _beta_exponential_smooth, (1.0, 1.0, 1.0))
+kl_beta_gamma = register_pair(Beta, Gamma, _beta_gamma, _beta_gamma_smooth, (1.0, 1.0, 1.0, 1.0))
+kl_continuous_bernoulli_exponential = register_pair(
+    ContinuousBernoulli, Exponential, _truncated_exponential, _truncated_exponential_smooth, (0.5, 1.0)
+)
+kl_exponential_gamma = register_pair(Exponential, Gamma, _exponential_gamma, _exponential_gamma_smooth, (1.0, 1.0, 1.0))
+kl_gamma_exponential = register_pair(Gamma, Exponential, _gamma_exponential, _gamma_exponential_smooth, (1.0, 1.0, 1.0))
+kl_pareto_exponential = register_pair(Pareto, Exponential, _pareto_exponential)
+kl_pareto_gamma = register_pair(Pareto, Gamma, _pareto_gamma, _pareto_gamma_smooth, (1.0, 2.0, 1.0, 1.0))
+kl_uniform_exponential = register_pair(Uniform, Exponential, _uniform_exponential)
+kl_uniform_gamma = register_pair(Uniform, Gamma, _uniform_gamma, _uniform_gamma_smooth, (0.25, 0.75, 1.0, 1.0))

@@ -1,0 +1,148 @@
+r"""KL against Gumbel distributions: the convex function :math:`E(w) = e^w - 1 - w`, and a shape.
+
+For q with location mu and scale b, :math:`E_p[-\log q]` has the moment generating function of p at -1/b in it,
+:math:`e^{\mu/b} M(-1/b) = e^w`. With rho = s/b, theta = rate b and delta = (high - low)/b,
+
+=============================  ===========================================  ===========================================
+p                              w                                            KL - E(w)
+=============================  ===========================================  ===========================================
+Normal(m, s)                   rho^2/2 - (m - mu)/b                         [rho^2 - 1 - log rho^2 + 2 - log(2 pi)]/2
+Exponential(rate)              mu/b - log(1 + 1/theta)                      L(1/theta) + log(theta)
+Gamma(a, rate)                 mu/b - a log(1 + 1/theta)                    T(a) + a L(1/theta) + 1/2
+                                                                            - log(2 pi a/theta^2)/2
+Uniform(low, high)             k(delta) - [(low + high)/2 - mu]/b           1 + k(delta) - log(delta)
+=============================  ===========================================  ===========================================
+
+with L(z) = z - log(1 + z), T of `_pieces` and k of `_truncated`. torch adds mean, entropy and e^w as they come; e^w of
+a rounded w is off by as many ulps as w is large, 700 at the end of the range, so w is taken in twice the digits. For
+the Gamma, which a Gumbel resembles near a = 5.5, where KL is 0.003, the terms are of order 1 and their sum is taken in
+twice the digits as well.
+
+Gradients are those of the textbook form.
+
+Accuracy, float64: 20 ulp at most (Gamma; Uniform 16, Exponential 8, Normal 6) in 25,000 to 205,000 parameter sets of
+every pair and 150 to 600 near the closest q. float32: correctly rounded, as far as seen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..._double import (
+    PI,
+    Double,
+    divide,
+    exact_product,
+    exact_sum,
+    log,
+    log1p,
+    multiply,
+    negative,
+    rounded,
+    stirling,
+    subtract,
+    total,
+)
+from ...special import expm1mx_value, log1pmx_value
+from ..exponential import Exponential
+from ..gamma import Gamma
+from ..gumbel import Gumbel
+from ..normal import Normal
+from ..uniform import Uniform
+from . import _truncated
+from ._pieces import excess, gamma_entropy, gamma_shape
+from ._rule import register_pair, settled
+
+__all__: list[str] = []
+
+LOG_TAU = math.log(2 * math.pi)
+
+
+def _excess(w: Tensor, exp_w: Tensor) -> Tensor:
+    """E(w), from e^w too where that is large."""
+    return torch.where(w < 1, expm1mx_value(w.clamp(max=1.0)), exp_w - 1 - w)
+
+
+def _exp(w: Double, factor: Tensor | float = 1.0) -> Tensor:
+    """e^w times a factor that is small where e^w alone overflows."""
+    half = torch.exp(0.5 * w.hi)
+    return ((half * factor) * half) * (1 + torch.where(w.hi < 1e3, w.lo, 0.0))
+
+
+def _normal(m: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    rho = divide(s, b)
+    w = subtract(multiply(multiply(rho, rho), 0.5), divide(exact_sum(m, -mu), b))
+    return _excess(w.hi, _exp(w)) + (0.5 * excess(multiply(rho, rho), torch.ones_like(s)) + (1 - 0.5 * LOG_TAU))
+
+
+def _normal_smooth(m: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    z, rho = (m - mu) / b, s / b
+    return z + torch.exp(0.5 * rho * rho - z) - torch.log(rho) - 0.5 * (1 + LOG_TAU)
+
+
+def _exponential(rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    theta = rate * b
+    z = divide(mu, b)
+    w = z.hi - torch.log1p(1 / theta)
+    large = theta > 1
+    inverse = torch.where(large, 1 / theta, 0.0)
+    above = torch.log(theta) - log1pmx_value(inverse)
+    below = 1 / theta + 2 * torch.log(theta) - torch.log1p(theta)
+    return _excess(w, _exp(z, theta / (1 + theta))) + torch.where(large, above, below)
+
+
+def _exponential_smooth(rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    theta, z = rate * b, mu / b
+    return torch.log(theta) - 1 + 1 / theta - z + torch.exp(z - torch.log1p(1 / theta))
+
+
+def _gamma_precise(a: Tensor, theta: Double, excess_w: Tensor) -> Tensor:
+    """Everything but E(w) in twice the digits."""
+    inverse = divide(1.0, theta)
+    r, s = stirling(a)
+    shape = subtract(subtract(divide(0.5, a), r), multiply(subtract(a, 1.0), s))
+    logs = subtract(multiply(log(multiply(PI, 2 * a)), 0.5), log(theta))
+    rest = total(shape, multiply(subtract(inverse, log1p(inverse)), a), negative(logs), 0.5)
+    return rounded(rest) + excess_w
+
+
+def _gamma(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    theta = exact_product(rate, b)
+    inverse = divide(1.0, theta)
+    w = subtract(divide(mu, b), multiply(log1p(inverse), a))
+    excess_w = _excess(w.hi, _exp(w))
+    logs = torch.log(math.sqrt(2 * math.pi) * torch.sqrt(a) / theta.hi)
+    terms = (excess_w, gamma_shape(a), -a * log1pmx_value(inverse.hi), -logs, torch.full_like(a, 0.5))
+    return settled(terms, lambda: _gamma_precise(a, theta, excess_w))
+
+
+def _gamma_smooth(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    theta, z = rate * b, mu / b
+    return torch.log(theta) - gamma_entropy(a) + a / theta - z + torch.exp(z - a * torch.log1p(1 / theta))
+
+
+def _uniform(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    delta = (high - low) / b
+    k = _truncated.log_mgf(delta)
+    # half of delta cancels where that is large
+    far = delta > 3
+    edge = torch.where(far, delta, 3.0)
+    outer = (mu - low) / b - torch.log(edge) + _truncated.shortfall(edge)
+    w = torch.where(far, outer, k - 0.5 * ((low - mu) / b + (high - mu) / b))
+    exp_w = _exp(divide(exact_sum(mu, -low), b), -torch.expm1(-delta) / delta)
+    return _excess(w, exp_w) + (1 + k - torch.log(delta))
+
+
+def _uniform_smooth(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    delta = (high - low) / b
+    z = 0.5 * ((low - mu) / b + (high - mu) / b)
+    return z - torch.log(delta) + torch.exp(_truncated.log_mgf(delta) - z)
+
+
+kl_exponential_gumbel = register_pair(Exponential, Gumbel, _exponential, _exponential_smooth, (1.0, 0.0, 1.0))
+kl_gamma_gumbel = register_pair(Gamma, Gumbel, _gamma, _gamma_smooth, (1.0, 1.0, 0.0, 1.0))
+kl_normal_gumbel = register_pair(Normal, Gumbel, _normal, _normal_smooth, (0.0, 1.0, 0.0, 1.0))
+kl_uniform_gumbel = register_pair(Uniform, Gumbel, _uniform, _uniform_smooth, (0.0, 1.0, 0.0, 1.0))

@@ -1,0 +1,166 @@
+r"""KL against Laplace distributions, which torch lacks but for the normal: two convex terms of the mean deviation.
+
+For q with location mu and scale b only the mean absolute deviation :math:`A = E_p|X - \mu|` is needed, and with
+:math:`G(x) = x - 1 - \log x`
+
+.. math:: KL = G(A/b) + [1 + \log(2 A) - H(p)],
+
+of which the second term is the KL against the Laplace distribution about mu of the best scale, A. In units of p's own
+scale:
+
+===================  =========================================================  =================================
+p                    A                                                          second term
+===================  =========================================================  =================================
+Normal(m, s)         s sqrt(2/pi) C, C = e^(-u^2/2) + u sqrt(pi/2) erf(u/2^.5)  1/2 - log(pi/2) + log(C)
+Exponential(rate)    [t - 1 + 2 e^-t]/rate, t = rate mu; 1/rate - mu below 0    log(2 rate A)
+Gumbel(loc, s)       s [z + gamma + 2 E1(e^z)], z = (loc - mu)/s                log(2 A/s) - gamma
+Pareto(scale, a)     scale X/(a - 1); infinite up to a = 1                      log(2 X) + L(-1/a)
+Uniform(low, high)   outside: the distance of the middle; a square inside       1 - log(2) + log(4 A/width)
+ContinuousBernoulli  by the integral of the distribution function               1 + log(2 A) + e(y)
+===================  =========================================================  =================================
+
+Here u = (m - mu)/s, gamma is Euler's constant, E1 the exponential integral, L(z) = z - log(1 + z), and e that of
+`_truncated`. For mu above the scale of a Pareto, with t = (mu - scale)/scale, X = (a - 1) t - 1 + 2 (1 + t)^(1 - a).
+
+All of it is positive and of order 1 at the least, so that nothing cancels, and rules are differentiated as they stand.
+torch's formula for the normal takes the logarithms apart and multiplies s and e^(-u^2/2).
+
+Accuracy, float64: 35 ulp at most (Gumbel and Normal, near the closest q, where KL is 0.05 to 0.1; the others 11) in
+98,000 to 206,000 parameter sets of every pair. float32: correctly rounded, as far as seen.
+
+Beta and Gamma distributions are not here: their mean absolute deviations are incomplete beta and gamma functions, of
+which torch has no derivative by the shape, and the former not at all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..._elementwise import elementwise, horner
+from ...special import log_ratio_bregman
+from ..continuous_bernoulli import ContinuousBernoulli
+from ..exponential import Exponential
+from ..gumbel import Gumbel
+from ..laplace import Laplace
+from ..normal import Normal
+from ..pareto import Pareto
+from ..uniform import Uniform
+from . import _truncated
+from ._pieces import minus_log1pmx
+from ._rule import register_pair
+
+__all__: list[str] = []
+
+EULER = 0.5772156649015329
+
+
+def _scaled(deviation: Tensor, b: Tensor) -> Tensor:
+    """G(A/b)."""
+    return log_ratio_bregman(deviation, b)
+
+
+def _normal(m: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    d = m - mu
+    size = torch.where(d < 0, -d, d)
+    u = (size / s).clamp(max=50.0)  # beyond, the deviation is the distance
+    # over sqrt(2/pi)
+    over = torch.exp(-0.5 * u * u) + math.sqrt(math.pi / 2) * u * torch.erf(math.sqrt(0.5) * u)
+    far = size > 40 * s
+    over = torch.where(far, math.sqrt(math.pi / 2) * (size / s), over)
+    deviation = torch.where(far, size, math.sqrt(2 / math.pi) * s * over)
+    return _scaled(deviation, b) + (0.5 - math.log(math.pi / 2)) + torch.log(over)
+
+
+def _back_to_back(t: Tensor) -> Tensor:
+    """T - 1 + 2 e^-t for t > 0 and 1 - t elsewhere: the mean distance of a standard exponential from t."""
+    inside = t > 0
+    r = torch.where(inside, t, 1.0)
+    return torch.where(inside, r - 1 + 2 * torch.exp(-r), 1 - t)
+
+
+def _exponential(rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    x = _back_to_back(rate * mu)
+    return _scaled(x, rate * b) + torch.log(2 * x)
+
+
+# ---- Gumbel -----------------------------------------------------------------------------------------------------
+
+# (-1)^k/((k + 1) (k + 1)!), k = 27 ... 0: E1(x) + log(x) + gamma over x, up to x = 2
+_SERIES = tuple((-1) ** k / ((k + 1) * math.factorial(k + 1)) for k in range(27, -1, -1))
+_SERIES_REACH = math.log(2)
+_FRACTION_DEPTH = 45  # of the continued fraction of E1 from 2 on, where it leaves 1e-15 of E1
+
+
+def _gumbel_deviation_value(z: Tensor, *, lifted: bool = False) -> Tensor:
+    near = z < _SERIES_REACH
+    x = torch.exp(torch.where(near, z, 0.0))
+    below = 2 * (x * horner(x, _SERIES)) - (z + EULER)
+    x = torch.exp(torch.where(near, 1.0, z).clamp(max=7.0))  # e^-1096 is 0
+    fraction = x + (2 * _FRACTION_DEPTH + 1)
+    for k in range(_FRACTION_DEPTH, 0, -1):
+        fraction = x + (2 * k - 1) - k * k / fraction
+    return torch.where(near, below, z + EULER + 2 * torch.exp(-x) / fraction)
+
+
+_gumbel_deviation = elementwise(_gumbel_deviation_value, lambda z: 1 - 2 * torch.exp(-torch.exp(z.clamp(max=7.0))))
+
+
+def _gumbel(loc: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    x = _gumbel_deviation((loc - mu) / s)
+    return _scaled(x * s, b) + (torch.log(2 * x) - EULER)
+
+
+# ---- Pareto, Uniform, ContinuousBernoulli -----------------------------------------------------------------------
+
+
+def _pareto(scale: Tensor, alpha: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    finite = alpha > 1
+    a = torch.where(finite, alpha, 2.0)
+    beta = a - 1
+    t = (mu - scale) / scale
+    inside = t > 0
+    r = torch.where(inside, t, 1.0)
+    x = torch.where(inside, beta * r - 1 + 2 * torch.exp(-beta * torch.log1p(r)), 1 - beta * t)
+    edge = a < 2
+    high, low = torch.where(edge, 2.0, a), torch.where(edge, a, 2.0)
+    # 1/a is rounded, a - 1 is not
+    shape = torch.where(edge, torch.log(low) - torch.log(low - 1) - 1 / low, minus_log1pmx(-1 / high))
+    return torch.where(finite, _scaled(x * (scale / beta), b) + torch.log(2 * x) + shape, torch.inf)
+
+
+def _uniform(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    width, below, above = high - low, mu - low, high - mu
+    inside = (below > 0) & (above > 0)
+    squares = 0.5 * (below * (below / width) + above * (above / width))
+    distance = torch.where(below < above, -below, -above) + 0.5 * width
+    deviation = torch.where(inside, squares, distance)
+    return _scaled(deviation, b) + ((1 - math.log(2)) + torch.log(4 * (deviation / width)))
+
+
+def _truncated_exponential(y: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    # from the end where the density is highest
+    falling = y <= 0
+    rate = torch.where(falling, -y, y)
+    centre = torch.where(falling, mu, 1 - mu)
+    mean = _truncated.tail_mean(y)
+    inside = (centre > 0) & (centre < 1)
+    c = torch.where(inside, centre, 0.5)
+    outside = torch.where(centre > 0.5, (centre - 1) + (1 - mean), mean - centre)
+    deviation = torch.where(inside, mean - c + 2 * _truncated.integral(rate, c), outside)
+    far = rate > 3
+    r = torch.where(far, rate, 3.0)
+    log_far = torch.log(2 * (r * torch.where(far, deviation, 1.0))) + _truncated.unit_negentropy(r)
+    small = torch.where(far, 0.0, y)
+    log_near = torch.log(2 * torch.where(far, 1.0, deviation)) + _truncated.negentropy(small)
+    return _scaled(deviation, b) + (1 + torch.where(far, log_far, log_near))
+
+
+kl_continuous_bernoulli_laplace = register_pair(ContinuousBernoulli, Laplace, _truncated_exponential)
+kl_exponential_laplace = register_pair(Exponential, Laplace, _exponential)
+kl_gumbel_laplace = register_pair(Gumbel, Laplace, _gumbel)
+kl_normal_laplace = register_pair(Normal, Laplace, _normal)
+kl_pareto_laplace = register_pair(Pareto, Laplace, _pareto)
+kl_uniform_laplace = register_pair(Uniform, Laplace, _uniform)

@@ -31,6 +31,7 @@ from .distributions import (
     Pareto,
     Poisson,
     Uniform,
+    VonMises,
     Wishart,
 )
 from .divergences import (
@@ -100,6 +101,7 @@ __all__ = [
     "Pareto",
     "Poisson",
     "Uniform",
+    "VonMises",
     "Wishart",
     "accuracy",
     "bhattacharyya_distance",

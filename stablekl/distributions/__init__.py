@@ -26,6 +26,7 @@ from .one_hot_categorical import OneHotCategorical
 from .pareto import Pareto
 from .poisson import Poisson
 from .uniform import Uniform
+from .von_mises import VonMises
 from .wishart import Wishart
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Pareto",
     "Poisson",
     "Uniform",
+    "VonMises",
     "Wishart",
     "_cross",
 ]

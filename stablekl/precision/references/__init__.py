@@ -15,6 +15,7 @@ from .normal import HalfNormal, LogNormal, Normal
 from .pareto import Pareto
 from .poisson import Poisson
 from .uniform import Uniform
+from .von_mises import VonMises
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -38,5 +39,6 @@ _CLASSES: tuple[type[Family], ...] = (
     Pareto,
     Poisson,
     Uniform,
+    VonMises,
 )
 FAMILIES: dict[str, Family] = {c.__name__: c() for c in _CLASSES}  # by the name of torch's class

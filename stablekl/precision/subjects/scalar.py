@@ -68,10 +68,14 @@ def rules(p: str, q: str) -> dict[str, Rule]:
     """The rule of torch for a pair, and stablekl's where it has one of its own."""
     classes = torch_class(p), torch_class(q)
     found: dict[str, Rule] = {"torch": lambda *batch: torch_kl.kl_divergence(*_built(classes, batch))}
-    if registry.rule_for(classes[0], classes[1]) is not torch_kl._dispatch_kl(*classes):
+    torchs = torch_kl._dispatch_kl(*classes)
+    ours = torchs.__module__.startswith("stablekl.")
+    if ours:  # torch has none, and found the one that stablekl registered
+        del found["torch"]
+    if ours or registry.rule_for(classes[0], classes[1]) is not torchs:
         # our own class where there is one
-        ours = getattr(distributions, p, classes[0]), getattr(distributions, q, classes[1])
-        found["stablekl"] = lambda *batch: registry.kl_divergence(*_built(ours, batch))
+        own = getattr(distributions, p, classes[0]), getattr(distributions, q, classes[1])
+        found["stablekl"] = lambda *batch: registry.kl_divergence(*_built(own, batch))
     return found
 
 

@@ -70,28 +70,34 @@ class VonMises(TorchVonMises, Checked):
 # ---- the midpoint rule, for concentrations up to the border ------------------------------------------------------
 
 
-def _weighted(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of the points, which sum to 1, their 1 - cos, and the mean of that; x has a last dimension of 1."""
+def _weighted(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights of the points, which sum to 1, their 1 - cos, its mean, and the divisor; x has a last dimension of 1."""
     v = table(_ABOVE + _BELOW, x.device).to(x.dtype)
     w = torch.exp(-x * v)
-    w = w / w.sum(-1, keepdim=True)
-    return w, v, (w * v).sum(-1, keepdim=True)
+    total = w.sum(-1, keepdim=True)
+    w = w / total
+    return w, v, (w * v).sum(-1, keepdim=True), total
 
 
 def _near(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """B(y, x) and A(y) - A(x)."""
     x, y = x.unsqueeze(-1), y.unsqueeze(-1)
-    w, v, mean = _weighted(x)
+    w, v, mean, total = _weighted(x)
     g = (x - y) * (v - mean)
-    growth = (w * expm1mx_value(g)).sum(-1)
+    # Two roads to w (e^g - 1): far from 0 the rounding of x v and of g would count twice, up to 64 ulp each.
+    close = g.abs() < 1
+    small = torch.where(close, g, 0.0)
+    change = torch.exp(-y * v - (x - y) * mean) / total - w
+    change = torch.where(close, w * expm1_value(small), change)
+    growth = torch.where(close, w * expm1mx_value(small), change - w * g).sum(-1)
     # under the tilted weights, w e^g, the mean has moved by that of (v - mean), each term of one sign
-    return torch.log1p(growth), -(w * (v - mean) * expm1_value(g)).sum(-1) / (1 + growth)
+    return torch.log1p(growth), -((v - mean) * change).sum(-1) / (1 + growth)
 
 
 def _near_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     """A(x) and A'(x)."""
     x = x.unsqueeze(-1)
-    w, v, mean = _weighted(x)
+    w, v, mean, _ = _weighted(x)
     cosines = table(_COSINES, x.device).to(x.dtype)
     # a point and its mirror image together: w(c) - w(-c) = w(c) (1 - e^(-2 x c))
     half = w[..., : len(_COSINES)] * cosines * -expm1_value(-2 * x * cosines)
@@ -151,9 +157,10 @@ def _mean(x: Tensor) -> tuple[Tensor, Tensor]:
 def _half_turn(mu_p: Tensor, mu_q: Tensor) -> tuple[Tensor, Tensor]:
     """Sine and cosine of half the difference of the locations, which is not rounded."""
     d, error = two_sum(mu_p, -mu_q)
-    half, rest = 0.5 * d, 0.5 * error
-    sine, cosine = torch.sin(half), torch.cos(half)
-    return sine + rest * cosine, cosine - rest * sine
+    sine, cosine = torch.sin(0.5 * d), torch.cos(0.5 * d)
+    # beyond 2^50 the error of d is no small angle
+    less, most = torch.sin(0.5 * error), torch.cos(0.5 * error)
+    return sine * most + cosine * less, cosine * most - sine * less
 
 
 def _value(mu_p: Tensor, k_p: Tensor, mu_q: Tensor, k_q: Tensor) -> Tensor:
@@ -164,9 +171,12 @@ def _value(mu_p: Tensor, k_p: Tensor, mu_q: Tensor, k_q: Tensor) -> Tensor:
 def _gradient(mu_p: Tensor, k_p: Tensor, mu_q: Tensor, k_q: Tensor) -> tuple[Tensor, ...]:
     sine, cosine = _half_turn(mu_p, mu_q)
     mean, slope = _mean(k_p)
-    turn = 2 * sine * sine
+    turn, level = 2 * sine * sine, (cosine - sine) * (cosine + sine)  # 1 - cos and cos of the difference
+    across = turn > 0.5
+    by_p = slope * torch.where(across, k_p - k_q * level, (k_p - k_q) + k_q * turn)
+    by_q = torch.where(across, _mean(k_q)[0] - mean * level, _bregman(k_p, k_q)[1] + mean * turn)
     by_mu = 2 * k_q * mean * sine * cosine
-    return by_mu, slope * ((k_p - k_q) + k_q * turn), -by_mu, _bregman(k_p, k_q)[1] + mean * turn
+    return by_mu, by_p, -by_mu, by_q
 
 
 _kl = scalar_rule(_value, _gradient)

@@ -154,28 +154,29 @@ def _mean(x: Tensor) -> tuple[Tensor, Tensor]:
     return value, slope
 
 
-def _half_turn(mu_p: Tensor, mu_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Sine and cosine of half the difference of the locations, which is not rounded."""
+def _turned(mu_p: Tensor, mu_q: Tensor, part: float) -> tuple[Tensor, Tensor]:
+    """Sine and cosine of a part of the difference of the locations, which is not rounded."""
     d, error = two_sum(mu_p, -mu_q)
-    sine, cosine = torch.sin(0.5 * d), torch.cos(0.5 * d)
+    sine, cosine = torch.sin(part * d), torch.cos(part * d)
     # beyond 2^50 the error of d is no small angle
-    less, most = torch.sin(0.5 * error), torch.cos(0.5 * error)
+    less, most = torch.sin(part * error), torch.cos(part * error)
     return sine * most + cosine * less, cosine * most - sine * less
 
 
 def _value(mu_p: Tensor, k_p: Tensor, mu_q: Tensor, k_q: Tensor) -> Tensor:
-    sine, _ = _half_turn(mu_p, mu_q)
+    sine, _ = _turned(mu_p, mu_q, 0.5)
     return _bregman(k_p, k_q)[0] + 2 * (k_q * sine) * _mean(k_p)[0] * sine
 
 
 def _gradient(mu_p: Tensor, k_p: Tensor, mu_q: Tensor, k_q: Tensor) -> tuple[Tensor, ...]:
-    sine, cosine = _half_turn(mu_p, mu_q)
+    sine, cosine = _turned(mu_p, mu_q, 1.0)
+    half, _ = _turned(mu_p, mu_q, 0.5)
     mean, slope = _mean(k_p)
-    turn, level = 2 * sine * sine, (cosine - sine) * (cosine + sine)  # 1 - cos and cos of the difference
+    turn = 2 * half * half
     across = turn > 0.5
-    by_p = slope * torch.where(across, k_p - k_q * level, (k_p - k_q) + k_q * turn)
-    by_q = torch.where(across, _mean(k_q)[0] - mean * level, _bregman(k_p, k_q)[1] + mean * turn)
-    by_mu = 2 * k_q * mean * sine * cosine
+    by_p = slope * torch.where(across, k_p - k_q * cosine, (k_p - k_q) + k_q * turn)
+    by_q = torch.where(across, _mean(k_q)[0] - mean * cosine, _bregman(k_p, k_q)[1] + mean * turn)
+    by_mu = k_q * mean * sine
     return by_mu, by_p, -by_mu, by_q
 
 

@@ -25,6 +25,7 @@ from .normal import Normal
 from .one_hot_categorical import OneHotCategorical
 from .pareto import Pareto
 from .poisson import Poisson
+from .student_t import StudentT
 from .uniform import Uniform
 from .von_mises import VonMises
 from .wishart import Wishart
@@ -54,6 +55,7 @@ __all__ = [
     "OneHotCategorical",
     "Pareto",
     "Poisson",
+    "StudentT",
     "Uniform",
     "VonMises",
     "Wishart",

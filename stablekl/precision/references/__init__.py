@@ -14,6 +14,7 @@ from .laplace import Laplace
 from .normal import HalfNormal, LogNormal, Normal
 from .pareto import Pareto
 from .poisson import Poisson
+from .student_t import StudentT
 from .uniform import Uniform
 from .von_mises import VonMises
 
@@ -38,6 +39,7 @@ _CLASSES: tuple[type[Family], ...] = (
     Normal,
     Pareto,
     Poisson,
+    StudentT,
     Uniform,
     VonMises,
 )

@@ -129,6 +129,7 @@ def _difference(
     apart = 0.5 * (df_q * q.log - df_p * p.log) + common
     a_p, a_q = _width(df_p, scale_p).detach(), _width(df_q, scale_q).detach()
     close = (shift.abs() < _CLOSE * torch.minimum(a_p, a_q)) & (a_p < _CLOSE * a_q) & (a_q < _CLOSE * a_p)
+    close = close & (more.abs() < torch.minimum(df_p, df_q))
 
     wider = (more * scale_p * scale_p + df_q * (scale_p - scale_q) * (scale_p + scale_q)) / (p.root + q.root)
     step = (shift * p.secant + p.tangent * wider) / q.root
@@ -152,10 +153,12 @@ def _integrated(*parameters: Tensor) -> tuple[Comparison, _Side, _Side]:
     df_p, loc_p, scale_p, df_q, loc_q, scale_q = parameters = tuple(x.unsqueeze(-1) for x in parameters)
     a_p, a_q = _width(df_p, scale_p), _width(df_q, scale_q)
     reach = []
-    for df, scale in ((df_p, scale_p), (df_q, scale_q)):
-        power = (2 * _NOTHING) / df  # log(1 + y) at which the density has fallen so far
+    for df, scale, other in ((df_p, scale_p, df_q), (df_q, scale_q, df_p)):
+        # log(1 + y) at which the density has fallen so far, or its product with the logarithm of the other's
+        power = 2 * (_NOTHING + torch.log1p(50 * other)) / df
         reach.append(0.5 * (torch.log(df) + power + torch.log(-torch.expm1(-power))) + torch.log(scale))
-    at = points(loc_p - loc_q, a_p, a_q, torch.maximum(*reach))
+    furthest = torch.maximum(torch.sqrt(df_p) * scale_p, torch.sqrt(df_q) * scale_q)
+    at = points(loc_p - loc_q, a_p, a_q, furthest, torch.maximum(*reach))
     p, q = _side(at.one, df_p, loc_p, scale_p), _side(at.two, df_q, loc_q, scale_q)
     # dx/ds = 1/(1/(a_p cosh) + 1/(a_q cosh)), over sqrt(1 + y)
     share_p = torch.log(1 + (a_p / a_q).detach() * torch.exp(at.log_cosh_ratio))

@@ -4,9 +4,9 @@ r"""KL divergences of densities on a line from their values at fixed points, wit
 
 .. math:: s(x) = \operatorname{asinh}\frac{x - m_1}{a_1} + \operatorname{asinh}\frac{x - m_2}{a_2}
 
-has a closed inverse (with :math:`w = e^{\operatorname{asinh}}` of either term it is a quadratic equation), and takes the
-points :math:`m_i \pm i a_i`, where such densities are singular, to an imaginary part between pi/2 and pi, whatever the
-centres and widths are. So the trapezoidal rule in s converges like :math:`e^{-\pi^2/h}`, with a step h that knows
+has a closed inverse (with :math:`w = e^{\operatorname{asinh}}` of either term it is a quadratic equation), and takes
+the points :math:`m_i \pm i a_i`, where such densities are singular, to an imaginary part between pi/2 and pi,
+whatever the centres and widths are. So the trapezoidal rule in s converges like :math:`e^{-\pi^2/h}`, with a step h that knows
 nothing of the parameters; composite panels would need 50 edges around each centre. Tails that fall like a small power
 of x are exponential in s: a further map with s' = 1 up to the last singularity and exponential growth beyond brings
 any of them into reach.
@@ -16,9 +16,9 @@ differences of parameters, and the masses :math:`P_j, Q_j`,
 
 .. math:: KL = \sum_j \hat p_j u_j + \hat q_j - \hat p_j, \qquad u = v + \log \frac{\sum Q}{\sum P},
 
-each term p (e^-u - 1 + u) where u is small. No normalising constant is evaluated: the ratio of the two is the sum of Q -
-P, to its own relative accuracy, and an error of it costs nothing of first order. Normalisers by lgamma would lose the
-square of the distance of p from q.
+each term p (e^-u - 1 + u) where u is small. No normalising constant is evaluated: the ratio of the two is the sum of
+Q - P, to its own relative accuracy, and an error of it costs nothing of first order. Normalisers by lgamma would lose
+the square of the distance of p from q.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = ["Comparison", "Points", "chunked", "compared", "points"]
 
 Tensors = tuple[Tensor, ...]
 
-# Points of the rule. The step is at most 0.13 for ranges of s up to 67, as scales 1e12 apart have, and 0.03 for densities
-# alike; densities of light tails need the former for an error of e^-36, where singularities alone would allow 0.25.
+# Points of the rule. The step is at most 0.13 for ranges of s up to 67, as scales 1e12 apart have, and 0.03 for
+# densities alike; light tails need the former for an error of e^-36, where singularities alone would allow 0.25.
 POINTS = 1024
 # Rows at a time: of each there are some forty arrays of as many numbers as points.
 ROWS = 128

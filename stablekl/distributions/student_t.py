@@ -186,7 +186,7 @@ def _gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
     df_p, _, scale_p, df_q, _, scale_q = (x.unsqueeze(-1) for x in parameters)
     weight = found.p * (found.u - found.terms.sum(-1, keepdim=True))
     by_p = tuple((weight * score).sum(-1) for score in _scores(p, df_p, scale_p))
-    return *by_p, *((found.gain * score).sum(-1) for score in _scores(q, df_q, scale_q))
+    return *by_p, *(-(found.gain * score).sum(-1) for score in _scores(q, df_q, scale_q))
 
 
 _kl = scalar_rule(_value, lambda *parameters: chunked(_gradients, *parameters))

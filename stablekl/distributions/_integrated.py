@@ -6,10 +6,10 @@ r"""KL divergences of densities on a line from their values at fixed points, wit
 
 has a closed inverse (with :math:`w = e^{\operatorname{asinh}}` of either term it is a quadratic equation), and takes
 the points :math:`m_i \pm i a_i`, where such densities are singular, to an imaginary part between pi/2 and pi,
-whatever the centres and widths are. So the trapezoidal rule in s converges like :math:`e^{-\pi^2/h}`, with a step h that knows
-nothing of the parameters; composite panels would need 50 edges around each centre. Tails that fall like a small power
-of x are exponential in s: a further map with s' = 1 up to the last singularity and exponential growth beyond brings
-any of them into reach.
+whatever the centres and widths are. So the trapezoidal rule in s converges like :math:`e^{-\pi^2/h}`, with a step h
+that knows nothing of the parameters; composite panels would need 50 edges around each centre. Tails that fall like a
+small power of x are exponential in s: a further map with s' = 1 up to the last singularity and exponential growth
+beyond brings any of them into reach.
 
 **The sum.** With :math:`v = \log \tilde p - \log \tilde q` at the points, of unnormalised densities, from the
 differences of parameters, and the masses :math:`P_j, Q_j`,

@@ -7,7 +7,7 @@ an end of the support, are exponential of it.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def bounds(distribution: Distribution, like: Tensor) -> tuple[Tensor, Tensor]:
     """
     if isinstance(distribution, VonMises):  # whose support torch calls the real line
         return like - math.pi, like + math.pi
-    support = distribution.support
+    support: Any = distribution.support
     while not hasattr(support, "lower_bound") and hasattr(support, "base_constraint"):  # of a mixture's components
         support = support.base_constraint
     low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
@@ -52,7 +52,8 @@ def middle(distribution: Distribution, shape: torch.Size) -> tuple[Tensor, Tenso
         except (NotImplementedError, RuntimeError):
             drawn = distribution.sample(torch.Size([4097])).double()
             found = drawn.sort(0).values[[1024, 2048, 3072]]
-        low, median, high = found.expand(3, *shape).reshape(3, -1)
+        missing = (1,) * (len(shape) + 1 - found.ndim)
+        low, median, high = found.reshape(3, *missing, *found.shape[1:]).expand(3, *shape).reshape(3, -1)
     return low, median, high
 
 

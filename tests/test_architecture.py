@@ -23,6 +23,7 @@ ROOT = PACKAGE.parent
 # The floor of a module, or of everything in a subpackage. A module may import from its own floor and below.
 FLOORS = {
     "_autograd": 0,
+    "_double": 0,
     "_elementwise": 0,
     "_fused": 0,
     "_residual": 0,

@@ -20,6 +20,7 @@ __all__ = [
     "broadcast_shape",
     "check_batch_shapes",
     "common_dtype",
+    "given",
     "mapped",
     "moved",
     "of_both",
@@ -44,6 +45,18 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
     return dtype if dtype.is_floating_point else torch.get_default_dtype()
+
+
+def given(distribution: Distribution) -> tuple[str, Tensor]:
+    """``"probs"`` or ``"logits"``, whichever the distribution was built from, and its value.
+
+    What a constructor stores comes before what has been asked for since.
+    """
+    stored = [name for name in ("probs", "logits") if name in distribution.__dict__]
+    if len(stored) > 1:  # never so where torch.compile traces, which before torch 2.12 can't run through a __dict__
+        stored = [name for name in distribution.__dict__ if name in stored]
+    value: Tensor = distribution.__dict__[stored[0]]
+    return stored[0], value
 
 
 def broadcast_shape(*shapes: torch.Size) -> torch.Size:

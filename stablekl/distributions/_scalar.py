@@ -1,4 +1,4 @@
-"""What the rules of families on the line share: broadcasting, one precision, one rounding, derivatives by hand."""
+"""What the rules of parameters share: broadcasting, one precision, one rounding, derivatives by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .._autograd import blockwise, rowwise
 from ._base import common_dtype, widened
 
-__all__ = ["attached", "scalar_rule"]
+__all__ = ["attached", "scalar_rule", "vector_rule"]
 
 
 def attached(value: Tensor, smooth: Tensor) -> Tensor:
@@ -44,5 +44,17 @@ def scalar_rule(
     def rule(*parameters: Tensor) -> Tensor:
         dtype = common_dtype(*parameters)
         return core(*torch.broadcast_tensors(*(widened(x) for x in parameters))).to(dtype)
+
+    return rule
+
+
+def vector_rule(
+    value: Callable[..., Tensor], gradient: Callable[..., tuple[Tensor, ...]]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A KL rule of two parameters ``(..., K)``, as `scalar_rule` is for numbers; the result is without K."""
+    core = rowwise(lambda *inputs: (value(*inputs),), lambda inputs, saved: gradient(*inputs))
+
+    def rule(x: Tensor, y: Tensor) -> Tensor:
+        return core(*torch.broadcast_tensors(widened(x), widened(y))).to(common_dtype(x, y))
 
     return rule

@@ -1,21 +1,191 @@
-"""Dirichlet distributions, and their KL divergence."""
+r"""Dirichlet distributions, and their KL divergence without cancellation, stick by stick.
+
+A Dirichlet variable is a stick broken K - 1 times, each time at a Beta variable of the concentration :math:`a =
+\alpha_k` and of the sum :math:`b = \sum_{j>k} \alpha_j` of those that follow, and its divergence is the sum of these
+Beta variables'. That of a Beta is the Bregman divergence of :math:`\log B(a, b)`, which is convex. Let a be p's larger
+concentration and s = a + b. Ten steps of :math:`\log B(a, b) = \log B(a + 1, b) + \log(s/a)` and Stirling's series
+leave
+
+.. math:: KL = B_g(b_q, b_p) + \sum_{n=0}^{10} w_n \left[\frac{s_q - s_p}{s_p + n} \tau_n + L(\tau_n)\right]
+              + a' L(\sigma_a) + b_q L(\sigma_b) + \text{series},
+
+with L(t) = t - log(1 + t), :math:`w_n` = 1 but 1/2 at last, :math:`1 + \tau_n` the ratio of q's mean to p's after n
+steps, a' and the two :math:`\sigma` those of a discrete divergence between these means after ten, and :math:`B_g` of
+`_bregman`. Where a and b are alike it is less to add up without any step, :math:`a_q L(\sigma_a) + b_q L(\sigma_b) +
+B_g(a_q, a_p) + B_g(b_q, b_p) - B_g(s_q, s_p)`; of both the one whose terms are smaller is taken, at most 3.3 times the
+result. Where b is small and only a differs, the latter loses a/b of its digits: what is left is of the order of b.
+
+Every :math:`\tau` and :math:`\sigma` comes from one number, :math:`a_q b_p - a_p b_q`, taken from exact products of
+concentrations, of their differences, or of differences less the same multiple of p's: neither sums that round nor means
+that agree to more digits than concentrations cost anything.
+
+torch adds lgammas and digammas, of which nothing is left near p = q (Beta(1e6, 1e6) to Beta(1e6 + 100, 1e6): 5.31 for
+0.0025 in float32).
+"""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from torch.distributions import Dirichlet as TorchDirichlet
 
+from .._bregman import (
+    STEPS,
+    lgamma_bregman_value,
+    lgamma_curvature,
+    lgamma_slope,
+    log_quotient,
+    power_series,
+    product_difference,
+    remainder_of_log,
+    stirling_series,
+)
+from .._elementwise import product_error, sum_error
+from ..registry import register_hardened
 from ._base import Checked
+from ._scalar import attached, vector_rule
 
-__all__ = ["Dirichlet"]
+__all__ = ["Dirichlet", "dirichlet_kl"]
+
+# Gauss and Legendre's four nodes on [0, 1]: enough for functions of A + t b with b below A/50.
+_NODES = ((0.06943184420297371, 0.17392742256872692), (0.33000947820757187, 0.32607257743127307))
+_SMALL = 0.02
 
 
 class Dirichlet(TorchDirichlet, Checked):
-    """`torch.distributions.Dirichlet` with a KL divergence that is accurate for every pair of parameters.
+    """`torch.distributions.Dirichlet` with a KL divergence that is accurate for every pair of concentrations.
 
     Args:
         concentration: positive, ``(..., K)``.
         validate_args: as in torch; on by default.
 
     Raises:
-        ValueError: a parameter is outside of its domain somewhere (says where).
+        ValueError: a concentration is zero, negative or NaN somewhere (says where).
+
+    Example:
+        >>> import torch, stablekl
+        >>> p = stablekl.Dirichlet(torch.tensor([1e6, 1e6, 1e6]))
+        >>> q = stablekl.Dirichlet(torch.tensor([1e6 + 100, 1e6, 1e6]))
+        >>> print(f"{torch.distributions.kl_divergence(p, q):.4e}")
+        3.3333e-03
     """
+
+
+def _series(a_p: Tensor, a_q: Tensor, d_a: Tensor, b_p: Tensor, b_q: Tensor, d_b: Tensor, cross: Tensor) -> Tensor:
+    """What Stirling's series adds for a less what it adds for s = a + b; all a from 10 on.
+
+    Where b is small that is an integral over a + t b of its derivative, every term of which is of the order of b;
+    ``cross`` is a_q b_p - a_p b_q.
+    """
+
+    def at(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
+        u, w = 1 / x, 1 / y
+        return (d * u) * (d * u) * w * stirling_series(u, u, w)
+
+    small = torch.maximum(b_p / a_p, b_q / a_q) < _SMALL
+    difference = at(a_p, a_q, d_a) - at(a_p + b_p, a_q + b_q, d_a + d_b)
+    total = torch.zeros_like(difference)
+    for node, weight in _NODES:
+        for t in (node, 1 - node):
+            u, w, d = 1 / (a_p + t * b_p), 1 / (a_q + t * b_q), d_a + t * d_b
+            even, odd = power_series(u, u, w)
+            total = total + weight * (d * w) * u * (cross * u * odd + d_b * u * even)
+    return torch.where(small, total, difference)
+
+
+def _beta(
+    a_p: Tensor, a_q: Tensor, b_p: Tensor, b_q: Tensor, d_a: Tensor, d_b: Tensor, e_a: Tensor, e_b: Tensor
+) -> Tensor:
+    """KL of two Beta distributions; d = q - p of either concentration, and e = d less the same multiple of p."""
+    swap = a_p < b_p  # then tau is at most 1
+    a_p, b_p = torch.where(swap, b_p, a_p), torch.where(swap, a_p, b_p)
+    a_q, b_q = torch.where(swap, b_q, a_q), torch.where(swap, a_q, b_q)
+    d_a, d_b = torch.where(swap, d_b, d_a), torch.where(swap, d_a, d_b)
+    e_a, e_b = torch.where(swap, e_b, e_a), torch.where(swap, e_a, e_b)
+
+    # a_q b_p - a_p b_q: sums have rounded, so by the smallest numbers there are
+    base = product_difference(b_p, a_q, a_p, b_q)
+    size = b_p * a_q + a_p * b_q
+    for u, v in ((d_a, d_b), (e_a, e_b)):
+        terms = (b_p * u).abs() + (a_p * v).abs()
+        base = torch.where(terms < size, product_difference(b_p, u, a_p, v), base)
+        size = torch.minimum(terms, size)
+
+    def means(x: Tensor, y: Tensor, cross: Tensor) -> Tensor:
+        """Of (x, b_p) and (y, b_q), the discrete divergence of q's means from p's times q's sum."""
+        s, growth = x + b_p, (y + b_q) / (x + b_p)
+        first = y * remainder_of_log(-cross / y / s, (x / y) * growth)
+        return first + b_q * remainder_of_log(cross / b_q / s, (b_p / b_q) * growth)
+
+    steps = torch.arange(STEPS + 1, dtype=a_p.dtype, device=a_p.device)
+    weights = torch.where(steps < STEPS, 1.0, 0.5)
+    x, y = a_p.unsqueeze(-1) + steps, a_q.unsqueeze(-1) + steps
+    s, z = x + b_p.unsqueeze(-1), y + b_q.unsqueeze(-1)
+    cross = base.unsqueeze(-1) - steps * d_b.unsqueeze(-1)
+    tau, quotient = cross / x / z, (y / x) * (s / z)
+    d = d_a + d_b
+    rows = torch.stack([weights * (d.unsqueeze(-1) / s * tau), weights * remainder_of_log(tau, quotient)])
+    far_p, far_q, last = a_p + STEPS, a_q + STEPS, cross[..., -1]
+    means_far = means(far_p, far_q, last) + _series(far_p, far_q, d_a, b_p, b_q, d_b, last)
+
+    shapes = [torch.stack(v) for v in ((a_q, b_q, a_q + b_q), (a_p, b_p, a_p + b_p), (d_a, d_b, d))]
+    gap_a, gap_b, gap_s = lgamma_bregman_value(*shapes).unbind()
+    gaps, means_near = gap_a + gap_b, means(a_p, a_q, base)
+    alike = gaps + means_near + gap_s < rows.abs().sum((0, -1)) + means_far.abs() + gap_b
+    return torch.where(alike, gaps + means_near - gap_s, rows.sum((0, -1)) + means_far + gap_b)
+
+
+def _split(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The differences y - x, one delta for all of a row, and y - x - delta x to its relative accuracy."""
+    d = y - x
+    delta = (d.sum(-1, keepdim=True) / x.sum(-1, keepdim=True)).expand_as(x)
+    product = delta * x
+    e = d - product
+    lost = sum_error(d, -product, e) + (sum_error(y, -x, d) - product_error(delta, x, product))
+    return d, delta, e + torch.where(lost.isfinite(), lost, 0.0)
+
+
+def _after(x: Tensor) -> Tensor:
+    """For every entry but the last the sum of those that follow."""
+    return x.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+
+
+def _value(x: Tensor, y: Tensor) -> Tensor:
+    d, _, e = _split(x, y)
+    pairs = ((v[..., :-1], _after(v)) for v in (x, y, d, e))
+    (a_p, b_p), (a_q, b_q), (d_a, d_b), (e_a, e_b) = pairs
+    return _beta(a_p, a_q, b_p, b_q, d_a, d_b, e_a, e_b).sum(-1)
+
+
+def _gradient(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    d, delta, e = _split(x.detach(), y.detach())
+    sum_x, sum_y, sum_d, sum_e = (v.sum(-1, keepdim=True) for v in (x, y, d, e))
+    d, sum_d = attached(d, y - x), attached(sum_d, sum_y - sum_x)
+    e = attached(e, d - delta * x)
+    sum_e = attached(sum_e, sum_d - delta[..., :1] * sum_x)
+    # q's mean over p's, less 1
+    tau = attached((sum_x * e - x * sum_e) / x / sum_y, (y / x) * (sum_x / sum_y) - 1)
+    near = tau.abs() < 0.5
+    log = torch.log1p(torch.where(near, tau, 0.0))
+    log = torch.where(near, log, log_quotient(y, x) - log_quotient(sum_y, sum_x))
+    by_y = d * lgamma_slope(y, x, d) - sum_d * lgamma_slope(sum_y, sum_x, sum_d) + log
+    by_x = sum_d * lgamma_curvature(sum_x) - d * lgamma_curvature(x) - (e / x - sum_e / sum_x)
+    return by_x, by_y
+
+
+dirichlet_kl = vector_rule(_value, _gradient)
+
+
+@register_hardened(Dirichlet, Dirichlet)
+def kl_dirichlet_dirichlet(p: TorchDirichlet, q: TorchDirichlet) -> Tensor:
+    """KL between Dirichlet distributions over as many categories; see the module.
+
+    Raises:
+        ValueError: the numbers of categories differ.
+    """
+    if p.event_shape != q.event_shape:
+        raise ValueError(
+            f"p has {p.event_shape[0]} categories and q has {q.event_shape[0]}: KL needs distributions over the same "
+            "simplex"
+        )
+    return dirichlet_kl(p.concentration, q.concentration)

@@ -1,10 +1,14 @@
-"""HalfCauchy distributions, and their KL divergence."""
+"""Half-Cauchy distributions; their KL divergence is that of the Cauchy distributions of median 0 (see `cauchy`)."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from torch.distributions import HalfCauchy as TorchHalfCauchy
 
+from ..registry import register_hardened
 from ._base import Checked
+from .cauchy import cauchy_kl
 
 __all__ = ["HalfCauchy"]
 
@@ -19,3 +23,10 @@ class HalfCauchy(TorchHalfCauchy, Checked):
     Raises:
         ValueError: a parameter is outside of its domain somewhere (says where).
     """
+
+
+@register_hardened(HalfCauchy, HalfCauchy)
+def kl_half_cauchy_half_cauchy(p: TorchHalfCauchy, q: TorchHalfCauchy) -> Tensor:
+    """KL between half-Cauchy distributions, elementwise: the sign of a symmetric variable is the same for both."""
+    zero = torch.zeros_like(p.scale)
+    return cauchy_kl(zero, p.scale, zero, q.scale)

@@ -1,10 +1,14 @@
-"""HalfNormal distributions, and their KL divergence."""
+"""Half-normal distributions; their KL divergence is that of the normal distributions of mean 0 (see `normal`)."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from torch.distributions import HalfNormal as TorchHalfNormal
 
+from ..registry import register_hardened
 from ._base import Checked
+from .normal import normal_kl
 
 __all__ = ["HalfNormal"]
 
@@ -19,3 +23,10 @@ class HalfNormal(TorchHalfNormal, Checked):
     Raises:
         ValueError: a parameter is outside of its domain somewhere (says where).
     """
+
+
+@register_hardened(HalfNormal, HalfNormal)
+def kl_half_normal_half_normal(p: TorchHalfNormal, q: TorchHalfNormal) -> Tensor:
+    """KL between half-normal distributions, elementwise: the sign of a symmetric variable is the same for both."""
+    zero = torch.zeros_like(p.scale)
+    return normal_kl(zero, p.scale, zero, q.scale)

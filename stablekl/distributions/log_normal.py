@@ -1,10 +1,13 @@
-"""LogNormal distributions, and their KL divergence."""
+"""Log-normal distributions; their KL divergence is that of the logarithms of the variables (see `normal`)."""
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.distributions import LogNormal as TorchLogNormal
 
+from ..registry import register_hardened
 from ._base import Checked
+from .normal import normal_kl
 
 __all__ = ["LogNormal"]
 
@@ -20,3 +23,9 @@ class LogNormal(TorchLogNormal, Checked):
     Raises:
         ValueError: a parameter is outside of its domain somewhere (says where).
     """
+
+
+@register_hardened(LogNormal, LogNormal)
+def kl_log_normal_log_normal(p: TorchLogNormal, q: TorchLogNormal) -> Tensor:
+    """KL between log-normal distributions, elementwise: that of the logarithms."""
+    return normal_kl(p.loc, p.scale, q.loc, q.scale)

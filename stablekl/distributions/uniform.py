@@ -1,10 +1,22 @@
-"""Uniform distributions, and their KL divergence."""
+r"""Uniform distributions, and their KL divergence without cancellation.
+
+Where q's interval contains p's,
+
+.. math:: KL = \log\left[1 + \frac{(h_q - h_p) + (l_p - l_q)}{h_p - l_p}\right],
+
+and infinite elsewhere. torch's logarithm of the quotient of the widths has lost the digits of its distance from 1 where
+the intervals are nearly the same.
+"""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from torch.distributions import Uniform as TorchUniform
 
+from ..registry import register_hardened
 from ._base import Checked
+from ._scalar import scalar_rule
 
 __all__ = ["Uniform"]
 
@@ -20,3 +32,28 @@ class Uniform(TorchUniform, Checked):
     Raises:
         ValueError: a parameter is outside of its domain somewhere (says where).
     """
+
+
+def _value(low_p: Tensor, high_p: Tensor, low_q: Tensor, high_q: Tensor) -> Tensor:
+    inside = (low_q <= low_p) & (high_p <= high_q)
+    # halves, since a width may overflow
+    spare = (0.5 * high_q - 0.5 * high_p) + (0.5 * low_p - 0.5 * low_q)
+    width = 0.5 * high_p - 0.5 * low_p
+    spare = torch.where(inside, spare, 0.0)
+    x = spare / width
+    return torch.where(inside, torch.where(x.isinf(), torch.log(spare) - torch.log(width), torch.log1p(x)), torch.inf)
+
+
+def _gradient(low_p: Tensor, high_p: Tensor, low_q: Tensor, high_q: Tensor) -> tuple[Tensor, ...]:
+    inside = (low_q <= low_p) & (high_p <= high_q)
+    by_p, by_q = (torch.where(inside, 0.5 / (0.5 * h - 0.5 * x), 0.0) for x, h in ((low_p, high_p), (low_q, high_q)))
+    return by_p, -by_p, -by_q, by_q
+
+
+_kl = scalar_rule(_value, _gradient)
+
+
+@register_hardened(Uniform, Uniform)
+def kl_uniform_uniform(p: TorchUniform, q: TorchUniform) -> Tensor:
+    """KL between uniform distributions, elementwise; +inf where p's interval is not within q's; see the module."""
+    return _kl(p.low, p.high, q.low, q.high)

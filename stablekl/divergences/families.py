@@ -33,7 +33,7 @@ from torch.distributions import Binomial, Distribution, Exponential, Geometric, 
 from torch.nn.functional import softplus
 
 from .._autograd import is_plain
-from ..distributions._base import widened
+from ..distributions._base import given, widened
 from ..special import expm1_value, logsumexp
 from .gaps import (
     exp_gap,
@@ -162,11 +162,8 @@ def _given(distribution: Distribution) -> tuple[str, Tensor]:
     """What the distribution was built from: the constructor stores it before the other can be asked for."""
     if isinstance(distribution, OneHotCategorical):
         distribution = distribution._categorical
-    stored = [name for name in ("probs", "logits") if name in distribution.__dict__]
-    if len(stored) > 1:  # never so where torch.compile traces, which before torch 2.12 can't run through a __dict__
-        stored = [name for name in distribution.__dict__ if name in stored]
-    value: Tensor = distribution.__dict__[stored[0]]
-    return stored[0], widened(value)
+    name, value = given(distribution)
+    return name, widened(value)
 
 
 def _log(x: Tensor) -> Tensor:

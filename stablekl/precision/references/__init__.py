@@ -11,6 +11,7 @@ from .family import Family
 from .gamma import Chi2, Gamma, InverseGamma
 from .gumbel import Gumbel
 from .laplace import Laplace
+from .negative_binomial import NegativeBinomial
 from .normal import HalfNormal, LogNormal, Normal
 from .pareto import Pareto
 from .poisson import Poisson
@@ -36,6 +37,7 @@ _CLASSES: tuple[type[Family], ...] = (
     InverseGamma,
     Laplace,
     LogNormal,
+    NegativeBinomial,
     Normal,
     Pareto,
     Poisson,

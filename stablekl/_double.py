@@ -1,0 +1,367 @@
+"""Double-double arithmetic: numbers of twice the digits, as unevaluated sums of two float64 tensors.
+
+For sums whose terms cancel by more digits than float64 has, when no rearrangement into terms of one sign is known. A
+`Double` is a pair ``hi + lo`` with ``|lo|`` at most half an ulp of ``hi``: about 2^-106, or 1e-32. All functions are
+elementwise, branchless and broadcast; their operands are Doubles, float64 tensors (taken as exact) or, next to one of
+these, Python's floats. Nothing here has derivatives: take values with it, and gradients from a formula in float64.
+
+Valid while the operands and the results lie between 1e-290 and 1e290, for then their second parts are normal numbers;
+next to these ends, and past them, the first part stays right where float64's would. Largest relative errors seen over
+that range, against mpmath, of 20,000 arguments (2,000 for the last two lines), log-uniform, with two parts:
+
+====================================  =======================================================
+`add`, `subtract`                     1.5e-32, where a sum cancels too
+`multiply`, `divide`                  3e-32, 5e-32
+`exp`                                 2e-32 (times the error of the argument's last digits)
+`expm1`, `log1p`, `log`               5e-32, at arguments near 0 or 1 too
+`stirling`                            6e-32 from 20 on; below it an absolute 2e-30
+`lgamma`, `digamma`                   2e-30 and 3e-31 of max(1, result)
+====================================  =======================================================
+
+Compilers that contract a product and a sum into one rounding leave all of this intact (`_elementwise.product_error`
+subtracts equal products), but those that reassociate sums do not; torch.compile does neither on a CPU.
+
+After T. Dekker, "A floating-point technique for extending the available precision" (1971), and M. Joldes, J.-M. Muller,
+V. Popescu, "Tight and rigorous error bounds for basic building blocks of double-word arithmetic" (2017), whose
+algorithms 6, 12 and 17 are `add`, `multiply` and `divide`.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import factorial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._elementwise import product_error, sum_error
+
+__all__ = [
+    "EULER",
+    "HALF_LOG_TAU",
+    "LOG_2",
+    "PI",
+    "Double",
+    "Number",
+    "absolute",
+    "add",
+    "constant",
+    "digamma",
+    "divide",
+    "double",
+    "exact_product",
+    "exact_sum",
+    "exp",
+    "expm1",
+    "lgamma",
+    "log",
+    "log1p",
+    "multiply",
+    "negative",
+    "rounded",
+    "select",
+    "stirling",
+    "subtract",
+    "total",
+]
+
+
+class Double(NamedTuple):
+    """The number ``hi + lo``, where ``hi`` is that number rounded."""
+
+    hi: Tensor
+    lo: Tensor
+
+
+Number = Double | Tensor | float
+
+
+def constant(value: Fraction) -> Any:
+    """A Double of Python's floats: a number that may stand next to a tensor."""
+    hi = float(value)
+    return Double(hi, float(value - Fraction(hi)))  # type: ignore[arg-type]
+
+
+# hi = float(x), lo = float(x - hi) in mpmath, x = log(2), pi, euler, log(2 pi)/2
+LOG_2: Any = Double(0.6931471805599453, 2.3190468138462996e-17)  # type: ignore[arg-type]
+PI: Any = Double(3.141592653589793, 1.2246467991473532e-16)  # type: ignore[arg-type]
+EULER: Any = Double(0.5772156649015329, -4.942915152430645e-18)  # type: ignore[arg-type]
+HALF_LOG_TAU: Any = Double(0.9189385332046728, -3.8782941580672414e-17)  # type: ignore[arg-type]
+
+
+# ---- four operations --------------------------------------------------------------------------------------------
+
+
+def double(x: Number) -> Double:
+    """A Double of a tensor, which is exact."""
+    if isinstance(x, Double):
+        return x
+    return Double(x, torch.zeros_like(x)) if isinstance(x, Tensor) else Double(x, 0.0)  # type: ignore[arg-type]
+
+
+def rounded(x: Double) -> Tensor:
+    """The nearest float64."""
+    return x.hi + x.lo
+
+
+def select(mask: Tensor, x: Number, y: Number) -> Double:
+    """torch.where of two numbers."""
+    x, y = double(x), double(y)
+    # of two Python floats torch.where makes a tensor of the default dtype
+    pairs = ((torch.as_tensor(a, dtype=torch.float64, device=mask.device), b) for a, b in zip(x, y, strict=True))
+    return Double(*(torch.where(mask, a, b) for a, b in pairs))
+
+
+def _normal(hi: Tensor, lo: Tensor) -> Double:
+    """The sum hi + lo, where hi is not smaller than lo."""
+    s = hi + lo
+    return Double(s, lo - (s - hi))
+
+
+def exact_sum(a: Tensor, b: Tensor) -> Double:
+    """The sum a + b without any error."""
+    s = a + b
+    return Double(s, sum_error(a, b, s))
+
+
+def exact_product(a: Tensor, b: Tensor) -> Double:
+    """The product a b without any error."""
+    p = a * b
+    return Double(p, product_error(a, b, p))
+
+
+def negative(x: Number) -> Double:
+    """The number -x."""
+    x = double(x)
+    return Double(-x.hi, -x.lo)
+
+
+def absolute(x: Double) -> Double:
+    """|x|."""
+    return select(x.hi < 0, negative(x), x)
+
+
+def add(x: Number, y: Number) -> Double:
+    """The sum x + y, to its relative accuracy where it cancels."""
+    x, y = double(x), double(y)
+    s, t = exact_sum(x.hi, y.hi), exact_sum(x.lo, y.lo)
+    v = _normal(s.hi, s.lo + t.hi)
+    return _normal(v.hi, t.lo + v.lo)
+
+
+def subtract(x: Number, y: Number) -> Double:
+    """The difference x - y, to its relative accuracy where it cancels."""
+    return add(x, negative(y))
+
+
+def total(first: Number, *others: Number) -> Double:
+    """The sum of all, one after the other."""
+    result = double(first)
+    for x in others:
+        result = add(result, x)
+    return result
+
+
+def multiply(x: Number, y: Number) -> Double:
+    """The product x y."""
+    if not isinstance(x, Double) and not isinstance(y, Double) and isinstance(x, Tensor):
+        return exact_product(x, torch.as_tensor(y, dtype=x.dtype, device=x.device))
+    x, y = double(x), double(y)
+    p = exact_product(x.hi, y.hi)
+    return _normal(p.hi, p.lo + (x.hi * y.lo + (x.lo * y.hi + x.lo * y.lo)))
+
+
+def divide(x: Number, y: Number) -> Double:
+    """The quotient x/y."""
+    x, y = double(x), double(y)
+    q = x.hi / y.hi
+    p = exact_product(q, y.hi)
+    # x - q y, whose leading parts are the same number or neighbours
+    rest = ((x.hi - p.hi) - p.lo) + (x.lo - q * y.lo)
+    return _normal(q, rest / y.hi)
+
+
+# ---- exponential and logarithm ----------------------------------------------------------------------------------
+
+# 1/k!, k = 1 ... 26, for |x| <= log(2)/2: what is left out is 2e-40. The first in twice the digits, the others are
+# below 2^-50 of the sum, where float64 does.
+_LEADING, _TRAILING = 13, 26
+_FACTORIALS = tuple(constant(Fraction(1, factorial(k))) for k in range(1, _LEADING + 1))
+_SMALL_FACTORIALS = tuple(1 / factorial(k) for k in range(_LEADING + 1, _TRAILING + 1))
+# log 2 in three parts, of which an integer below 2^11 times the first is exact
+_LOG_2_PARTS = (0.6931471805598903, 5.497923018708371e-14, 1.94704509238075e-31)
+_LOG_OVERFLOW = 709.782712893384
+_LOG_UNDERFLOW = -700.0
+
+
+def _power_of_two(k: Tensor) -> Tensor:
+    """2^k of whole numbers from -1022 to 1023, exactly, by its bits; torch's own exp2 is rounded where vectorised."""
+    return ((k.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def _expm1_near(x: Double) -> Double:
+    """expm1 of numbers up to log(2)/2."""
+    tail = x.hi * 0
+    for c in reversed(_SMALL_FACTORIALS):
+        tail = (tail + c) * x.hi
+    result = double(tail)
+    for k in range(_LEADING - 1, 0, -1):
+        result = multiply(add(result, _FACTORIALS[k]), x)
+    return multiply(add(result, 1.0), x)
+
+
+def _reduced(x: Double) -> tuple[Double, Tensor]:
+    """The rest x - k log 2, at most log(2)/2, and k, whose power of two is a normal number."""
+    k = torch.round((x.hi / LOG_2.hi).nan_to_num().clamp(-1021, 1023))
+    first, second, third = _LOG_2_PARTS
+    r = subtract(x, k * first)
+    return subtract(r, add(multiply(k, torch.full_like(k, second)), k * third)), k
+
+
+def exp(x: Number) -> Double:
+    """The exponential e^x; infinite beyond 709, and 0 below -700."""
+    x = double(x)
+    r, k = _reduced(x)
+    # 2^1023 and twice that: e^709 has an exponent of 1023 and a factor above 1
+    near = add(_expm1_near(r), 1.0)
+    half = _power_of_two(k - 1)
+    hi, lo = 2 * (near.hi * half), 2 * (near.lo * half)
+    hi = torch.where(x.hi > _LOG_OVERFLOW, torch.inf, torch.where(x.hi < _LOG_UNDERFLOW, 0.0, hi))
+    return Double(torch.where(x.hi.isnan(), torch.nan, hi), torch.where((hi == 0) | hi.isinf(), 0.0, lo))
+
+
+def expm1(x: Number) -> Double:
+    """The exponential less 1, e^x - 1, to its relative accuracy near 0 too."""
+    x = double(x)
+    near = x.hi.abs() < 0.34
+    zero = x.hi * 0
+    far = exp(x)
+    infinite = far.hi == torch.inf
+    far = select(infinite, Double(far.hi, zero), subtract(select(infinite, zero, far), 1.0))
+    return select(near, _expm1_near(select(near, x, zero)), far)
+
+
+def _log1p_near(z: Double) -> Double:
+    """log1p of numbers from 1/sqrt(2) - 1 to sqrt(2) - 1: Newton's step, from a logarithm in float64."""
+    y = torch.log1p(z.hi)
+    e = _expm1_near(double(y))
+    # log(1 + z) - y = log1p(t), of which t^2/2 is 2^-106 of z
+    t = rounded(subtract(z, e)) / (1 + e.hi)
+    return _normal(y, t)
+
+
+def _log(x: Double, less_one: Double) -> Double:
+    """log(x), from x - 1 too, which x does not show where it is small."""
+    mantissa, exponent = torch.frexp(x.hi)
+    low = mantissa < 0.7071067811865476
+    k = (exponent.to(x.hi.dtype) - low.to(x.hi.dtype)).clamp(-1021, 1023)
+    m = torch.where(low, 2 * mantissa, mantissa)
+    z = add(Double(m, x.lo * torch.where(x.hi == 0, 1.0, m / x.hi)), -1.0)
+    near = _log1p_near(select(k == 0, less_one, z))
+    first, second, third = _LOG_2_PARTS
+    shift = add(k * first, add(multiply(k, torch.full_like(k, second)), k * third))
+    result = add(shift, near)
+    end = torch.where(x.hi == 0, -torch.inf, torch.where(x.hi == torch.inf, torch.inf, torch.nan))
+    inside = (x.hi > 0) & x.hi.isfinite()
+    return Double(torch.where(inside, result.hi, end), torch.where(inside, result.lo, 0.0))
+
+
+def log(x: Number) -> Double:
+    """The logarithm of x, to its relative accuracy near 1 too."""
+    x = double(x)
+    return _log(x, subtract(x, 1.0))
+
+
+def log1p(x: Number) -> Double:
+    """The logarithm of 1 + x, to its relative accuracy near 0 too."""
+    x = double(x)
+    one_more = add(x, 1.0)
+    return _log(select(x.hi == torch.inf, x, one_more), x)
+
+
+# ---- log Gamma and its derivative -------------------------------------------------------------------------------
+
+# Bernoulli numbers B_2k: B_2k/(2k (2k - 1)) x^(1 - 2k) in Stirling's series; what is left out at 20 is 1e-36.
+# fmt: off
+_BERNOULLI = tuple(Fraction(*x) for x in (
+    (1, 6), (-1, 30), (1, 42), (-1, 30), (5, 66), (-691, 2730), (7, 6), (-3617, 510), (43867, 798), (-174611, 330),
+    (854513, 138), (-236364091, 2730), (8553103, 6), (-23749461029, 870), (8615841276005, 14322),
+    (-7709321041217, 510), (2577687858367, 6), (-26315271553053477373, 1919190), (2929993913841559, 6),
+))
+# fmt: on
+_STEPS = 20  # from here on the series; smaller numbers take as many steps of the recurrence
+_PAIRS = tuple(float(i * (_STEPS - 1 - i)) for i in range(_STEPS // 2))
+
+
+def _series(w: Double, coefficients: list[Fraction]) -> Double:
+    """The polynomial in w <= 1/400, lowest coefficient first, of whose terms those from the ninth on are small."""
+    tail = w.hi * 0
+    for c in reversed(coefficients[8:]):
+        tail = (tail + float(c)) * w.hi
+    result = double(tail)
+    for c in reversed(coefficients[1:8]):
+        result = multiply(add(result, constant(c)), w)
+    return add(result, constant(coefficients[0]))
+
+
+_LGAMMA = [b / (2 * k * (2 * k - 1)) for k, b in enumerate(_BERNOULLI, 1)]
+_DIGAMMA = [b / (2 * k) for k, b in enumerate(_BERNOULLI, 1)]
+
+
+class Stirling(NamedTuple):
+    """What `stirling` returns."""
+
+    lgamma: Double
+    digamma: Double
+
+
+def _shift(x: Double, near: Tensor) -> tuple[Double, Double]:
+    """The product of x, x + 1, ..., x + 19, and the sum of the reciprocals; 1 and 0 where not ``near``."""
+    # (x + i)(x + 19 - i) = x (x + 19) + i (19 - i)
+    safe = select(near, x, 1.0)
+    u = multiply(safe, add(safe, float(_STEPS - 1)))
+    product, slope = u, constant(Fraction(1))
+    for c in _PAIRS[1:]:
+        factor = add(u, c)
+        slope = add(multiply(slope, factor), product)
+        product = multiply(product, factor)
+    reciprocals = divide(multiply(slope, add(multiply(safe, 2.0), float(_STEPS - 1))), product)
+    return select(near, product, 1.0), select(near, reciprocals, 0.0)
+
+
+def stirling(x: Number) -> Stirling:
+    """What Stirling's formulas leave of log Gamma and of digamma at x > 0, both positive and falling.
+
+    log Gamma(x) = (x - 1/2) log(x) - x + log(2 pi)/2 + lgamma, and digamma(x) = log(x) - 1/(2 x) - digamma: about
+    1/(12 x) and 1/(12 x^2) for large x, to their relative accuracy. The second is minus the derivative of the first.
+    """
+    x = double(x)
+    near = x.hi < _STEPS
+    z = select(near, add(x, float(_STEPS)), x)
+    inverse = divide(1.0, z)
+    w = multiply(inverse, inverse)
+    far = Stirling(multiply(_series(w, _LGAMMA), inverse), multiply(_series(w, _DIGAMMA), w))
+    product, reciprocals = _shift(x, near)
+    safe = select(near, x, z)
+    log_z, log_x = log(z), log(safe)
+    gap = subtract(log_z, log_x)
+    steps = float(_STEPS)
+    less = subtract(multiply(subtract(safe, 0.5), gap), log(product))
+    first = add(far.lgamma, add(less, multiply(subtract(log_z, 1.0), steps)))
+    halves = multiply(subtract(divide(1.0, safe), inverse), 0.5)
+    second = add(far.digamma, subtract(subtract(reciprocals, halves), gap))
+    return Stirling(select(near, first, far.lgamma), select(near, second, far.digamma))
+
+
+def lgamma(x: Number) -> Double:
+    """The logarithm of Gamma(x) for x > 0; the error is absolute near its zeros, 1 and 2."""
+    x = double(x)
+    leading = subtract(multiply(subtract(x, 0.5), log(x)), x)
+    return add(add(leading, HALF_LOG_TAU), stirling(x).lgamma)
+
+
+def digamma(x: Number) -> Double:
+    """The derivative of log Gamma for x > 0; the error is absolute near its zero, 1.46."""
+    x = double(x)
+    return subtract(subtract(log(x), divide(0.5, x)), stirling(x).digamma)

@@ -1,0 +1,192 @@
+r"""KL divergence between distributions over finitely many outcomes, as a sum of non-negative terms.
+
+With the outcomes' probabilities :math:`p_j` and :math:`q_j`, :math:`v_j = q_j/p_j - 1` and :math:`t_j = \log(p_j/q_j)`,
+
+.. math:: KL = \sum_j p_j L(v_j) = \sum_j p_j E(-t_j), \qquad L(v) = v - \log(1 + v), \quad E(x) = e^x - 1 - x,
+
+where the textbook's :math:`\sum_j p_j t_j` cancels near p = q. What matters is that v and t come from differences of
+what was given:
+
+* weights x and y, which are not taken to be normalised: with sums X and Y,
+  :math:`v_j = (X/Y)(e_j/x_j - \bar e)`, where :math:`e_j = (y_j - x_j) - \delta x_j` for one :math:`\delta` near Y/X
+  - 1 and :math:`\bar e = \sum e_j/X` for what that misses;
+* logarithms of weights a and b, less the largest of each: :math:`t_j = d_j - \log(1 + \sum_i q_i (e^{d_i} - 1))` with
+the
+  differences d. Weights against logarithms go this way too, with logarithms of twice the digits.
+
+An outcome that p excludes adds :math:`q_j`; one that q alone excludes makes the divergence infinite. 0 log 0 is
+constant: at :math:`p_j = 0` the derivative of :math:`p_j \log p_j` is taken to be 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _double
+from .._autograd import rowwise
+from .._bregman import remainder_of_log
+from .._double import Double
+from .._elementwise import product_error, sum_error
+from ..special import expm1_value, expm1mx_value
+from ._scalar import attached
+
+__all__ = ["Outcomes", "log_weights_kl", "of_log_weights", "of_weights", "weights_kl"]
+
+# The largest |t| for which a term is p E(-t).
+_NEAR = 1.0
+# The largest |d| for which q (e^d - 1) is taken as such, instead of as a difference of weights.
+_CLOSE = 1.0
+
+
+class Outcomes(NamedTuple):
+    """Probabilities over the last dimension, and how they differ.
+
+    Attributes:
+        p: probabilities.
+        q: probabilities.
+        t: log(p/q); 0 where either is 0.
+        v: q/p - 1; 0 where p is 0.
+    """
+
+    p: Tensor
+    q: Tensor
+    t: Tensor
+    v: Tensor
+
+
+def _kl(o: Outcomes) -> Tensor:
+    """The sum of p E(-t)."""
+    small = o.t.abs() < _NEAR
+    near = o.p * expm1mx_value(torch.where(small, -o.t, 0.0))
+    terms = torch.where(small, near, (o.q - o.p) + o.p * o.t)
+    return _with_excluded(terms, o)
+
+
+def _with_excluded(terms: Tensor, o: Outcomes) -> Tensor:
+    terms = torch.where(o.p == 0, o.q, torch.where(o.q == 0, torch.inf, terms))
+    return terms.sum(-1)
+
+
+# ---- weights ------------------------------------------------------------------------------------------------------
+
+
+def of_weights(x: Tensor, y: Tensor) -> tuple[Outcomes, Tensor, Tensor]:
+    """The outcomes with these weights, and the sums of the weights."""
+    d = y - x
+    sum_x, sum_y = x.sum(-1, keepdim=True), y.sum(-1, keepdim=True)
+    delta = (d.sum(-1, keepdim=True) / sum_x).detach()
+    product = delta * x
+    e = d - product
+    with torch.no_grad():
+        lost = sum_error(d, -product, e) + (sum_error(y, -x, d) - product_error(delta, x, product))
+        lost = torch.where(lost.isfinite(), lost, 0.0)
+    e = e + lost
+    has = x > 0
+    safe = torch.where(has, x, 1.0)
+    v = torch.where(has, (e / safe - e.sum(-1, keepdim=True) / sum_x) * (sum_x / sum_y), 0.0)
+    quotient = torch.where(has & (y > 0), (y / safe) * (sum_x / sum_y), 1.0)
+    near = (v.abs() < 0.5) & has & (y > 0)
+    t = -torch.where(near, torch.log1p(torch.where(near, v, 0.0)), torch.log(quotient))
+    return Outcomes(x / sum_x, y / sum_y, t, v), sum_x, sum_y
+
+
+def _weights_value(x: Tensor, y: Tensor) -> tuple[Tensor]:
+    o, sum_x, sum_y = of_weights(x, y)
+    quotient = (y / torch.where(x > 0, x, 1.0)) * (sum_x / sum_y)
+    terms = torch.where(o.v < 1, o.p * remainder_of_log(o.v, quotient), (o.q - o.p) + o.p * o.t)
+    return (_with_excluded(terms, o),)
+
+
+def _weights_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
+    x, y = inputs
+    o, sum_x, sum_y = of_weights(x, y)
+    possible = ((o.p == 0) | (o.q > 0)).all(-1, keepdim=True)
+    by_x = torch.where(possible, o.t - (o.p * o.t).sum(-1, keepdim=True), 0.0) / sum_x
+    small = o.v.abs() < 0.5
+    v = torch.where(small, o.v, 0.0)
+    far = 1 - torch.where(small, 0.0, o.p) / torch.where(o.q > 0, o.q, 1.0)
+    by_y = torch.where(small & (o.p > 0), v / (1 + v), torch.where(o.q > 0, far, torch.where(o.p > 0, -torch.inf, 1.0)))
+    return by_x, by_y / sum_y
+
+
+weights_kl = rowwise(_weights_value, _weights_gradient)
+
+# ---- logarithms of weights ----------------------------------------------------------------------------------------
+
+
+class _Scaled(NamedTuple):
+    """Weights in units of the largest."""
+
+    log: Double  # 0 where there is no weight
+    weight: Tensor
+    sum: Tensor
+    log_sum: Tensor
+
+
+def _scaled(a: Double) -> _Scaled:
+    has = a.hi > -torch.inf
+    top, index = a.hi.max(-1, keepdim=True)
+    a = Double(torch.where(has, a.hi, top), torch.where(has, a.lo, 0.0))
+    hi = a.hi - top
+    with torch.no_grad():
+        lo = sum_error(a.hi, -top, hi)
+    log = Double(hi, a.lo + lo)
+    # the exponential of a number of two parts: that of the sum would cost half the number in ulps
+    weight = torch.where(has, torch.exp(log.hi) * (1 + log.lo), 0.0)
+    others = torch.where(torch.arange(hi.shape[-1], device=hi.device) == index, 0.0, weight).sum(-1, keepdim=True)
+    largest = weight.gather(-1, index)  # 1, but for the second part of its logarithm
+    return _Scaled(log, weight, others + largest, torch.log1p(others + (largest - 1)))
+
+
+def of_log_weights(a: Double, b: Double) -> Outcomes:
+    """The outcomes whose weights have these logarithms; -inf for none."""
+    s, z = _scaled(a), _scaled(b)
+    p, q = s.weight / s.sum, z.weight / z.sum
+    both = (a.hi > -torch.inf) & (b.hi > -torch.inf)
+    d = s.log.hi - z.log.hi
+    with torch.no_grad():
+        rest = sum_error(s.log.hi, -z.log.hi, d)
+    low = rest + (s.log.lo - z.log.lo)
+    d = torch.where(both, d, 0.0)
+    low = torch.where(both, low, 0.0)
+    close = both & (d.abs() < _CLOSE)
+    growth = q * expm1_value(torch.where(close, d + low, 0.0))
+    growth = torch.where(close, growth, (s.weight - z.weight) / z.sum).sum(-1, keepdim=True)
+    falls = growth < -0.5
+    change = torch.where(falls, s.log_sum - z.log_sum, torch.log1p(torch.where(falls, 0.0, growth)))
+    t = torch.where(both, (d - change) + low, 0.0)
+    return Outcomes(p, q, t, torch.where(both, expm1_value(-t.clamp(min=-700)), -1.0))
+
+
+def _log_weights_value(a: Tensor, a_low: Tensor, b: Tensor, b_low: Tensor) -> tuple[Tensor]:
+    return (_kl(of_log_weights(Double(a, a_low), Double(b, b_low))),)
+
+
+def _log_weights_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
+    a, a_low, b, b_low = inputs
+    o = of_log_weights(Double(a, a_low.detach()), Double(b, b_low.detach()))
+    possible = ((o.p == 0) | (o.q > 0)).all(-1, keepdim=True)
+    by_a = torch.where(possible, o.p * (o.t - (o.p * o.t).sum(-1, keepdim=True)), 0.0)
+    by_b = torch.where(o.v.abs() < 0.5, o.p * o.v, o.q - o.p)
+    return by_a, torch.zeros_like(a), by_b, torch.zeros_like(b)
+
+
+_log_weights_kl = rowwise(_log_weights_value, _log_weights_gradient)
+
+
+def log_weights_kl(a: Double, b: Double) -> Tensor:
+    """KL of the outcomes whose weights have these logarithms; derivatives by the first parts."""
+    return _log_weights_kl(a.hi, a.lo.detach(), b.hi, b.lo.detach())
+
+
+def log_of(x: Tensor) -> Double:
+    """The logarithm to twice the digits, -inf at 0, with its derivative."""
+    has = x > 0
+    safe = torch.where(has, x, 1.0)
+    with torch.no_grad():
+        log = _double.log(safe)
+    hi = attached(log.hi, torch.log(safe))
+    return Double(torch.where(has, hi, -torch.inf), torch.where(has, log.lo, 0.0))

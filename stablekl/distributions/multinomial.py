@@ -8,9 +8,12 @@ counts sum to that number: infinite. torch has no rule.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import Multinomial as TorchMultinomial
+from torch.types import _size
 
 from ..registry import register_hardened
 from ._base import Checked, check_batch_shapes, common_dtype, moved, widened
@@ -49,6 +52,12 @@ class Multinomial(TorchMultinomial, Checked):
         """Keep what was given besides torch's normalised version of it."""
         super().__init__(total_count, probs, logits, validate_args=validate_args)
         self._categorical = Categorical(probs, logits, validate_args=validate_args)
+
+    def expand(self, batch_shape: _size, _instance: Any = None) -> Multinomial:
+        """Return this distribution with its batch shape expanded; no memory is allocated."""
+        new = self._get_checked_instance(Multinomial, _instance)  # type: ignore[no-untyped-call]
+        expanded: Multinomial = super().expand(batch_shape, new)  # type: ignore[no-untyped-call]
+        return expanded
 
 
 @register_hardened(Multinomial, Multinomial)

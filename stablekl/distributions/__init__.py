@@ -17,6 +17,7 @@ from .half_cauchy import HalfCauchy
 from .half_normal import HalfNormal
 from .inverse_gamma import InverseGamma
 from .laplace import Laplace
+from .lkj_cholesky import LKJCholesky
 from .log_normal import LogNormal
 from .logistic_normal import LogisticNormal
 from .low_rank import LowRankMultivariateNormal
@@ -49,6 +50,7 @@ __all__ = [
     "HalfCauchy",
     "HalfNormal",
     "InverseGamma",
+    "LKJCholesky",
     "Laplace",
     "LogNormal",
     "LogisticNormal",

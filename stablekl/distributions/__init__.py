@@ -16,6 +16,7 @@ from .gumbel import Gumbel
 from .half_cauchy import HalfCauchy
 from .half_normal import HalfNormal
 from .inverse_gamma import InverseGamma
+from .kumaraswamy import Kumaraswamy
 from .laplace import Laplace
 from .lkj_cholesky import LKJCholesky
 from .log_normal import LogNormal
@@ -50,6 +51,7 @@ __all__ = [
     "HalfCauchy",
     "HalfNormal",
     "InverseGamma",
+    "Kumaraswamy",
     "LKJCholesky",
     "Laplace",
     "LogNormal",

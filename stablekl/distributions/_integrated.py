@@ -71,29 +71,34 @@ class Points(NamedTuple):
     log_step: Tensor
 
 
-def points(shift: Tensor, a_1: Tensor, a_2: Tensor, furthest: Tensor, log_reach: Tensor) -> Points:
+def points(shift: Tensor, a_1: Tensor, a_2: Tensor, furthest: Tensor | None, log_reach: Tensor) -> Points:
     """Points for singularities at two centres.
 
     Args:
         shift: m_1 - m_2, any shape; all arguments have one more dimension of size 1 at their end.
         a_1: the width at the first centre.
         a_2: that at the second.
-        furthest: the largest distance of a singularity from the centre it belongs to.
+        furthest: the largest distance of a singularity from the centre it belongs to, where tails are powers of the
+            distance and the map is to be stretched; None for exponential ones.
         log_reach: logarithm of the largest distance from a centre at which there is any mass.
     """
-    shift, a_1, a_2, furthest, log_reach = (x.detach() for x in (shift, a_1, a_2, furthest, log_reach))
+    shift, a_1, a_2, log_reach = (x.detach() for x in (shift, a_1, a_2, log_reach))
     size = shift.abs()
     log_a1, log_a2 = torch.log(a_1), torch.log(a_2)
-    largest = torch.maximum(size, furthest)
-    last = torch.asinh(largest / a_1) + torch.asinh(largest / a_2) + 2
     far = torch.logaddexp(log_reach, torch.log(size)) + _LOG2
     end = torch.logaddexp(far - log_a1, torch.zeros_like(far)) + torch.logaddexp(far - log_a2, torch.zeros_like(far))
-    half_range = torch.minimum(end, last + torch.log1p(end))
     grid = torch.linspace(-1.0, 1.0, POINTS, dtype=shift.dtype, device=shift.device)
-    t = half_range * grid
-    rise, fall = torch.exp(t - last), torch.exp(-t - last)
-    s = t + (rise - fall)
-    log_step = torch.log(half_range * (2.0 / (POINTS - 1)) * (1 + rise + fall))
+    if furthest is None:
+        s = end * grid
+        log_step = torch.log(end * (2.0 / (POINTS - 1))).expand(s.shape)
+    else:
+        largest = torch.maximum(size, furthest.detach())
+        last = torch.asinh(largest / a_1) + torch.asinh(largest / a_2) + 2
+        half_range = torch.minimum(end, last + torch.log1p(end))
+        t = half_range * grid
+        rise, fall = torch.exp(t - last), torch.exp(-t - last)
+        s = t + (rise - fall)
+        log_step = torch.log(half_range * (2.0 / (POINTS - 1)) * (1 + rise + fall))
     # a w^2 + 2 d w = b for w = e^one e^(-s/2), everything times e^(-|s|/2)
     up = s > 0
     shrunk = torch.exp(-s.abs())

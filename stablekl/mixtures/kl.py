@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
@@ -12,6 +14,7 @@ from ..distributions.multivariate_normal import MultivariateNormal
 from ..distributions.normal import Normal
 from ..registry import register_hardened
 from .bounds import refined_bounds
+from .engines.integrate import integrate_kl
 from .estimate import Bounds, KLEstimate, Method, requested, warn_of_excess
 from .reading import as_mixture, check_same_space, simplified
 from .select import applies, check_method, evaluate_kl
@@ -22,12 +25,15 @@ __all__ = ["kl_bounds", "kl_estimate", "kl_mixture"]
 def kl_estimate(
     p: Distribution,
     q: Distribution,
-    method: Method = "auto",
+    method: Method | Literal["integrate"] = "auto",
     *,
     rtol: float | None = None,
     max_points: int | None = None,
 ) -> KLEstimate:
     r"""KL divergence between Gaussians or Gaussian mixtures, with its error and certified bounds.
+
+    With ``method="integrate"``: between any two continuous distributions of scalars that have a ``log_prob``, by
+    adaptive quadrature.
 
     Args:
         p: a `MixtureSameFamily` (torch's or ours) of Normal, Independent(Normal, 1), MultivariateNormal or
@@ -37,6 +43,11 @@ def kl_estimate(
             name takes the whole: "closed form", "line" (one dimension), "spectral" (two components against one),
             "triple" (three against one), "contour" (up to two against two or three), "cubature" (two or three
             dimensions) and "sobol" (anything); components are counted as given, or else without those of weight 0.
+            "integrate" is for other densities on the line, a half-line or an interval, never chosen by "auto", and
+            runs in eager mode only. Its error is an estimate, with no certified bounds: a peak of p or q of less than
+            1e-11 of the mass, or away from its quartiles, can go unseen. Where log-densities next to an end other than
+            0 are beyond the last float (Beta(0.1, 0.1) near 1) they are extrapolated, and the error says so. inf where
+            p has mass off q's support or a tail that is too heavy for q's.
         rtol: for "cubature" and "sobol", refine until the error is below ``rtol * (1 + KL)``; default that of
             `accuracy`.
         max_points: for these, most points per component; default that of `accuracy`.
@@ -45,7 +56,7 @@ def kl_estimate(
         A `KLEstimate`, everything of the broadcast batch shape: value (differentiable), error, lower, upper, method.
 
     Raises:
-        NotImplementedError: a component family without a rule (named).
+        NotImplementedError: a component family without a rule (named); a support that cannot be integrated over.
         ValueError: event shapes that differ, a method that does not apply, or a tolerance or budget without sense.
 
     Example:
@@ -58,6 +69,8 @@ def kl_estimate(
         0.4620 spectral True
     """
     asked = requested(rtol, max_points)
+    if method == "integrate":
+        return integrate_kl(p, q, asked.rtol)
     given = as_mixture(p), as_mixture(q)
     check_same_space(p, q, *given)
     # what an engine may be asked for by its name follows from shapes: it does not end where a weight becomes 0

@@ -11,10 +11,13 @@ from .family import Family
 from .gamma import Chi2, Gamma, InverseGamma
 from .gumbel import Gumbel
 from .laplace import Laplace
+from .negative_binomial import NegativeBinomial
 from .normal import HalfNormal, LogNormal, Normal
 from .pareto import Pareto
 from .poisson import Poisson
+from .student_t import StudentT
 from .uniform import Uniform
+from .von_mises import VonMises
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -34,9 +37,12 @@ _CLASSES: tuple[type[Family], ...] = (
     InverseGamma,
     Laplace,
     LogNormal,
+    NegativeBinomial,
     Normal,
     Pareto,
     Poisson,
+    StudentT,
     Uniform,
+    VonMises,
 )
 FAMILIES: dict[str, Family] = {c.__name__: c() for c in _CLASSES}  # by the name of torch's class

@@ -45,8 +45,10 @@ _VALUES: dict[str, Callable[[Number, Any], Number]] = {
     "log square": lambda x, m: (mp.log(x) - m) ** 2,
     "abs": lambda x, m: abs(x - m),
     "exp": lambda x, t: mp.exp(t * x),
+    "cos": lambda x, m: mp.cos(x - m),
     "log quadratic": lambda x, ms: mp.log((x - ms[0]) ** 2 + ms[1] ** 2),
     "log factorial": lambda x, _: mp.loggamma(x + 1),
+    "log rising": lambda x, n: mp.loggamma(x + n) - mp.loggamma(n) - mp.loggamma(x + 1),
     "log choose": lambda x, n: mp.log(mp.binomial(n, x)),
 }
 

@@ -32,7 +32,7 @@ INHERITED = (
 ADDED = tuple((p, "Laplace") for p in ("ContinuousBernoulli", "Exponential", "Gumbel", "Pareto", "Uniform"))
 ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential", "Gamma", "Pareto")
 # Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.
-EXCLUDED = {"ContinuousBernoulli": True, "Geometric": False}  # whether both ends, or 0 alone
+EXCLUDED = {"ContinuousBernoulli": (True, True), "Geometric": (True, False), "NegativeBinomial": (False, True)}
 LIMITS = {
     "Normal": {
         torch.float64: "twice the digits are not enough for q's scale where all but 2^-56 of its two terms cancels"
@@ -88,7 +88,8 @@ def _within(name: str, drawn: dict[str, Tensor], dtype: torch.dtype) -> dict[str
     """Without the probabilities that the family excludes."""
     if name in EXCLUDED:
         eps = torch.finfo(dtype).eps
-        drawn["probs"] = drawn["probs"].clamp(2 * eps, 1 - 2 * eps if EXCLUDED[name] else 1)
+        low, high = EXCLUDED[name]  # whether 0 and 1 are
+        drawn["probs"] = drawn["probs"].clamp(2 * eps if low else 0, 1 - 2 * eps if high else 1)
     return drawn
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.distributions import Categorical, Dirichlet, Distribution, OneHotCate
 from torch.distributions import kl as torch_kl
 
 from ... import registry
+from ...distributions import Multinomial
 from ..batches import REACH, Batch, Plan, neighbours, plans
 from ..references import categorical, dirichlet, wishart
 from ..subject import Rule, Subject, differentiated, divergence_of, gradient_of
@@ -74,6 +76,23 @@ def _weights(plan: Plan, dtype: torch.dtype) -> Batch:
     other *= rng.uniform(size=q.shape) < 0.9  # some categories without weight
     other[:, 0] = 1.0
     return normalised(torch.from_numpy(other)), q
+
+
+DRAWS = 7
+
+
+def _multinomial() -> Subject:
+    """Of weights that our class keeps as they are."""
+
+    def rule(p: Tensor, q: Tensor) -> Tensor:
+        return registry.kl_divergence(*(Multinomial(DRAWS, x, validate_args=False) for x in (p, q)))
+
+    return replace(
+        _categorical(Categorical),
+        name="Multinomial-Multinomial",
+        rules={"stablekl": rule},
+        reference=divergence_of(lambda p, q: DRAWS * categorical.kl_from_probs_at(p, q)),
+    )
 
 
 def _categorical(cls: type[Any]) -> Subject:
@@ -180,5 +199,6 @@ def subjects() -> Iterator[Subject]:
     """All of them."""
     yield _categorical(Categorical)
     yield _categorical(OneHotCategorical)
+    yield _multinomial()
     yield from _dirichlet()
     yield _wishart()

@@ -20,7 +20,7 @@ twice the digits as well.
 
 Gradients are those of the textbook form.
 
-Accuracy, float64: 20 ulp at most (Gamma; Uniform 16, Exponential 8, Normal 6) in 25,000 to 205,000 parameter sets of
+Accuracy, float64: 20 ulp at most (Gamma; Uniform 16, Exponential 8, Normal 6) in 16,000 to 206,000 parameter sets of
 every pair and 150 to 600 near the closest q. float32: correctly rounded, as far as seen.
 """
 

@@ -31,7 +31,7 @@ Gradients are those of the textbook form, with entropies by `_pieces.lgamma_breg
 
 Accuracy, float64: 12 ulp at most (Beta and ContinuousBernoulli; the others 7) in 58,000 to 206,000 parameter sets
 of every pair, with scales up to 2^200, and 150 to 600 whose moments agree up to 1 ulp with concentrations up to 1e12.
-float32 and halves: correctly rounded, as far as seen.
+float32: correctly rounded, as far as seen.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,8 +71,7 @@ class _Family(NamedTuple):
 
 
 def _named(*names: str) -> Callable[[Any], Given]:
-    values = operator.attrgetter(*names) if len(names) > 1 else lambda d: (getattr(d, names[0]),)
-    return lambda d: dict(zip(names, values(d), strict=True))
+    return lambda d: {name: getattr(d, name) for name in names}
 
 
 def _probabilities(d: Any) -> Given:

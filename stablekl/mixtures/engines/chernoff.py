@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..._elementwise import product_error
 from .chernoff_gaps import (
+    STEPS,
     Complex,
     Ratio,
     lgamma_gap,
@@ -46,7 +47,7 @@ from .chernoff_gaps import (
 )
 from .spectral_terms import ratio_log
 
-__all__ = ["CATEGORIES", "DIRICHLET", "EXPONENTIAL", "GAMMA", "GEOMETRIC", "RATES", "Chernoff", "log_ratio"]
+__all__ = ["CATEGORIES", "CHERNOFF", "DIRICHLET", "EXPONENTIAL", "GAMMA", "GEOMETRIC", "RATES", "Chernoff", "log_ratio"]
 
 Tensors = tuple[Tensor, ...]
 # A coefficient below this counts as 0: its logarithm stays finite, and so do the derivatives.
@@ -57,12 +58,16 @@ class Chernoff(NamedTuple):
     """A family as the spectral integral sees it.
 
     Attributes:
+        name: of it.
+        width: elements of an intermediate for each node and parameter.
         events: the numbers of dimensions of the parameters behind the batch.
         gap: ``gap(parameters, omega [..., n])``, J at the nodes, [..., n].
         partials: ``partials(parameters, omega, kappa)``, the sums over the nodes of Re(kappa d log rho), of the shapes
             of the parameters.
     """
 
+    name: str
+    width: int
     events: tuple[int, ...]
     gap: Callable[[Tensors, Tensor], Complex]
     partials: Callable[[Tensors, Tensor, Complex], Tensors]
@@ -269,9 +274,10 @@ def _geometric_partials(parameters: Tensors, omega: Tensor, kappa: Complex) -> T
     return torch.stack([by_x, by_y], -2), torch.stack([by_f, by_g], -2), *zeros
 
 
-RATES = Chernoff((2,), _poisson_gap, _poisson_partials)
-EXPONENTIAL = Chernoff((2,), _exponential_gap, _exponential_partials)
-GAMMA = Chernoff((2, 2), _gamma_gap, _gamma_partials)
-DIRICHLET = Chernoff((3,), _dirichlet_gap, _dirichlet_partials)
-CATEGORIES = Chernoff((3, 2, 1), _category_gap, _category_partials)
-GEOMETRIC = Chernoff((2, 2, 1, 1), _geometric_gap, _geometric_partials)
+RATES = Chernoff("rates", 1, (2,), _poisson_gap, _poisson_partials)
+EXPONENTIAL = Chernoff("exponential", 1, (2,), _exponential_gap, _exponential_partials)
+GAMMA = Chernoff("gamma", STEPS, (2, 2), _gamma_gap, _gamma_partials)
+DIRICHLET = Chernoff("dirichlet", STEPS, (3,), _dirichlet_gap, _dirichlet_partials)
+CATEGORIES = Chernoff("categories", 1, (3, 2, 1), _category_gap, _category_partials)
+GEOMETRIC = Chernoff("geometric", 1, (2, 2, 1, 1), _geometric_gap, _geometric_partials)
+CHERNOFF = (RATES, EXPONENTIAL, GAMMA, DIRICHLET, CATEGORIES, GEOMETRIC)

@@ -49,7 +49,7 @@ from ..._elementwise import horner
 from ...special import expm1_value, log1pmx, log1pmx_value
 from .spectral_terms import atanh_minus_x, ratio_log, x_minus_atan
 
-__all__ = ["Complex", "Ratio", "lgamma_gap", "lgamma_partials", "log1p", "log_gap", "log_partials", "plus"]
+__all__ = ["STEPS", "Complex", "Ratio", "lgamma_gap", "lgamma_partials", "log1p", "log_gap", "log_partials", "plus"]
 __all__ += ["rate_gap", "rate_partials", "ratio_gap", "ratio_partials"]
 
 # B_2k/(2k (2k - 1)), k = 1 ... 7: with them and as many steps, what is left out is 8e-18 of the gap.
@@ -258,9 +258,12 @@ def ratio_partials(r: Ratio, omega: Tensor) -> tuple[Complex, Complex, Complex, 
 # ---- lgamma -----------------------------------------------------------------------------------------------------
 
 
-def _step(x: Tensor, y: Tensor, d: Tensor, i: int) -> Ratio:
+def _steps(x: Tensor, y: Tensor, d: Tensor, omega: Tensor) -> tuple[Ratio, Tensor]:
+    """The points of all steps, with a dimension for them before the nodes', and the nodes."""
+    i = torch.arange(STEPS, dtype=x.dtype, device=x.device).unsqueeze(-1)
+    x, y, d, omega = (v.unsqueeze(-2) for v in (x, y, d, omega))
     low, high = x + y + 2 * i, x + y + 2 * (i + 1)
-    return Ratio(x + (i + 1), x + i, y + (i + 1), y + i, 2 * d / low / high)
+    return Ratio(x + (i + 1), x + i, y + (i + 1), y + i, 2 * d / low / high), omega
 
 
 def _inverse_mixture(x: Tensor, y: Tensor, d: Tensor, omega: Tensor) -> Complex:
@@ -271,7 +274,7 @@ def _inverse_mixture(x: Tensor, y: Tensor, d: Tensor, omega: Tensor) -> Complex:
 
 def lgamma_gap(x: Tensor, y: Tensor, d: Tensor, omega: Tensor) -> Complex:
     """J for F(a) = lgamma(a) - a log a + a, with d = x - y to its own relative accuracy."""
-    parts = [ratio_gap(_step(x, y, d, i), omega) for i in range(STEPS)]
+    parts = ratio_gap(*_steps(x, y, d, omega))
     x, y = x + STEPS, y + STEPS
     half = log_gap(x, y, d, omega)
     # sum of c_k h_(2k-2)(1/x, 1/y, 1/m), by the recurrence of the polynomials of one, two and three variables
@@ -287,7 +290,7 @@ def lgamma_gap(x: Tensor, y: Tensor, d: Tensor, omega: Tensor) -> Complex:
         if degree % 2 == 0:
             total = plus(total, Complex(*(STIRLING[degree // 2] * part for part in three)))
     series = _scaled((0.25 + omega * omega) * (d * u) * (d * v), _times(w, total))
-    return plus(*parts, Complex(0.5 * half.real, 0.5 * half.imag), series)
+    return plus(Complex(*(part.sum(-2) for part in parts)), Complex(0.5 * half.real, 0.5 * half.imag), series)
 
 
 def lgamma_partials(x: Tensor, y: Tensor, d: Tensor, omega: Tensor) -> tuple[Complex, Complex]:
@@ -296,8 +299,10 @@ def lgamma_partials(x: Tensor, y: Tensor, d: Tensor, omega: Tensor) -> tuple[Com
     Those of a step by a and by b nearly cancel for large arguments, where what is left of all steps is of the order of
     1/x times the logarithm's: their rounding errors are a few eps of that.
     """
-    steps = [ratio_partials(_step(x, y, d, i), omega) for i in range(STEPS)]
-    by_x, by_y = (plus(*(part for step in steps for part in step[2 * k : 2 * k + 2])) for k in (0, 1))
+    by_a, by_b, by_c, by_d = (
+        Complex(*(part.sum(-2) for part in partial)) for partial in ratio_partials(*_steps(x, y, d, omega))
+    )
+    by_x, by_y = plus(by_a, by_b), plus(by_c, by_d)
     x, y = x + STEPS, y + STEPS
     w = _inverse_mixture(x, y, d, omega)
     factor = (0.25 + omega * omega) * d

@@ -116,10 +116,11 @@ def exact_kl(p: FamilyMixture, q: FamilyMixture) -> KLEstimate | None:
         return _exact(finite_kl(one, two), dtype)
     if q.num_components > 1 or p.num_components > 2:
         return None
-    mean_kl = weighted(p.log_weights, p.kl(q))
     if p.num_components == 1:
-        return _exact(mean_kl, dtype)
-    value = mean_kl - torch.where(mean_kl.isinf(), 0.0, _information(p))
+        return _exact(weighted(p.log_weights, p.kl(q)), dtype)
+    information = _information(p)
+    mean_kl = weighted(p.log_weights, p.kl(q))
+    value = mean_kl - torch.where(mean_kl.isinf(), 0.0, information)
     with torch.no_grad():
         error = EXACT_ERROR * (1 + mean_kl) + torch.zeros_like(value)
         slack = 64 * torch.finfo(value.dtype).eps * (1 + mean_kl)

@@ -63,11 +63,11 @@ def _subject(name: str) -> Subject:
         good = (w >= 0).all(-1) & (w.sum(-1) > 0) & w.isfinite().all(-1)
         for x in parameters:
             flat = x.reshape(len(w), -1)
-            good = good & ((flat >= 2.0**-REACH) & (flat <= 2.0**REACH)).all(-1)
+            good = good & ((flat >= 2.0 ** (-1 - REACH)) & (flat <= 2.0 ** (1 + REACH))).all(-1)
         return good
 
     return Subject(
-        name=f"MixtureSameFamily({name})-{name}",
+        name=f"MixtureSameFamily-{name}",
         parameters=("weights", *(f"{n}_p" for n in names), *(f"{n}_q" for n in names)),
         rules={"stablekl": rule},
         reference=reference,

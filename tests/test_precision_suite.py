@@ -16,9 +16,11 @@ from torch.distributions import kl as torch_kl
 
 import stablekl
 from stablekl import precision, registry
+from stablekl.mixtures.family_reading import HOSTS
 from stablekl.precision import __main__ as command
 from stablekl.precision import ratchet
 from stablekl.precision.batches import from_hexadecimal
+from stablekl.precision.references.family_mixture import MIXED
 from stablekl.precision.rows import DTYPES, Task
 from stablekl.precision.run import perform, run, select
 from stablekl.precision.search import Limits, _Search
@@ -50,6 +52,9 @@ SPELLINGS = {
     *((a, b) for a, b in (("Normal", "Independent"), ("Independent", "Normal"))),
     *((a, "MixtureSameFamily") for a in ("Independent", "LowRankMultivariateNormal", "MultivariateNormal")),
     *(("MixtureSameFamily", a) for a in ("Independent", "LowRankMultivariateNormal")),
+    # one engine for two components of all families, measured for three of them; the other way round, a sum or an error
+    *(("MixtureSameFamily", a.__name__) for a in HOSTS if a.__name__ not in MIXED),
+    *((a.__name__, "MixtureSameFamily") for a in HOSTS),
 }
 
 

@@ -53,11 +53,14 @@ from .reading import Mixture
 from .weights import label_entropy, weighted
 
 __all__ = [
+    "bounds_of_pairs",
     "closed_bounds",
     "information_bounds",
     "pair_bounds",
     "pairwise_kl",
     "refined_bounds",
+    "rounded_outwards",
+    "soft_minimum",
 ]
 
 # Rounding errors allowed for, in eps of the terms.
@@ -77,13 +80,13 @@ def pairwise_kl(p: Mixture, q: Mixture) -> Tensor:
     return gaussian_kl(p.gaussian.unsqueeze(-1), q.gaussian.unsqueeze(-2))
 
 
-def _rounded(lower: Tensor, upper: Tensor, size: Tensor, dim: int = 0) -> Bounds:
+def rounded_outwards(lower: Tensor, upper: Tensor, size: Tensor, dim: int = 0) -> Bounds:
     """Outwards, by the errors of terms of this size and of the logarithms of this many scales."""
     slack = ROUNDING * torch.finfo(size.dtype).eps * (1 + dim / 16 + size.detach().abs())
     return Bounds(lower - slack, upper + slack)
 
 
-def _soft_minimum(log_weights: Tensor, distance: Tensor) -> Tensor:
+def soft_minimum(log_weights: Tensor, distance: Tensor) -> Tensor:
     """``-log sum_j w_j exp(-distance_ij)`` over the last dimension; +inf where all distances are."""
     return -torch.logsumexp(torch.where(log_weights > -torch.inf, log_weights, -VAST) - distance, -1)
 
@@ -95,9 +98,9 @@ def information_bounds(p: Mixture, components: Components) -> Bounds:
     if p.num_components == 1:
         return Bounds(torch.zeros_like(entropy), torch.zeros_like(entropy))
     row = lw.unsqueeze(-2)
-    far = weighted(lw, _soft_minimum(row, pairwise_kl(p, p)))
-    near = weighted(lw, _soft_minimum(row, -overlaps(components, components).log_chernoff))
-    lower, upper = _rounded(near, torch.minimum(entropy, far), entropy, p.dim)
+    far = weighted(lw, soft_minimum(row, pairwise_kl(p, p)))
+    near = weighted(lw, soft_minimum(row, -overlaps(components, components).log_chernoff))
+    lower, upper = rounded_outwards(near, torch.minimum(entropy, far), entropy, p.dim)
     return Bounds(lower.clamp(min=0), upper)
 
 
@@ -105,15 +108,31 @@ def pair_bounds(components: Components, triples: bool = False) -> Bounds:
     """Bounds on the information from the integrals of all pairs, and of all triples if asked for."""
     lw = components.log_weights
     k = lw.shape[-1]
-    entropy = label_entropy(lw)
     index = torch.stack(component_pairs(k, lw.device), -1)
     terms = label_entropy_given_sample(chosen_components(components, index.expand(*lw.shape[:-1], *index.shape)))
-    most, least = terms.sum(-1), _heaviest_tree(terms, index, k)
+    triple = None
     if triples and 3 <= k <= TRIPLES_UP_TO:
         three = torch.tensor(list(itertools.combinations(range(k), 3)), device=lw.device)
         sets = chosen_components(components, three.expand(*lw.shape[:-1], *three.shape))
-        least = torch.maximum(least, most - triple_term(sets).sum(-1))
-    lower, upper = _rounded(entropy - most, entropy - least, 1 + entropy + k * k * 0.25)
+        triple = triple_term(sets).sum(-1)
+    return bounds_of_pairs(lw, terms, index, triple)
+
+
+def bounds_of_pairs(lw: Tensor, terms: Tensor, index: Tensor, triples: Tensor | None = None) -> Bounds:
+    """Bounds on the information of K components from the label entropies of all pairs, which ``index`` names.
+
+    Args:
+        lw: the log-weights, ``batch_shape + (K,)``.
+        terms: of each pair, ``batch_shape + (P,)``.
+        index: the pairs, ``(P, 2)``.
+        triples: the sum of the terms of all sets of three.
+    """
+    k = lw.shape[-1]
+    entropy = label_entropy(lw)
+    most, least = terms.sum(-1), _heaviest_tree(terms, index, k)
+    if triples is not None:
+        least = torch.maximum(least, most - triples)
+    lower, upper = rounded_outwards(entropy - most, entropy - least, 1 + entropy + k * k * 0.25)
     return Bounds(lower.clamp(min=0), torch.minimum(upper, entropy + ROUNDING * torch.finfo(lw.dtype).eps))
 
 
@@ -139,10 +158,10 @@ def _component_bounds(p: Mixture, q: Mixture, c_p: Components, c_q: Components, 
     if q.num_components == 1:
         return Bounds(pairs.squeeze(-1), pairs.squeeze(-1))
     row = q.log_weights.unsqueeze(-2)
-    upper = _soft_minimum(row, pairs)
+    upper = soft_minimum(row, pairs)
     shared = overlaps(c_p, c_q)
-    jensen = _soft_minimum(row, shared.jensen)
-    half = 2 * _soft_minimum(0.5 * row, -shared.log_chernoff)
+    jensen = soft_minimum(row, shared.jensen)
+    half = 2 * soft_minimum(0.5 * row, -shared.log_chernoff)
     return Bounds(torch.maximum(jensen, half).clamp(min=0), upper)
 
 
@@ -168,7 +187,7 @@ def _variational(p: Mixture, q: Mixture, pairs: Tensor) -> Tensor:
 
 def _assembled(p: Mixture, parts: Bounds, information: Bounds) -> Bounds:
     upper = weighted(p.log_weights, parts.upper)
-    lower, upper = _rounded(
+    lower, upper = rounded_outwards(
         weighted(p.log_weights, parts.lower) - information.upper,
         upper - information.lower,
         upper + information.upper,

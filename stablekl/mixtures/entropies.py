@@ -29,6 +29,7 @@ from .bounds import closed_bounds, information_bounds, pairwise_kl
 from .components import Components
 from .engines.overlaps import log_determinants
 from .estimate import Bounds, KLEstimate, requested, warn_of_excess
+from .families import family_information_estimate, family_jensen_shannon
 from .information import least_exact, mixture_information
 from .reading import Mixture, as_mixture, check_same_space, simplified
 from .select import evaluate_kl, narrowed, slack_for
@@ -90,6 +91,9 @@ def mutual_information_estimate(
         1.0986, log 3 = 1.0986
     """
     asked = requested(rtol, max_points)
+    found = family_information_estimate(p)
+    if found is not None:
+        return found
     m = simplified(as_mixture(p, "mutual information"))
     return _information(m.widened(), *asked)[1].rounded(m.dtype)
 
@@ -281,6 +285,9 @@ def jensen_shannon_estimate(
         1.250000e-09
     """
     asked = requested(rtol, max_points)
+    by_family = family_jensen_shannon(p, q)
+    if by_family is not None:
+        return by_family
     given_p, given_q = (simplified(as_mixture(x, "the Jensen-Shannon divergence")) for x in (p, q))
     check_same_space(p, q, given_p, given_q)
     m_p, m_q = given_p.widened(), given_q.widened()

@@ -16,6 +16,9 @@ from ..registry import register_hardened
 from .bounds import refined_bounds
 from .engines.integrate import integrate_kl
 from .estimate import Bounds, KLEstimate, Method, requested, warn_of_excess
+from .families import family_kl
+from .family_bounds import family_bounds
+from .family_reading import HOSTS
 from .reading import as_mixture, check_same_space, simplified
 from .select import applies, check_method, evaluate_kl
 
@@ -71,6 +74,9 @@ def kl_estimate(
     asked = requested(rtol, max_points)
     if method == "integrate":
         return integrate_kl(p, q, asked.rtol)
+    found = family_kl(p, q, method)
+    if found is not None:
+        return found
     given = as_mixture(p), as_mixture(q)
     check_same_space(p, q, *given)
     # what an engine may be asked for by its name follows from shapes: it does not end where a weight becomes 0
@@ -110,6 +116,9 @@ def kl_bounds(p: Distribution, q: Distribution) -> Bounds:
         >>> bool(lower <= kl <= upper), bool(upper - lower < 0.01)
         (True, True)
     """
+    found = family_bounds(p, q)
+    if found is not None:
+        return found
     mixtures = simplified(as_mixture(p)), simplified(as_mixture(q))
     check_same_space(p, q, *mixtures)
     dtype = torch.promote_types(mixtures[0].dtype, mixtures[1].dtype)
@@ -128,6 +137,6 @@ def kl_mixture(p: Distribution, q: Distribution) -> Tensor:
 
 
 register_hardened(TorchMixtureSameFamily, TorchMixtureSameFamily)(kl_mixture)
-for _family in (Normal, Independent, MultivariateNormal, LowRankMultivariateNormal):
+for _family in (Normal, Independent, MultivariateNormal, LowRankMultivariateNormal, *HOSTS):
     register_hardened(TorchMixtureSameFamily, _family)(kl_mixture)
     register_hardened(_family, TorchMixtureSameFamily)(kl_mixture)

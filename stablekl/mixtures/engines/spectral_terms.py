@@ -22,11 +22,14 @@ __all__ = [
     "Rule",
     "Spectrum",
     "amplitude_and_log_odds",
+    "atanh_minus_x",
     "diagonal_spectrum",
+    "fixed_rule",
     "full_spectrum",
     "integral",
     "log_rho",
     "quadrature",
+    "ratio_log",
     "slices",
     "slope",
     "x_minus_atan",
@@ -112,7 +115,7 @@ def x_minus_atan(x: Tensor) -> Tensor:
     return n * z * _odd_excess(z) + (rest - torch.atan(rest / (1 + n * x)))
 
 
-def _atanh_minus_x(x: Tensor) -> Tensor:
+def atanh_minus_x(x: Tensor) -> Tensor:
     """``atanh(x) - x`` likewise."""
     n = x.clamp(-NEAR, NEAR)
     z, rest = n * n, x - n
@@ -122,7 +125,7 @@ def _atanh_minus_x(x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- from parameters to the spectrum
 
 
-def _ratio_log(a: Tensor, b: Tensor) -> Tensor:
+def ratio_log(a: Tensor, b: Tensor) -> Tensor:
     """log(a/b); the difference of logarithms only where the quotient leaves the normal range."""
     r = a / b
     usable = (r > 1e-300) & (r < 1e300)
@@ -141,9 +144,9 @@ def diagonal_spectrum(loc: Tensor, scale: Tensor) -> Spectrum:
 
     far = tanh.abs() > FAR
     safe = torch.where(far, 0.0, tanh)
-    log_cosh, excess = -0.5 * torch.log1p(-safe * safe), _atanh_minus_x(safe)
+    log_cosh, excess = -0.5 * torch.log1p(-safe * safe), atanh_minus_x(safe)
     if may_hold(far):
-        t = _ratio_log(s2, s1)
+        t = ratio_log(s2, s1)
         beyond = t.abs() + torch.log1p(torch.exp(-2 * t.abs())) - math.log(2)
         log_cosh, excess = torch.where(far, beyond, log_cosh), torch.where(far, t - tanh, excess)
     return Spectrum(tanh, square, log_cosh.sum(-1), excess.sum(-1))
@@ -169,11 +172,11 @@ def full_spectrum(loc: Tensor, scale: Tensor) -> tuple[Spectrum, Frame]:
     whitened = math.sqrt(2) * (vectors.mT @ shift).squeeze(-1)
     square = (whitened * whitened).clamp(max=VAST)
 
-    log_cosh, excess = -0.5 * torch.log1p(-tanh * tanh).sum(-1), _atanh_minus_x(tanh).sum(-1)
+    log_cosh, excess = -0.5 * torch.log1p(-tanh * tanh).sum(-1), atanh_minus_x(tanh).sum(-1)
     far = (tanh.abs() > FAR).any(-1)
     if may_hold(far):
         d1, d2, c = (_positive_diagonal(x) for x in (l1, l2, root))
-        ratio1, ratio2, ratio = _ratio_log(torch.stack([c, c, d2]), torch.stack([d1, d2, d1])).unbind()
+        ratio1, ratio2, ratio = ratio_log(torch.stack([c, c, d2]), torch.stack([d1, d2, d1])).unbind()
         log_cosh = torch.where(far, (ratio1 + ratio2 - math.log(2)).sum(-1), log_cosh)
         excess = torch.where(far, (ratio - tanh).sum(-1), excess)
     return Spectrum(tanh, square, log_cosh, excess), Frame(root, vectors, first, second, whitened)
@@ -199,19 +202,23 @@ def _kept_rule(nodes: int, step: float, device: torch.device) -> Rule:
     return _outside_transforms(lambda: _rule(torch.tensor(step, dtype=torch.float64, device=device)))
 
 
+def fixed_rule(like: Tensor) -> Rule:
+    """Nodes omega >= 0 and weights of the kernel for each element of ``like``, [..., n], two halves in one."""
+    if torch.compiler.is_compiling():
+        return _rule(torch.full_like(like, STEP))
+    omega, kernel = _kept_rule(NODES, STEP, like.device)
+    return omega.expand(*like.shape, NODES), kernel.expand(*like.shape, NODES)
+
+
 def quadrature(spectrum: Spectrum, information: bool) -> Rule:
-    """Nodes omega >= 0 and weights of the kernel, [..., n]; the two halves of the line in one.
+    """Nodes omega >= 0 and weights of the kernel, [..., n].
 
     For H(Z|X) the nodes shrink to where rho(1/2 + i omega) lives: far components make it a peak narrower
     than the step, and H, though right absolutely, would lose its relative accuracy.
     """
     tanh, square = spectrum.tanh.detach(), spectrum.square.detach()
     if information:
-        if torch.compiler.is_compiling():
-            return _rule(torch.full_like(tanh[..., 0], STEP))
-        omega, kernel = _kept_rule(NODES, STEP, tanh.device)
-        shape = (*tanh.shape[:-1], NODES)
-        return omega.expand(shape), kernel.expand(shape)
+        return fixed_rule(tanh[..., 0])
     z = tanh * tanh
     low = torch.zeros_like(tanh[..., 0])
     for k in range(1, 49):

@@ -25,6 +25,7 @@ from .context import Number, PrecisionError, agreed, mp
 from .multivariate_normal import Gaussian
 
 __all__ = [
+    "fourier_integral",
     "information",
     "information_at",
     "kl_to_gaussian",
@@ -303,15 +304,16 @@ def information_at(weights: Vector, components: Sequence[Gaussian]) -> Number:
     spectrum = [(v, mp.log(v), h) for v, h in _relative(*components[::-1])]
     total = mp.fsum(weights)
     with mp.workprec(200):
-        return _fourier_integral([w / total for w in weights], spectrum)
+        return fourier_integral([w / total for w in weights], partial(_transform, spectrum))
 
 
-def _fourier_integral(weights: Vector, spectrum: list[tuple[Number, Number, Number]]) -> Number:
+def fourier_integral(weights: Vector, transform: Callable[[Number], tuple[Number, Number]]) -> Number:
+    """The integral of the module's head, from the real part and the phase of log rho(1/2 + i t) at a number t."""
     w, w_2 = weights
     c = mp.log(w / w_2)
 
     def integrand(t: Number) -> Number:
-        real, phase = _transform(spectrum, t)
+        real, phase = transform(t)
         # the other half-line has the complex conjugate
         value = mp.cos(t * c) - mp.exp(real) * mp.cos(t * c - phase)
         return value / ((mp.mpf(1) / 4 + t * t) * mp.cosh(mp.pi * t))

@@ -25,7 +25,7 @@ from ..references.multivariate_normal import Gaussian
 from ..subject import Subject, differentiated, one_plus
 from . import gaussian
 
-__all__ = ["subjects"]
+__all__ = ["BARS", "UNIT", "mixture_weights", "subjects"]
 
 COUNT, ON_A_LINE = 1024, 256
 # 1e-13 (1 + S) and 1e-6 (1 + S); the unit here, eps (1 + KL), is the smaller one since KL <= S
@@ -33,7 +33,7 @@ BARS = {torch.float64: 450.0, torch.float32: 8.4, torch.float16: 1.0, torch.bflo
 UNIT = "eps (1 + KL)"
 
 
-def _weights(plan: Plan, rng: np.random.Generator, n: int, k: int, dtype: torch.dtype) -> Tensor:
+def mixture_weights(plan: Plan, rng: np.random.Generator, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """From even weights to tiny ones, and a few of exactly 0."""
     smallest = {torch.float16: 10, torch.bfloat16: 60, torch.float32: 60, torch.float64: 300}[dtype]
     logs = -rng.uniform(0, 1, (n, k)) * plan.spread**2 * smallest
@@ -53,7 +53,7 @@ def _lines(plan: Plan, rng: np.random.Generator, n: int, k: int, dtype: torch.dt
     if near:  # components that nearly coincide
         loc_t = neighbours(loc_t[:, :1].expand(n, k).contiguous(), plan, rng)
         scale_t = neighbours(scale_t[:, :1].expand(n, k).contiguous(), plan, rng)
-    return _weights(plan, rng, n, k, dtype), loc_t, scale_t
+    return mixture_weights(plan, rng, n, k, dtype), loc_t, scale_t
 
 
 def _rows(w: Sequence[Number], loc: Sequence[Number], scale: Sequence[Number]) -> list[tuple[Number, ...]]:
@@ -160,7 +160,7 @@ def _pair(kind: str) -> Subject:
         value = torch.stack([parts[1][:n], parts[3][:n]], 1)
         other = draws(Plan("apart", plan.seed + 1, plan.centre, plan.spread, plan.step, plan.size), dtype)
         m = min(n, len(other[0]))
-        return _weights(plan, rng, m, 2, dtype), loc[:m], value[:m], other[2][:m], other[3][:m]
+        return mixture_weights(plan, rng, m, 2, dtype), loc[:m], value[:m], other[2][:m], other[3][:m]
 
     def rule(w: Tensor, loc: Tensor, value: Tensor, loc_q: Tensor, value_q: Tensor) -> Tensor:
         components = OurMultivariateNormal(loc, **{kind: value}, validate_args=False)

@@ -6,8 +6,8 @@ elementwise, branchless and broadcast; their operands are Doubles, float64 tenso
 these, Python's floats. Nothing here has derivatives: take values with it, and gradients from a formula in float64.
 
 Valid while the operands and the results lie between 1e-290 and 1e290, for then their second parts are normal numbers;
-next to these ends, and past them, the first part stays right where float64's would. Largest relative errors seen over
-that range, against mpmath, of 20,000 arguments (500 in each of a few ranges for the last two lines), log-uniform, with two parts:
+next to these ends the first part stays right where float64's would. Largest relative errors seen over that range,
+against mpmath, of 20,000 arguments (500 in each of a few ranges for the last two lines), log-uniform, of two parts:
 
 ====================================  =======================================================
 `add`, `subtract`                     1.5e-32, where a sum cancels too

@@ -220,7 +220,9 @@ def test_multinomial_of_logits_keeps_them():
 
 
 @pytest.mark.parametrize("name", ["VonMises", "StudentT"])
-def test_compiled(name):
+def test_compiled(name, monkeypatch):
+    # torch's StudentT builds a Chi2 that is validated in any case, which may not trace
+    monkeypatch.setattr(distributions.Distribution, "_validate_args", False)
     rows = [torch.tensor(x, dtype=torch.float64) for x in GRADIENTS[name]]
     half = len(rows) // 2
     compiled = torch.compile(lambda *x: ours(name, x[:half], x[half:]), fullgraph=True)

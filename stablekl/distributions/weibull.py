@@ -41,7 +41,7 @@ class Weibull(TorchWeibull, Checked):
 
 
 def _shift(s_p: Tensor, k_q: Tensor, s_q: Tensor) -> Double:
-    return _double.multiply(_double.subtract(_double.log(s_p), _double.log(s_q)), k_q)
+    return _double.multiply(_double.log_quotient(s_p, s_q), k_q)
 
 
 def _value(s_p: Tensor, k_p: Tensor, s_q: Tensor, k_q: Tensor) -> Tensor:

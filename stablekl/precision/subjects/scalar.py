@@ -33,12 +33,24 @@ ADDED = tuple((p, "Laplace") for p in ("ContinuousBernoulli", "Exponential", "Gu
 ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential", "Gamma", "Pareto")
 # Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.
 EXCLUDED = {"ContinuousBernoulli": (True, True), "Geometric": (True, False), "NegativeBinomial": (False, True)}
-LIMITS = {
+_CANCELS = "a derivative changes sign, or is small beside the other parameter's, where terms of it cancel"
+# Of gradients.
+LIMITS: dict[str, dict[torch.dtype, str]] = {
     "Normal": {
         torch.float64: "twice the digits are not enough for q's scale where all but 2^-56 of its two terms cancels"
-    }
+    },
+    **{name: {torch.float64: _CANCELS} for name in ("Gamma", "InverseGamma", "Laplace", "VonMises")},
+    **{name: {torch.float32: _CANCELS, torch.float64: _CANCELS} for name in ("Beta", "Cauchy", "Gumbel", "Weibull")},
 }
-BARS = {torch.float64: 4.0, torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+# The largest error of a family's rule that the project aims at; of one between two families.
+_SHAPES = ("Beta", "Chi2", "Gamma", "InverseGamma", "NegativeBinomial", "StudentT", "VonMises", "Weibull")
+_SELF, _SHAPE, _CROSS = 8.0, 16.0, 64.0
+_DENSITY = 4.0
+
+
+def bars(bar: float) -> dict[torch.dtype, float]:
+    """By dtype; half precision is rounded once."""
+    return {torch.float64: bar, torch.float32: bar, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
 def torch_class(name: str) -> Any:
@@ -188,7 +200,7 @@ def divergence(p: str, q: str) -> Subject:
         draw=plans(relations),
         expand=expansion(p, q),
         valid=validity(*families),
-        bars=BARS,
+        bars=bars(_CROSS if p != q else _SHAPE if p in _SHAPES else _SELF),
     )
 
 
@@ -199,6 +211,8 @@ def gradient(value: Subject, p: str, q: str) -> Subject:
     def valid(*batch: Tensor) -> Tensor:
         inside = [x < 1 if d == "probability" else x == x for d, x in zip(domains, batch, strict=True)]
         inside += [x > 0 for d, x in zip(domains, batch, strict=True) if d in ("probability", "nonnegative")]
+        if p == "Pareto":  # the smallest value of p is an end of its range
+            inside.append(batch[0] > batch[2])
         return value.valid(*batch) & torch.stack(inside).all(0)
 
     def expand(plan: Plan, dtype: torch.dtype) -> Batch:
@@ -217,7 +231,7 @@ def gradient(value: Subject, p: str, q: str) -> Subject:
         draw=plans(("near", "ratio", "apart")),
         divergence=False,
         cost=10,
-        bars={dtype: 2 * bar for dtype, bar in BARS.items()},
+        bars={dtype: 2 * bar for dtype, bar in value.bars.items()},
     )
 
 
@@ -268,7 +282,7 @@ def log_density(name: str) -> Subject:
         floor=1.0,
         unit="eps max(1, abs(log p))",
         divergence=False,
-        bars=BARS,
+        bars=bars(_DENSITY),
     )
 
 

@@ -23,7 +23,7 @@ __all__ = ["subjects"]
 
 COUNT = 512
 SIZES = (2, 2, 3, 5, 10)
-BARS = {torch.float64: 4.0, torch.float32: 4.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+BARS = {torch.float64: 16.0, torch.float32: 16.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
 def _rules(build: Callable[..., Distribution], family: type[Distribution], split: int = 1) -> dict[str, Rule]:
@@ -191,7 +191,7 @@ def _wishart() -> Subject:
         unit="eps max(1, cond(Lq))",
         elementwise=False,
         cost=4.0,
-        bars={dtype: 16.0 if bar > 1 else bar for dtype, bar in BARS.items()},
+        bars=BARS,
     )
 
 

@@ -7,7 +7,8 @@ these, Python's floats. Nothing here has derivatives: take values with it, and g
 
 Valid while the operands and the results lie between 1e-290 and 1e290, for then their second parts are normal numbers;
 next to these ends, and past them, the first part stays right where float64's would. Largest relative errors seen over
-that range, against mpmath, of 20,000 arguments (500 in each of a few ranges for the last two lines), log-uniform, with two parts:
+that range, against mpmath, of 20,000 arguments (500 in each of a few ranges for the last two lines), log-uniform,
+with two parts:
 
 ====================================  =======================================================
 `add`, `subtract`                     1.5e-32, where a sum cancels too

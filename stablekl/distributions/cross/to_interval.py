@@ -26,7 +26,8 @@ The textbook forms add log Gammas, digammas and mean logarithms: about 1e13 for 
 
 Accuracy, float64: 18 ulp at most (Uniform against Pareto and Beta, Beta against ContinuousBernoulli; others 9), in
 500 to 11,000 sets of parameters of every pair that the precision suite judged against mpmath, of 34,000 to 91,000,
-and 300 to 1,200 near its zero or the closest q. float32: correctly rounded in 1,000 to 4,000 judged sets.
+and a few hundred more, mostly near its zero or the closest q. float32: correctly rounded in 1,000 to 4,000 judged
+sets.
 
 Gradients of Beta against ContinuousBernoulli and of Uniform against Beta are those of the textbook forms.
 """

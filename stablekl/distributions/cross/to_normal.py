@@ -30,8 +30,8 @@ Gradients are those of the textbook form, with entropies by `_pieces.lgamma_breg
 5e-10 only.
 
 Accuracy, float64: 12 ulp at most (Beta and ContinuousBernoulli; the others 7). The precision suite evaluated 55,000
-to 205,000 sets of parameters of every pair, with scales up to 2^200, and judged 2,500 to 5,400 against mpmath;
-another 500 to 950 had moments that agree, up to 1 ulp, and concentrations up to 1e12. float32: correctly rounded in
+to 205,000 sets of parameters of every pair, with scales up to 2^200, and judged 2,500 to 5,400 against mpmath; a few
+hundred more mostly had moments that agree, up to 1 ulp, and concentrations up to 1e12. float32: correctly rounded in
 1,300 to 8,000 judged sets.
 """
 

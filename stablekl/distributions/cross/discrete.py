@@ -8,7 +8,7 @@ r"""KL between Bernoulli, binomial and Poisson distributions.
   where its rate is 0 and all of its mass at 0: :math:`-n \log(1 - q)`, by the other's mass there. The gradient by the
   rate is given as 0 there (the one-sided derivative is infinite). torch says infinite throughout.
 
-Accuracy of the former: 4 ulp in float64, 0.5 in float32, in 160,000 parameter sets each.
+Accuracy of the former: 4 ulp in float64 (13,000 sets of parameters judged against mpmath, of 205,000), 0.5 in float32.
 """
 
 from __future__ import annotations

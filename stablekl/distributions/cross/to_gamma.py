@@ -26,10 +26,11 @@ twice the digits, too: of the difference c - r m nothing is left after a roundin
 
 Gradients are those of the textbook form, or of these where they are differentiable.
 
-Accuracy, float64: 37 ulp at most (Beta against Gamma; Uniform 17, ContinuousBernoulli 14, the others 10) in 74,000 to
-206,000 parameter sets of every pair and up to 2,000 next to the closest q, concentrations up to 1e12. float32:
-correctly rounded, as far as seen. Out of reach: Beta(a, b) against a Gamma of concentration c with c/a beyond 1e18 KL,
-where B(c, a) and (a - c)/(2n) cancel (a = 6e21, b = 3e-6, c = 1.6e60: 1e11 ulp); nothing between 1e-12 and 1e12.
+Accuracy, float64: 37 ulp at most (Beta against Gamma; Uniform 17, ContinuousBernoulli 14, the others 10), in 560 to
+8,600 sets of parameters of every pair that the precision suite judged against mpmath, of 32,000 to 206,000, and a few
+hundred more, mostly next to the closest q, with concentrations up to 1e12. float32: correctly rounded in 1,300 to
+6,000 judged sets. Out of reach: Beta(a, b) against a Gamma of concentration c with c/a beyond 1e18 KL, where B(c, a)
+and (a - c)/(2n) cancel (a = 6e21, b = 3e-6, c = 1.6e60: 1e11 ulp).
 """
 
 from __future__ import annotations

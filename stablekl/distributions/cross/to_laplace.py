@@ -25,8 +25,9 @@ Here u = (m - mu)/s, gamma is Euler's constant, E1 the exponential integral, L(z
 All of it is positive and of order 1 at the least, so that nothing cancels, and rules are differentiated as they stand.
 torch's formula for the normal takes the logarithms apart and multiplies s and e^(-u^2/2).
 
-Accuracy, float64: 35 ulp at most (Gumbel and Normal, near the closest q, where KL is 0.05 to 0.1; the others 11) in
-98,000 to 206,000 parameter sets of every pair. float32: correctly rounded, as far as seen.
+Accuracy, float64: 35 ulp at most (Gumbel and Normal, near the closest q, where KL is 0.05 to 0.1; the others 11), in
+3,100 to 9,300 sets of parameters of every pair that the precision suite judged against mpmath, of 84,000 to 208,000.
+float32: correctly rounded in 3,100 to 4,500 judged sets.
 
 Beta and Gamma distributions are not here: their mean absolute deviations are incomplete beta and gamma functions, of
 which torch has no derivative by the shape, and the former not at all.

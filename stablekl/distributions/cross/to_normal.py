@@ -29,9 +29,10 @@ digits or, from 1e6 on, order by order in 1/a and 1/b.
 Gradients are those of the textbook form, with entropies by `_pieces.lgamma_bregman`, since torch's trigamma is good to
 5e-10 only.
 
-Accuracy, float64: 12 ulp at most (Beta and ContinuousBernoulli; the others 7) in 58,000 to 206,000 parameter sets
-of every pair, with scales up to 2^200, and 150 to 600 whose moments agree up to 1 ulp with concentrations up to 1e12.
-float32: correctly rounded, as far as seen.
+Accuracy, float64: 12 ulp at most (Beta and ContinuousBernoulli; the others 7). The precision suite evaluated 55,000
+to 205,000 sets of parameters of every pair, with scales up to 2^200, and judged 2,500 to 5,400 against mpmath; a few
+hundred more mostly had moments that agree, up to 1 ulp, and concentrations up to 1e12. float32: correctly rounded in
+1,300 to 8,000 judged sets.
 """
 
 from __future__ import annotations

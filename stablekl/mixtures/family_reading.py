@@ -27,7 +27,8 @@ from torch.distributions import MixtureSameFamily as TorchMixtureSameFamily
 
 from .. import distributions
 from .._autograd import is_eager
-from ..distributions._base import broadcast_shape, common_dtype, widened
+from ..distributions._base import Given as Raw
+from ..distributions._base import broadcast_shape, common_dtype, given, widened
 from ..registry import kl_divergence
 from ..special import expm1_value
 from .engines.chernoff import (
@@ -76,17 +77,14 @@ def _named(*names: str) -> Callable[[Any], Given]:
 
 def _probabilities(d: Any) -> Given:
     """Probabilities or logits, of which torch may have made the other since, or clamped it."""
-    if isinstance(d, OneHotCategorical):
-        d = d._categorical
-    if isinstance(d, Categorical):
-        logits, probs = given_weights(d)
+    plain = d._categorical if isinstance(d, OneHotCategorical) and not isinstance(d, Raw) else d
+    if isinstance(plain, Categorical) and not isinstance(plain, Raw):
+        logits, probs = given_weights(plain)
+        name, value = ("logits", logits) if probs is None else ("probs", probs)
     else:
-        first = next(name for name in d.__dict__ if name in ("probs", "logits"))
-        logits, probs = (d.logits, None) if first == "logits" else (None, d.probs)
-    given = {"logits": logits} if probs is None else {"probs": probs}
-    if isinstance(d, Binomial):
-        given["total_count"] = d.total_count
-    return {name: x for name, x in given.items() if x is not None}
+        name, value = given(plain)
+    found = {name: value} if value is not None else {}
+    return {**found, "total_count": d.total_count} if isinstance(d, Binomial) else found
 
 
 def _plain(chernoff: Chernoff, *names: str) -> Callable[[Given], tuple[Chernoff, Tensors]]:
@@ -320,18 +318,18 @@ def as_family(distribution: Distribution) -> FamilyMixture | None:
     family = next((f for f in _FAMILIES if isinstance(member, f.host)), None)
     if family is None or (family.vector and spread and family.host is Dirichlet):
         return None
-    given = {}
+    parameters = {}
     for name, x in family.given(member).items():
         events = 0 if name == "total_count" else family.vector
         at = x.ndim - events - spread
         wide = widened(x)
         wide = wide.flatten(at, at + spread - 1) if spread else wide.unsqueeze(at)
-        given[name] = wide if mixture is not None else wide.unsqueeze(at)
+        parameters[name] = wide if mixture is not None else wide.unsqueeze(at)
     dtype = common_dtype(*(x for name, x in family.given(member).items() if name != "total_count"))
-    first = next(iter(given.values()))
+    first = next(iter(parameters.values()))
     if mixture is None:
         single = first.new_zeros(first.shape[: first.ndim - 1 - family.vector])
-        return FamilyMixture(family, single, given, dtype)
+        return FamilyMixture(family, single, parameters, dtype)
     log_weights = log_weights_of(mixture, first.dtype)
     dtype = torch.promote_types(dtype, mixture.mixture_distribution._param.dtype)
-    return FamilyMixture(family, log_weights, given, dtype)
+    return FamilyMixture(family, log_weights, parameters, dtype)

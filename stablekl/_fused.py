@@ -19,11 +19,20 @@ from torch import Tensor
 
 from ._autograd import is_dual, is_plain
 
-__all__ = ["available", "gaussian_kl", "gaussian_kl_gradient", "normal_kl", "normal_kl_gradient"]
+__all__ = [
+    "available",
+    "beta_kl",
+    "gaussian_kl",
+    "gaussian_kl_gradient",
+    "lgamma_bregman",
+    "normal_kl",
+    "normal_kl_gradient",
+]
 
 # Elements that are worth a thread of their own (starting one takes as long as some 20,000 elements).
 _PER_THREAD = 2**17
-_VERSION = 2  # of the functions' arguments: that of the C file
+_FEW = 2**12  # of those that take a hundred times as long
+_VERSION = 3  # of the functions' arguments: that of the C file
 
 
 def _load() -> Any:
@@ -36,7 +45,8 @@ def _load() -> Any:
             return None
     except (OSError, ValueError):  # built for another system, or left over from another version
         return None
-    names = (f"stablekl_{rule}_kl{what}" for rule in ("normal", "gaussian") for what in ("", "_gradient"))
+    names = [f"stablekl_{rule}_kl{what}" for rule in ("normal", "gaussian") for what in ("", "_gradient")]
+    names += ["stablekl_lgamma_bregman", "stablekl_beta_kl"]
     for kernel in (getattr(library, name) for name in names):
         addresses, size = ctypes.POINTER(ctypes.c_void_p), ctypes.c_int64
         kernel.argtypes = [addresses, ctypes.POINTER(size), size, size, ctypes.c_int, ctypes.c_void_p]
@@ -85,9 +95,19 @@ def gaussian_kl_gradient(grad: Tensor, inputs: Sequence[Tensor], needed: Sequenc
     return _gradient(_library.stablekl_gaussian_kl_gradient, grad, inputs, needed)
 
 
-def _value(kernel: Callable[..., None], inputs: Sequence[Tensor]) -> Tensor:
+def lgamma_bregman(inputs: Sequence[Tensor]) -> Tensor:
+    """`_bregman.lgamma_bregman_value` of float64 tensors y, x and y - x of one shape."""
+    return _value(_library.stablekl_lgamma_bregman, inputs, _FEW)
+
+
+def beta_kl(inputs: Sequence[Tensor]) -> Tensor:
+    """The divergence of a stick in `distributions.dirichlet`, of eight float64 tensors of one shape."""
+    return _value(_library.stablekl_beta_kl, inputs, _FEW)
+
+
+def _value(kernel: Callable[..., None], inputs: Sequence[Tensor], per_thread: int = _PER_THREAD) -> Tensor:
     out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device="cpu")
-    _run(kernel, inputs, ctypes.c_void_p(out.data_ptr()))
+    _run(kernel, inputs, ctypes.c_void_p(out.data_ptr()), per_thread)
     return out
 
 
@@ -100,14 +120,14 @@ def _gradient(
     return tuple(out)
 
 
-def _run(kernel: Callable[..., None], inputs: Sequence[Tensor], out: object) -> None:
+def _run(kernel: Callable[..., None], inputs: Sequence[Tensor], out: object, per_thread: int = _PER_THREAD) -> None:
     """Call ``kernel`` on as many threads as torch uses; an expanded scalar goes in as it is, of stride 0."""
     scalar = [not any(x.stride()) for x in inputs]
     dense = [(x if s else x.contiguous()).resolve_neg() for x, s in zip(inputs, scalar, strict=True)]
     addresses = (ctypes.c_void_p * len(dense))(*(x.data_ptr() for x in dense))
     strides = (ctypes.c_int64 * len(dense))(*(0 if s else 1 for s in scalar))
     wide, n = inputs[0].dtype == torch.float64, inputs[0].numel()
-    threads = max(1, min(torch.get_num_threads(), n // _PER_THREAD))
+    threads = max(1, min(torch.get_num_threads(), n // per_thread))
 
     def part(i: int) -> None:
         kernel(addresses, strides, n * i // threads, n * (i + 1) // threads, wide, out)

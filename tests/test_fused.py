@@ -10,7 +10,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from stablekl import _fused
+from stablekl import _bregman, _fused
 from stablekl.distributions.normal import normal_kl
 from stablekl.losses.gaussian import _kl as gaussian_kl
 
@@ -194,3 +194,43 @@ def test_a_library_of_another_version_is_none(monkeypatch):
     assert _fused._load() is not None
     monkeypatch.setattr(_fused, "_VERSION", -1)
     assert _fused._load() is None
+
+
+# ---- lgamma and Beta ----------------------------------------------------------------------------------------------
+
+
+def spread(seed, size=20_000):
+    """Positive numbers over 24 decades, and others: near, and anywhere."""
+    g = torch.Generator().manual_seed(seed)
+    x, u, v, w = torch.rand((4, size), generator=g, dtype=torch.float64)
+    x = 10 ** (24 * x - 12)
+    near = x * (1 + 10 ** (-15 * u) * (v - 0.5))
+    return x, torch.where(w < 0.5, near, 10 ** (24 * v - 12))
+
+
+def test_lgamma_kernel_is_the_same_formula(monkeypatch):
+    x, y = spread(1)
+    by_kernel = _bregman.lgamma_bregman_value(y, x, y - x)
+    monkeypatch.setattr(_fused, "available", lambda inputs: False)
+    torch.testing.assert_close(by_kernel, _bregman.lgamma_bregman_value(y, x, y - x), rtol=2e-15, atol=0)
+
+
+def test_beta_kernel_is_the_same_formula(monkeypatch):
+    x, y = (v.reshape(-1, 4) for v in spread(2))
+    p, q = stablekl.Dirichlet(x), stablekl.Dirichlet(y)
+    by_kernel = stablekl.kl_divergence(p, q)
+    monkeypatch.setattr(_fused, "available", lambda inputs: False)
+    torch.testing.assert_close(by_kernel, stablekl.kl_divergence(p, q), rtol=4e-15, atol=0)
+    assert (by_kernel >= 0).all()
+
+
+def test_kernels_of_odd_layouts():
+    x, y = (v[:600].reshape(20, 30) for v in spread(3))
+    whole = _bregman.lgamma_bregman_value(y, x, y - x)
+    assert torch.equal(_bregman.lgamma_bregman_value(y.T, x.T, (y - x).T), whole.T)
+    assert torch.equal(_bregman.lgamma_bregman_value(y[:, ::3], x[:, ::3], (y - x)[:, ::3]), whole[:, ::3])
+    one = x[0, 0].expand(20, 30)
+    assert torch.equal(
+        _bregman.lgamma_bregman_value(y, one, y - one), _bregman.lgamma_bregman_value(y, one.clone(), y - one)
+    )
+    assert _bregman.lgamma_bregman_value(y[:0], x[:0], y[:0]).shape == (0, 30)

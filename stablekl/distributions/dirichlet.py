@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet as TorchDirichlet
 
+from .. import _fused
 from .._bregman import (
     STEPS,
     lgamma_bregman_value,
@@ -95,7 +96,13 @@ def _series(a_p: Tensor, a_q: Tensor, d_a: Tensor, b_p: Tensor, b_q: Tensor, d_b
 def _beta(
     a_p: Tensor, a_q: Tensor, b_p: Tensor, b_q: Tensor, d_a: Tensor, d_b: Tensor, e_a: Tensor, e_b: Tensor
 ) -> Tensor:
-    """KL of two Beta distributions; d = q - p of either concentration, and e = d less the same multiple of p."""
+    """KL of two Beta distributions; d = q - p of either concentration, and e = d less the same multiple of p.
+
+    On a CPU a kernel in C does the same (see `_fused`).
+    """
+    inputs = torch.broadcast_tensors(a_p, a_q, b_p, b_q, d_a, d_b, e_a, e_b)
+    if a_p.dtype == torch.float64 and _fused.available(inputs):
+        return _fused.beta_kl(inputs)
     swap = a_p < b_p  # then tau is at most 1
     a_p, b_p = torch.where(swap, b_p, a_p), torch.where(swap, a_p, b_p)
     a_q, b_q = torch.where(swap, b_q, a_q), torch.where(swap, a_q, b_q)

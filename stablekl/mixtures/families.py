@@ -13,9 +13,13 @@ more components against one member                     bounds alone (`family_bou
 The divergences of the members are those of the registered rules, for any q that has one. Independent products of the
 scalar families have the sum of their coordinates' log rho. Everything is computed in float64 and rounded once.
 
-**Accuracy**: the error of I is below 1e-15 as for Gaussians, since the integral is the same, and relative for
-components that nearly coincide; that of S is its rule's. Where a probability or a rate is 0, 0 log 0 counts as a
-constant: the derivative by it is 0 in S and in I alike, and finite sums alone have the true one.
+**Accuracy** (float64): two components against one are within 8 eps (1 + KL) of mpmath, for concentrations and rates
+from 2^-40 to 2^40, components from neighbouring floats to far apart and weights down to 2^-300: Gamma 0.9, Beta 6.3,
+Poisson 7.5, of 10,000, 6,000 and 42,000 sets searched. float32 is rounded once. I keeps a relative accuracy of 1e-14
+where components nearly coincide, with weights of like size. S has the accuracy of its rule, and so has its gradient;
+that of I is within 4 eps of its largest component. KL itself loses S/KL eps where it is small beside S. Where a
+probability or a rate is 0, 0 log 0 counts as a constant: the derivative by it is 0 in S and in I alike, and finite sums
+alone have the true one.
 """
 
 from __future__ import annotations

@@ -13,9 +13,15 @@ more components against one member                     bounds alone (`family_bou
 The divergences of the members are those of the registered rules, for any q that has one. Independent products of the
 scalar families have the sum of their coordinates' log rho. Everything is computed in float64 and rounded once.
 
-**Accuracy**: the error of I is below 1e-15 as for Gaussians, since the integral is the same, and relative for
-components that nearly coincide; that of S is its rule's. Where a probability or a rate is 0, 0 log 0 counts as a
-constant: the derivative by it is 0 in S and in I alike, and finite sums alone have the true one.
+**Accuracy** (float64), observed: two components against one are within 8 eps (1 + KL), for concentrations and rates
+from 2^-40 to 2^40, components from neighbouring floats to far apart and weights down to 2^-300. That is the worst of
+54 Gamma (0.9), 36 Beta (6.3) and 202 Poisson (7.5) mixtures that mpmath has judged, chosen as suspects from 10,000,
+6,000 and 42,000 evaluated; the other families are compared at a few parameters each, to 1e-14 (1 + S). I keeps a
+relative accuracy of 1e-14 for components 1e-2 to 1e-12 apart, with weights of like size. S has the accuracy of its
+rule, and so has its gradient: of eight mixtures of each of the three families the gradient of KL was off by 3.5, 0.2
+and, S's in a Beta, 160 eps (1 + KL + abs(derivative)). KL itself loses S/KL eps where it is small beside S. Where a
+probability or a rate is 0, 0 log 0 counts as a constant: the derivative by it is 0 in S and in I alike, and finite
+sums alone have the true one.
 """
 
 from __future__ import annotations
@@ -43,7 +49,8 @@ __all__ = [
     "pair_information",
 ]
 
-# Bounds on the error, relative to 1 + S: twice what was observed against mpmath.
+# Errors that are claimed: of a divergence, relative to 1 + S, that of Gaussians (here 2e-15 (1 + KL) was observed); of
+# I, absolute.
 EXACT_ERROR = 4e-14
 SPECTRAL_ERROR = 2e-15
 

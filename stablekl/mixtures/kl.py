@@ -1,4 +1,4 @@
-"""KL divergences of Gaussian mixtures: the public functions, and the rules registered with torch."""
+"""KL divergences of mixtures: the public functions, and the rules registered with torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def kl_estimate(
 
     Args:
         p: a `MixtureSameFamily` (torch's or ours) of Normal, Independent(Normal, 1), MultivariateNormal or
-            LowRankMultivariateNormal components, or one of these itself.
+            LowRankMultivariateNormal components, or one of these itself. Other families: two components against one,
+            and any number of Bernoulli, Categorical and OneHotCategorical on both sides (`mixtures.families`).
         q: likewise; batch shapes broadcast.
         method: "auto" takes the problem apart and gives each part to the most exact engine for it. An engine by its
             name takes the whole: "closed form", "line" (one dimension), "spectral" (two components against one),
@@ -126,7 +127,7 @@ def kl_bounds(p: Distribution, q: Distribution) -> Bounds:
 
 
 def kl_mixture(p: Distribution, q: Distribution) -> Tensor:
-    """KL divergence in nats between Gaussian mixtures, or a mixture and a Gaussian: the value of `kl_estimate`.
+    """KL divergence in nats between mixtures, or a mixture and one member of its family: the value of `kl_estimate`.
 
     Warns:
         AccuracyWarning: in eager mode, where the estimated error exceeds the tolerance of `accuracy`.

@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import stablekl
 from stablekl import _bregman, _fused
 from stablekl.distributions.normal import normal_kl
 from stablekl.losses.gaussian import _kl as gaussian_kl

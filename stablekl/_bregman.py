@@ -39,6 +39,7 @@ __all__ = [
     "power_series",
     "product_difference",
     "remainder_of_log",
+    "shape_bregman",
     "stirling_series",
 ]
 
@@ -166,6 +167,16 @@ def lgamma_slope(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
 def lgamma_curvature(x: Tensor) -> Tensor:
     """g''(x) = trigamma(x) - 1/x, positive, differentiable."""
     return lgamma_slope(x, x, torch.zeros_like(x))
+
+
+def _shape_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
+    y, x, d = inputs
+    d = d.detach() + ((y - x) - (y - x).detach())
+    return d * lgamma_slope(y, x, d), -d * lgamma_curvature(x), torch.zeros_like(d)
+
+
+shape_bregman = rowwise(lambda y, x, d: (lgamma_bregman_value(y, x, d),), _shape_gradient)
+"""B_g(y, x) with d = y - x, differentiable: three positive tensors of one shape."""
 
 
 def _lgamma_value(y: Tensor, x: Tensor, d: Tensor) -> tuple[Tensor]:

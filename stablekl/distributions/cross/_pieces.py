@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._bregman import log_quotient, shape_bregman
 from ..._double import Number, double, rounded, subtract
 from ..._elementwise import horner
 from ...special import _ATANH, log1pmx, log1pmx_value
@@ -43,18 +44,12 @@ def minus_log1pmx(z: Tensor) -> Tensor:
     return -log1pmx(z)
 
 
-def _log_quotient(x: Tensor, y: Tensor) -> Tensor:
-    """log(x/y), where the quotient may overflow or underflow."""
-    q, info = x / y, torch.finfo(x.dtype)
-    return torch.where((q >= info.tiny) & (q <= info.max), torch.log(q), torch.log(x) - torch.log(y))
-
-
 def excess(x: Number, y: Number) -> Tensor:
     """x/y - 1 - log(x/y) of positive numbers."""
     x, y = double(x), double(y)
     z = rounded(subtract(x, y)) / y.hi
     near = (z > _NEAR_LOW) & (z < _NEAR_HIGH)
-    return torch.where(near, -log1pmx_value(torch.where(near, z, 0.0)), z - _log_quotient(x.hi, y.hi))
+    return torch.where(near, -log1pmx_value(torch.where(near, z, 0.0)), z - log_quotient(x.hi, y.hi))
 
 
 def deviance(x: Number, y: Number) -> Tensor:
@@ -63,7 +58,7 @@ def deviance(x: Number, y: Number) -> Tensor:
     d = rounded(subtract(y, x))
     z = d / x.hi
     near = (z > _NEAR_LOW) & (z < _NEAR_HIGH)
-    far = torch.where(x.hi == 0, y.hi, d - x.hi * _log_quotient(y.hi, x.hi))
+    far = torch.where(x.hi == 0, y.hi, d - x.hi * log_quotient(y.hi, x.hi))
     return torch.where(near, -x.hi * log1pmx_value(torch.where(near, z, 0.0)), far)
 
 
@@ -108,38 +103,9 @@ def gamma_shape(x: Tensor) -> Tensor:
     return 0.5 / x - r - (x - 1) * s
 
 
-def _bregman_term(z: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """L(z) where 1 + z = x/y, which z near -1 does not show; differentiable."""
-    near = z > -0.5
-    one = torch.ones_like(z)
-    x, y = torch.where(near, one, x), torch.where(near, one, y)
-    return torch.where(near, minus_log1pmx(torch.where(near, z, 0.0)), z - (torch.log(x) - torch.log(y)))
-
-
 def lgamma_bregman(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """The Bregman divergence of g; differentiable, by way of y and x.
-
-    After ten steps of g(a) = a' log(a'/a) - 1 + g(a'), a' = a + 1, comes Stirling's series. Steps, its logarithm and
-    its powers have positive divergences; the alternating signs of the latter's coefficients do no harm. d is the
-    caller's, who knows it to all its digits.
-    """
-    d = d.detach() + ((y - x) - (y - x).detach())
-    steps = torch.arange(_STEPS, dtype=x.dtype, device=x.device)
-    a, b, gap = x.unsqueeze(-1) + steps, y.unsqueeze(-1) + steps, d.unsqueeze(-1)
-    by_steps = (b + 1) * _bregman_term(gap / a / (b + 1), (1 + 1 / a) * b, b + 1)
-    a, b = x + _STEPS, y + _STEPS
-    by_log = 0.5 * _bregman_term(d / a, b, a)
-    # the divided difference of a^-j at x, x, y is (x x y)^-1 times a symmetric polynomial of degree j - 1
-    u, v = 1 / a, 1 / b
-    one = two = three = torch.ones_like(u)
-    series = _LGAMMA[-1] * three
-    for degree in range(1, 2 * len(_LGAMMA) - 1):
-        one = one * u
-        two = one + u * two
-        three = two + v * three
-        if degree % 2 == 0:
-            series = series + _LGAMMA[-1 - degree // 2] * three
-    return by_steps.sum(-1) + by_log + (d * u) * (d * v) * u * series
+    """The Bregman divergence of g (see `_bregman`); differentiable, by way of y and x. d is known to all its digits."""
+    return shape_bregman(*torch.broadcast_tensors(y, x, d.detach()))
 
 
 def gamma_entropy(x: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ where the textbook's :math:`\sum_j p_j t_j` cancels near p = q. What matters is 
 what was given:
 
 * weights x and y, which are not taken to be normalised: with sums X and Y,
-  :math:`v_j = (X/Y)(e_j/x_j - \bar e)`, where :math:`e_j = (y_j - x_j) - \delta x_j` for one :math:`\delta` near Y/X
-  - 1 and :math:`\bar e = \sum e_j/X` for what that misses;
-* logarithms of weights a and b, less the largest of each: :math:`t_j = d_j - \log(1 + \sum_i q_i (e^{d_i} - 1))` with
-the
-  differences d. Weights against logarithms go this way too, with logarithms of twice the digits.
+  :math:`v_j = (X/Y)(e_j/x_j - \bar e)`, where :math:`e_j = (y_j - x_j) - \delta x_j` for one :math:`\delta` near
+  Y/X - 1, and :math:`\bar e = \sum e_j/X` for what that misses;
+* logarithms of weights a and b, less the largest of each: with the differences d,
+  :math:`t_j = d_j - \log(1 + \sum_i q_i (e^{d_i} - 1))`. Weights against logarithms go this way too, with logarithms
+  of twice the digits.
 
 An outcome that p excludes adds :math:`q_j`; one that q alone excludes makes the divergence infinite. 0 log 0 is
 constant: at :math:`p_j = 0` the derivative of :math:`p_j \log p_j` is taken to be 0.

@@ -6,9 +6,10 @@ cumulants are the derivatives of the even and convex
 .. math:: k(y) = \log \frac{\sinh(y/2)}{y/2},
 
 so that its mean is :math:`1/2 + k'(y)`, its variance :math:`k''(y)`, and its negative entropy the Bregman divergence
-:math:`e(y) = y k'(y) - k(y)` of k at 0 and y. Up to |y| = 3 these are their Taylor series in :math:`y^2`: the textbook
-forms divide a difference by y or its square. Beyond, with :math:`\lambda = |y|`, the textbook forms stand, in terms of
-the mean's distance from the end of the interval where the density is highest, :math:`1/\lambda - 1/(e^\lambda - 1)`.
+:math:`e(y) = y k'(y) - k(y)` of k at 0 and y. For y up to 3 in size these are their Taylor series in :math:`y^2`: the
+textbook forms divide a difference by y or its square. Beyond, with :math:`\lambda` the size of y, the textbook forms
+stand, in terms of the mean's distance from the end of the interval where the density is highest, :math:`1/\lambda -
+1/(e^\lambda - 1)`.
 
 All functions are differentiable.
 """

@@ -2,7 +2,7 @@ r"""KL against distributions on an interval, or on the half-line that begins at 
 
 Infinite where p has mass outside; a support that is open or closed at its ends has the same mass, which torch's rules
 take apart: Uniform(0, 1) against a ContinuousBernoulli is infinite there. With B, L, T, R, S of `_pieces` (B(y, x) of
-lgamma), k and e of `_truncated`, y the logit of a ContinuousBernoulli, and lambda = |y|:
+lgamma), k and e of `_truncated`, y the logit of a ContinuousBernoulli, and lambda its size:
 
 * Beta(a, b) against Uniform(low, high): :math:`\log(high - low) + K`, K the KL against Uniform(0, 1), that is
   Beta(1, 1): with n = a + b, :math:`K = -\log[1 - ((a - b)/n)^2] + B(1, a) + B(1, b) - B(2, n)`, of which the last is

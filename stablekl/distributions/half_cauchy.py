@@ -28,5 +28,6 @@ class HalfCauchy(TorchHalfCauchy, Checked):
 @register_hardened(HalfCauchy, HalfCauchy)
 def kl_half_cauchy_half_cauchy(p: TorchHalfCauchy, q: TorchHalfCauchy) -> Tensor:
     """KL between half-Cauchy distributions, elementwise: the sign of a symmetric variable is the same for both."""
-    zero = torch.zeros_like(p.scale)
-    return cauchy_kl(zero, p.scale, zero, q.scale)
+    # two tensors of zeros: torch.compile takes no tensor twice into a function of ours
+    zero, other = torch.zeros_like(p.scale), torch.zeros_like(q.scale)
+    return cauchy_kl(zero, p.scale, other, q.scale)

@@ -28,5 +28,6 @@ class HalfNormal(TorchHalfNormal, Checked):
 @register_hardened(HalfNormal, HalfNormal)
 def kl_half_normal_half_normal(p: TorchHalfNormal, q: TorchHalfNormal) -> Tensor:
     """KL between half-normal distributions, elementwise: the sign of a symmetric variable is the same for both."""
-    zero = torch.zeros_like(p.scale)
-    return normal_kl(zero, p.scale, zero, q.scale)
+    # two tensors of zeros: torch.compile takes no tensor twice into a function of ours
+    zero, other = torch.zeros_like(p.scale), torch.zeros_like(q.scale)
+    return normal_kl(zero, p.scale, other, q.scale)

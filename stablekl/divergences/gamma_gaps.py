@@ -48,6 +48,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import rowwise
+from .._bregman import STEPS, power_series, stirling_series
 from .._elementwise import product_error
 from ..special import expm1_value, log1pmx_value
 from .gaps import (
@@ -66,9 +67,6 @@ __all__ = ["cross_ratio", "excess", "lgamma_gap", "mixture", "perspective_gap"]
 
 Tensors = tuple[Tensor, ...]
 
-# B_2k/(2k (2k - 1)), k = 1 ... 7: with them and as many steps, what is left out is 8e-18 of the gap.
-_STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
-_STEPS = 10
 # From here on a remainder is taken from a logarithm that is known to its own accuracy.
 _FAR = 0.5
 
@@ -204,7 +202,7 @@ def perspective_gap(x: Tensor, b: Tensor, y: Tensor, c: Tensor, ratio: Tensor, a
 
 def _rows(*tensors: Tensor) -> Tensors:
     """The numbers of the steps, and the tensors with a dimension for them."""
-    steps = torch.arange(_STEPS, dtype=tensors[0].dtype, device=tensors[0].device)
+    steps = torch.arange(STEPS, dtype=tensors[0].dtype, device=tensors[0].device)
     return (steps, *(x.unsqueeze(-1) for x in tensors))
 
 
@@ -212,42 +210,17 @@ def _log_shift(size: Tensor, falls: Tensor) -> Tensor:
     return torch.where(falls, -torch.log1p(size), torch.log1p(size))
 
 
-def _series(u: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """Sum of c_k h_(2k-2)(u, v, w), by the recurrence of the polynomials of one, two and three variables."""
-    one = two = three = torch.ones_like(u)
-    total = _STIRLING[0] * three
-    for degree in range(1, 2 * len(_STIRLING) - 1):
-        one = one * u
-        two = one + v * two
-        three = two + w * three
-        if degree % 2 == 0:
-            total = total + _STIRLING[degree // 2] * three
-    return total
-
-
-def _slope_series(u: Tensor, v: Tensor) -> Tensor:
-    """Sum of (2k - 1) c_k h_(2k-1)(u, v)."""
-    one = two = torch.ones_like(u)
-    total = torch.zeros_like(u)
-    for degree in range(1, 2 * len(_STIRLING)):
-        one = one * u
-        two = one + v * two
-        if degree % 2:
-            total = total + degree * _STIRLING[degree // 2] * two
-    return total
-
-
 def _lgamma_value(x: Tensor, y: Tensor, d: Tensor, alpha: Tensor) -> Tensors:
     mean = mixture(x, y, d, alpha)
-    far_x, far_y, far_mean = x + _STEPS, y + _STEPS, mean + _STEPS
+    far_x, far_y, far_mean = x + STEPS, y + STEPS, mean + STEPS
     lead = alpha * (d / far_x) * (d / far_y) / far_mean
-    rest = lead * _series(1 / far_x, 1 / far_mean, 1 / far_y)
+    rest = lead * stirling_series(1 / far_x, 1 / far_mean, 1 / far_y)
 
     steps, x, y, d, mean, alpha = _rows(x, y, d, mean, alpha)
     falls = d > 0
     a, b = x + steps, y + steps
     step = _log_shift(d.abs() / torch.where(falls, a + 1, b + 1) / torch.where(falls, b, a), falls)
-    last = _log_shift(d.abs() / torch.where(falls, y, x).add(_STEPS), falls)
+    last = _log_shift(d.abs() / torch.where(falls, y, x).add(STEPS), falls)
     # The steps and the logarithm of Stirling's series, as perspectives.
     half = torch.full_like(last, 0.5)
     rows_x, rows_y, rows_mean = (torch.cat([v + steps + 1, half], -1) for v in (x, y, mean))
@@ -260,8 +233,8 @@ def _slope(u: Tensor, v: Tensor, d: Tensor, remainder: Callable[[Tensor], Tensor
     """[g'(u) - g'(v)]/(u - v), with d = u - v."""
     falls = d > 0
     u, v, d = torch.where(falls, u, v), torch.where(falls, v, u), torch.where(falls, d, -d)
-    one, two = 1 / (u + _STEPS), 1 / (v + _STEPS)
-    series = one * two * (0.5 + _slope_series(one, two))
+    one, two = 1 / (u + STEPS), 1 / (v + STEPS)
+    series = one * two * (0.5 + power_series(one, two)[1])
     steps, u, v, d = _rows(u, v, d)
     u, v = u + steps, v + steps
     # g'(a) - g'(a + 1) = -L(1/a), a difference of which is again one of L and a positive rest
@@ -271,19 +244,19 @@ def _slope(u: Tensor, v: Tensor, d: Tensor, remainder: Callable[[Tensor], Tensor
 
 def _by_order(x: Tensor, m: Tensor, d: Tensor, spare: Tensor, remainder: Callable[[Tensor], Tensor]) -> Tensor:
     """[g(x) - g(m) - g'(m)(x - m)]/(1 - alpha)^2, with m the mixture and d = x - y."""
-    far_x, far_m = x + _STEPS, m + _STEPS
-    series = (d / far_x) * (d / far_m) / far_m * _series(1 / far_x, 1 / far_m, 1 / far_m)
+    far_x, far_m = x + STEPS, m + STEPS
+    series = (d / far_x) * (d / far_m) / far_m * stirling_series(1 / far_x, 1 / far_m, 1 / far_m)
     steps, x, m, d, spare = _rows(x, m, d, spare)
     rows_x, rows_m = x + steps + 1, m + steps
     half = torch.full_like(x, 0.5)
-    tau = torch.cat([d / rows_x / rows_m, d / (m + _STEPS)], -1)
+    tau = torch.cat([d / rows_x / rows_m, d / (m + STEPS)], -1)
     weight = torch.cat([rows_x, half], -1)
     z = spare * tau
     close = z > -_FAR
     near = tau * tau * quadratic_share(remainder, torch.where(close, z, 0.0), -1 / 3)
     # log1p(z) of a z near -1, from the other side
     gap = torch.where(close.all(-1, keepdim=True), 0.0, (spare * d).abs())
-    other = torch.cat([gap / (rows_m + 1) / (rows_x - 1), gap / (x + _STEPS)], -1)
+    other = torch.cat([gap / (rows_m + 1) / (rows_x - 1), gap / (x + STEPS)], -1)
     far = over(torch.where(close, 0.0, z + torch.log1p(other)), (spare * spare).expand(z.shape), near)
     return series + (weight * torch.where(close, near, far)).sum(-1)
 

@@ -34,12 +34,16 @@ ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential"
 # Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.
 EXCLUDED = {"ContinuousBernoulli": (True, True), "Geometric": (True, False), "NegativeBinomial": (False, True)}
 _CANCELS = "a derivative changes sign, or is small beside the other parameter's, where terms of it cancel"
+_CANCELLING = ("Gamma", "InverseGamma", "Laplace", "LogNormal", "Pareto", "VonMises")
 # Of gradients.
 LIMITS: dict[str, dict[torch.dtype, str]] = {
     "Normal": {
         torch.float64: "twice the digits are not enough for q's scale where all but 2^-56 of its two terms cancels"
     },
-    **{name: {torch.float64: _CANCELS} for name in ("Gamma", "InverseGamma", "Laplace", "VonMises")},
+    **{
+        name: {torch.float64: _CANCELS}
+        for name in ("Gamma", "InverseGamma", "Laplace", "LogNormal", "Pareto", "VonMises")
+    },
     **{name: {torch.float32: _CANCELS, torch.float64: _CANCELS} for name in ("Beta", "Cauchy", "Gumbel", "Weibull")},
 }
 # The largest error of a family's rule that the project aims at; of one between two families.

@@ -23,11 +23,22 @@ import math
 import torch
 from torch import Tensor
 
-from ._bregman import STIRLING, log_quotient, product_difference
+from ._autograd import rowwise
+from ._bregman import STIRLING, lgamma_curvature, log_quotient, product_difference
 from ._elementwise import horner, sum_error
 from .special import log1pmx
 
-__all__ = ["binomial_deviance", "binomial_rest", "deviance", "gamma_scale", "poisson_rest", "product_deviance"]
+__all__ = [
+    "binomial_deviance",
+    "binomial_rest",
+    "deviance",
+    "digamma",
+    "gamma_entropy",
+    "gamma_scale",
+    "poisson_rest",
+    "product_deviance",
+    "quotient_deviance",
+]
 
 _SERIES = 10.0  # from here on seven terms leave 1e-17
 _TAU = 2 * math.pi
@@ -87,6 +98,13 @@ def product_deviance(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     return deviance(a, t, m, torch.log(b) + torch.log(x))
 
 
+def quotient_deviance(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """`deviance` of a > 0 and m = b/x, positive numbers."""
+    m = b / x
+    t = _attached(product_difference(b, torch.ones_like(b), a, x) / x, m - a)
+    return deviance(a, t, m, torch.log(b) - torch.log(x))
+
+
 def binomial_deviance(a: Tensor, b: Tensor, x: Tensor, y: Tensor, log_x: Tensor, log_y: Tensor) -> Tensor:
     """The sum a log(a/((a + b) x)) + b log(b/((a + b) y)) for x + y = 1, with 0 log 0 = 0."""
     n = a + b
@@ -97,3 +115,25 @@ def binomial_deviance(a: Tensor, b: Tensor, x: Tensor, y: Tensor, log_x: Tensor,
     t = _attached(product_difference(b, x, a, y) - a.detach() * lost, b * x - a * y)
     log_n = torch.log(torch.where(n > 0, n, 1.0))
     return deviance(a, t, n * x, log_n + log_x) + deviance(b, -t, n * y, log_n + log_y)
+
+
+def _entropy_value(z: Tensor) -> tuple[Tensor]:
+    far = z >= _SERIES
+    large, small = torch.where(far, z, _SERIES), torch.where(far, 1.0, z)
+    u = 1 / large
+    slope = horner(u * u, tuple((2 * k + 1) * c for k, c in enumerate(STIRLING))[::-1]) * u * u  # -R'
+    by_series = 0.5 * torch.log(_TAU * large) + 0.5 - 0.5 * u + gamma_scale(large)[1] + (large - 1) * slope
+    direct = small + torch.lgamma(small) + (1 - small) * torch.digamma(small)
+    return (torch.where(far, by_series, direct),)
+
+
+def _entropy_slope(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor]:
+    (z,) = inputs
+    return (1 / z + (1 - z) * lgamma_curvature(z),)
+
+
+gamma_entropy = rowwise(_entropy_value, _entropy_slope)
+"""z + log Gamma(z) + (1 - z) digamma(z), the entropy of a Gamma of rate 1, whose terms are of the size of z log z."""
+
+digamma = rowwise(lambda z: (torch.digamma(z),), lambda inputs, saved: (lgamma_curvature(inputs[0]) + 1 / inputs[0],))
+"""torch's, but its trigamma is good to 5e-10 only."""

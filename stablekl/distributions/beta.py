@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import Beta as TorchBeta
 
 from .._bregman import log_quotient
-from .._deviance import binomial_deviance, gamma_scale
+from .._deviance import binomial_deviance, digamma, gamma_entropy, gamma_scale
 from ..registry import register_hardened
 from ._base import Checked
 from ._density import checked, evaluated
@@ -37,6 +37,14 @@ class Beta(TorchBeta, Checked):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log of the density, by a deviance in place of differences of lgammas (see `_deviance`)."""
         return evaluated(_log_density, checked(self, value), self.concentration1, self.concentration0)
+
+    def entropy(self) -> Tensor:
+        """The entropy, by those of Gammas (see `Dirichlet.entropy`)."""
+        return evaluated(_entropy, self.concentration1, self.concentration0)
+
+
+def _entropy(a: Tensor, b: Tensor) -> Tensor:
+    return gamma_entropy(a) + gamma_entropy(b) - gamma_entropy(a + b) - digamma(a + b)
 
 
 def _log_density(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

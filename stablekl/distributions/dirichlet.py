@@ -40,10 +40,12 @@ from .._bregman import (
     remainder_of_log,
     stirling_series,
 )
+from .._deviance import digamma, gamma_entropy
 from .._elementwise import product_error, sum_error
 from ..quadrature import gauss_legendre
 from ..registry import register_hardened
 from ._base import Checked
+from ._density import evaluated
 from ._scalar import attached, vector_rule
 
 __all__ = ["Dirichlet", "dirichlet_kl"]
@@ -69,6 +71,15 @@ class Dirichlet(TorchDirichlet, Checked):
         >>> print(f"{torch.distributions.kl_divergence(p, q):.4e}")
         3.3333e-03
     """
+
+    def entropy(self) -> Tensor:
+        """The entropy, by those of Gammas: sum h(a) - h(n) - (K - 1) digamma(n), where n log n has cancelled."""
+        return evaluated(_entropy, self.concentration)
+
+
+def _entropy(a: Tensor) -> Tensor:
+    n = a.sum(-1)
+    return gamma_entropy(a).sum(-1) - gamma_entropy(n) - (a.shape[-1] - 1) * digamma(n)
 
 
 def _series(a_p: Tensor, a_q: Tensor, d_a: Tensor, b_p: Tensor, b_q: Tensor, d_b: Tensor, cross: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from .._bregman import (
     product_difference,
     remainder_of_log,
 )
-from .._deviance import gamma_scale, product_deviance
+from .._deviance import gamma_entropy, gamma_scale, product_deviance
 from ..registry import register_hardened
 from ._base import Checked
 from ._density import checked, evaluated
@@ -56,6 +56,10 @@ class Gamma(TorchGamma, Checked):
         """Log of the density, by a deviance in place of differences of the size of a log a (see `_deviance`)."""
         value = torch.as_tensor(value, dtype=self.rate.dtype, device=self.rate.device)
         return evaluated(gamma_log_density, checked(self, value), self.concentration, self.rate)
+
+    def entropy(self) -> Tensor:
+        """The entropy, by Stirling's series where torch's terms of the size of a log a cancel."""
+        return evaluated(lambda a, b: gamma_entropy(a) - torch.log(b), self.concentration, self.rate)
 
 
 def gamma_log_density(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

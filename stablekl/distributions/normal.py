@@ -16,7 +16,6 @@ same rule for everything else.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from ..parameterizations import check_positive
 from ..registry import register_hardened
 from ..special import log_ratio_bregman_value
 from ._base import Movable, common_dtype, widened
-from ._density import checked, evaluated
+from ._density import checked, evaluated, normal_log_density
 
 __all__ = ["Normal", "normal_kl"]
 
@@ -90,15 +89,6 @@ class Normal(Movable, TorchNormal):
     def icdf(self, value: Tensor) -> Tensor:
         """The quantile, in the lower tail too, where torch's erfinv(2 u - 1) is of a rounded number, or of -1."""
         return evaluated(lambda u, m, s: m + s * torch.special.ndtri(u), value, self.loc, self.scale)
-
-
-_SQRT_TAU = math.sqrt(2 * math.pi)
-
-
-def normal_log_density(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-    """Of float64 tensors."""
-    z = (x - mu) / sigma
-    return -0.5 * z * z - torch.log(sigma * _SQRT_TAU)
 
 
 def _is_lifted(sigma: Tensor) -> bool:

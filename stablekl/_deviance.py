@@ -31,6 +31,7 @@ from .special import log1pmx
 __all__ = [
     "binomial_deviance",
     "binomial_rest",
+    "compensated_sum",
     "deviance",
     "digamma",
     "gamma_entropy",
@@ -47,6 +48,18 @@ _TAU = 2 * math.pi
 def _attached(value: Tensor, smooth: Tensor) -> Tensor:
     """The value with the derivatives of another formula of it."""
     return value.detach() + (smooth - smooth.detach())
+
+
+def compensated_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over the last dimension, and what rounding took from it, without derivatives."""
+    high, low = x.detach(), torch.zeros_like(x)
+    while high.shape[-1] > 1:
+        if high.shape[-1] % 2:
+            high, low = torch.nn.functional.pad(high, (0, 1)), torch.nn.functional.pad(low, (0, 1))
+        a, b = high[..., ::2], high[..., 1::2]
+        high = a + b
+        low = low[..., ::2] + low[..., 1::2] + sum_error(a, b, high)
+    return _attached(high.squeeze(-1), x.sum(-1)), low.squeeze(-1)
 
 
 def gamma_scale(z: Tensor) -> tuple[Tensor, Tensor]:

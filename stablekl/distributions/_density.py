@@ -26,7 +26,8 @@ def evaluated(f: Callable[..., Tensor], *inputs: Tensor | float) -> Tensor:
     """``f`` of the inputs in float64 and of one shape, rounded once to the dtype that they promote to."""
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     dtype = common_dtype(*tensors)
-    wide = (widened(x if isinstance(x, Tensor) else torch.as_tensor(x, device=tensors[0].device)) for x in inputs)
+    like = tensors[-1]
+    wide = (widened(torch.as_tensor(x, dtype=None if isinstance(x, Tensor) else like.dtype)) for x in inputs)
     return f(*torch.broadcast_tensors(*wide)).to(dtype)
 
 

@@ -12,6 +12,20 @@ below, every term of the size of z log z cancels by itself:
 for x + y = 1. Of t no digit may be lost, since its square over a is all there is: both products are taken exactly.
 The textbook form, of which torch's are variants, is off by eps a log a: by 1e5 at a rate of 1e12 in float32.
 
+**Accuracy** of log-densities in units of eps max(1, abs(log p)), the largest seen for parameters from 1e-12 to 1e12
+(float32, rounded once: 4,000 to 9,000 sets each) and throughout the range of float64 (as many). In float64 terms of
+opposite sign that are left, such as the deviance and the logarithm of a small scale, keep an ulp of their own.
+
+=================  =======  =======
+family             float32  float64
+=================  =======  =======
+Poisson            0.50     4.9
+Gamma, Chi2        0.50     10.9
+InverseGamma       0.50     6.7
+Beta               0.50     10.9
+Binomial           0.50     13.3
+=================  =======  =======
+
 References: C. Loader, "Fast and accurate computation of binomial probabilities" (2000), whose stirlerr and bd0 these
 are, up to where log Gamma is split.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._elementwise import elementwise, horner
 
-__all__ = ["log_ndtr_value", "normal_log_cdf"]
+__all__ = ["log_ndtr_value", "normal_cdf", "normal_log_cdf"]
 
 # (h(y) - y)(1 + y) for y >= 0, h(y) = phi(y)/Phi(-y) the hazard of a standard normal, as a polynomial in
 # t = (y - 4)/(y + 4), -1 <= t <= 1: mpmath.chebyfit with 16 or 28 terms, error 7e-10 and 6e-17 (the change
@@ -81,5 +81,14 @@ def _inverse_mills_slope(x: Tensor) -> Tensor:
     return torch.where(x < -0.3, (x - g) * g, -inverse_mills * (x + inverse_mills))
 
 
+def _cdf_value(x: Tensor, *, lifted: bool = False) -> Tensor:
+    """Phi(x), as phi/h in the tail, where erfc would magnify the rounding of x/sqrt(2)."""
+    y = x.abs()
+    tail = _density(y) / (y + _hazard_excess(y, lifted))
+    near = 0.5 + 0.5 * torch.erf(torch.where(y < _ERF_REACH, x, 0.0) * _SQRT_HALF)
+    return torch.where(y < _ERF_REACH, near, torch.where(x < 0, tail, 1 - tail))
+
+
 _inverse_mills = elementwise(_inverse_mills_value, _inverse_mills_slope)
 normal_log_cdf = elementwise(log_ndtr_value, _inverse_mills)
+normal_cdf = elementwise(_cdf_value, lambda x: torch.exp(-0.5 * x * x) / _SQRT_2PI)

@@ -24,6 +24,7 @@ ROOT = PACKAGE.parent
 FLOORS = {
     "_autograd": 0,
     "_bregman": 0,
+    "_deviance": 0,
     "_double": 0,
     "_elementwise": 0,
     "_fused": 0,

@@ -16,10 +16,12 @@ from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Distribution
 
 from .. import _double
+from .._autograd import masked_product
 from .._bregman import log_quotient, remainder_of_log
 from .._double import Double
 from ..registry import register_hardened
 from ._base import Checked, common_dtype, given, widened
+from ._density import checked, outcomes
 from ._outcomes import log_of, log_weights_kl
 from ._scalar import attached, scalar_rule
 
@@ -43,6 +45,17 @@ class Bernoulli(TorchBernoulli, Checked):
         >>> print(torch.distributions.kl_divergence(p, q))
         tensor(60.)
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the probability, of those given: torch moves them away from 0 and 1 first."""
+        dtype = common_dtype(checked(self, value), given(self)[1])
+        x, _, _, log_p, log_q = torch.broadcast_tensors(widened(value), *outcomes(self))
+        return (masked_product(x, log_p) + masked_product(1 - x, log_q)).to(dtype)
+
+    def entropy(self) -> Tensor:
+        """The entropy, 0 for probabilities of 0 and 1."""
+        p, q, log_p, log_q = outcomes(self)
+        return -(masked_product(p, log_p) + masked_product(q, log_q)).to(given(self)[1].dtype)
 
 
 def _excess(x: Tensor, m: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

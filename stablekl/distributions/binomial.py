@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.distributions import Binomial as TorchBinomial
 
 from .._autograd import masked_product, may_hold
+from .._deviance import binomial_deviance, binomial_rest
 from ..registry import register_hardened
 from ._base import Checked, common_dtype, given, widened
+from ._density import checked, outcomes
 from .bernoulli import bernoulli_kl
 
 __all__ = ["Binomial"]
@@ -46,6 +48,19 @@ class Binomial(TorchBinomial, Checked):
         >>> print(torch.distributions.kl_divergence(p, q))
         tensor(2.0794)
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the probability, by deviances (see `_deviance`), of the probabilities or logits as they were given."""
+        dtype = common_dtype(checked(self, value), self.total_count, given(self)[1])
+        inputs = widened(value), widened(self.total_count), *outcomes(self)
+        return _log_mass(*torch.broadcast_tensors(*inputs)).to(dtype)
+
+
+def _log_mass(k: Tensor, n: Tensor, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    inside = (k >= 0) & (k <= n)
+    k, j = torch.where(inside, k, 0.0), torch.where(inside, n - k, n)
+    value = binomial_rest(k, j) - binomial_deviance(k, j, p, q, log_p, log_q)
+    return torch.where(inside, value, -torch.inf)
 
 
 def _probability(distribution: TorchBinomial) -> Tensor:

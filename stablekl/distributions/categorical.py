@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.distributions import Categorical as TorchCategorical
 from torch.types import _size
 
+from .._autograd import masked_product
 from .._double import Double
 from ..parameterizations import holds_data, raise_outside
 from ..registry import register_hardened
 from ._base import Checked, Given, common_dtype, given, widened
+from ._density import checked
 from ._outcomes import log_of, log_weights_kl, weights_kl
 
 __all__ = ["Categorical", "categories_kl"]
@@ -59,6 +61,25 @@ class Categorical(Given, TorchCategorical, Checked):
         expanded: Categorical = super().expand(batch_shape, new)  # type: ignore[no-untyped-call]
         expanded.given_as, expanded.given_value = self.given_as, self.given_value.expand(*batch_shape, -1)
         return expanded
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the probability, of the weights given: torch moves probabilities of 0 to eps, and -inf to -15.9."""
+        index = checked(self, value).long().unsqueeze(-1)
+        index, logs = torch.broadcast_tensors(index, self._log_probabilities())
+        found: Tensor = logs.gather(-1, index[..., :1]).squeeze(-1)
+        return found.to(self.given_value.dtype)
+
+    def entropy(self) -> Tensor:
+        """The entropy; a category that does not occur adds nothing."""
+        logs = self._log_probabilities()
+        return -masked_product(torch.exp(logs), logs).sum(-1).to(self.given_value.dtype)
+
+    def _log_probabilities(self) -> Tensor:
+        w = widened(self.given_value)
+        if self.given_as == "logits":
+            return torch.log_softmax(w, -1)
+        some = w > 0
+        return torch.where(some, torch.log(torch.where(some, w, 1.0) / w.sum(-1, keepdim=True)), -torch.inf)
 
 
 def _check_weights(owner: str, probs: Tensor | None, logits: Tensor | None) -> None:

@@ -11,6 +11,8 @@ distributions" (2019), https://arxiv.org/abs/1905.10965.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributions import Cauchy as TorchCauchy
@@ -18,6 +20,7 @@ from torch.distributions import Cauchy as TorchCauchy
 from .._bregman import product_difference
 from ..registry import register_hardened
 from ._base import Checked
+from ._density import cauchy_log_density, checked, evaluated
 from ._scalar import attached, scalar_rule
 
 __all__ = ["Cauchy", "cauchy_kl"]
@@ -34,6 +37,35 @@ class Cauchy(TorchCauchy, Checked):
     Raises:
         ValueError: a parameter is outside of its domain somewhere (says where).
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density, finite where the square of z overflows."""
+        return evaluated(cauchy_log_density, checked(self, value), self.loc, self.scale)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value), to its relative accuracy in the lower tail, where torch's atan + 1/2 cancels."""
+        return evaluated(_tail, checked(self, value), self.loc, self.scale)
+
+    def sf(self, value: Tensor) -> Tensor:
+        """P(X > value), which 1 - cdf loses in the upper tail."""
+        return evaluated(lambda x, m, s: _tail(-x, -m, s), checked(self, value), self.loc, self.scale)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """Log of P(X <= value)."""
+        return evaluated(_log_tail, checked(self, value), self.loc, self.scale)
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        """Log of P(X > value)."""
+        return evaluated(lambda x, m, s: _log_tail(-x, -m, s), checked(self, value), self.loc, self.scale)
+
+
+def _tail(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
+    return torch.atan2(s, m - x) / math.pi
+
+
+def _log_tail(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
+    low = x < m
+    return torch.where(low, torch.log(_tail(x, m, s)), torch.log1p(-_tail(-x, -m, s)))
 
 
 def _value(mu_p: Tensor, s_p: Tensor, mu_q: Tensor, s_q: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ keeps them, and :math:`\lambda` = 0 or 1 is a point mass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from ..parameterizations import holds_data, raise_outside
 from ..quadrature import gauss_legendre
 from ..registry import register_hardened
 from ._base import Checked, Given, common_dtype, given, widened
+from ._density import checked
 from ._scalar import attached
 from .bernoulli import log_outcomes
 
@@ -118,6 +120,56 @@ class ContinuousBernoulli(Given, TorchContinuousBernoulli, Checked):
         expanded: ContinuousBernoulli = super().expand(batch_shape, new)  # type: ignore[no-untyped-call]
         expanded.given_as, expanded.given_value = self.given_as, self.given_value.expand(batch_shape)
         return expanded
+
+    def _evaluated(self, f: Callable[..., Tensor], *values: Tensor) -> Tensor:
+        """Of the values and of the logit, of what was given rather than of torch's clamped probability."""
+        eta = _logit(self).hi
+        return f(*torch.broadcast_tensors(*map(widened, values), eta)).to(common_dtype(self.given_value, *values))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density: -s y - log((1 - e^-s)/s), s the size of the logit and y the distance from the mode."""
+        return self._evaluated(_log_density, checked(self, value))
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value), without torch's expansion about 1/2."""
+        return self._evaluated(_distribution, checked(self, value))
+
+    def entropy(self) -> Tensor:
+        """The entropy: minus the divergence from the uniform distribution, which has the logit 0."""
+        return self._evaluated(lambda eta: -_kl(eta, torch.zeros_like(eta), -eta.detach()))
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, to its relative accuracy."""
+        return self._evaluated(_mean)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance."""
+        return self._evaluated(lambda eta: torch.where(eta.isinf(), 0.0, _variance(torch.where(eta.isinf(), 0.0, eta))))
+
+
+def _log_density(x: Tensor, eta: Tensor) -> Tensor:
+    finite = eta.isfinite()
+    up, s = eta > 0, torch.where(finite, eta, 1.0).abs()
+    y = torch.where(up, 1 - x, x)
+    inside = (x >= 0) & (x <= 1)
+    value = torch.where(finite, -s * y - _fall(s), torch.where(y == 0, torch.inf, -torch.inf))
+    return torch.where(inside, value, -torch.inf)
+
+
+def _distribution(x: Tensor, eta: Tensor) -> Tensor:
+    some = (eta != 0) & eta.isfinite()
+    up, s = eta > 0, torch.where(some, eta, 1.0).abs()
+    low = torch.expm1(-s * x) / torch.expm1(-s)
+    value = torch.where(up, torch.exp(-s * (1 - x)) * low, low)
+    value = torch.where(some, value, torch.where(eta == 0, x, torch.where(up, 0.0, 1.0)))
+    return torch.where(x <= 0, 0.0, torch.where(x >= 1, 1.0, value))
+
+
+def _mean(eta: Tensor) -> Tensor:
+    low = _low_mean(-eta.abs())
+    return torch.where(eta > 0, 1 - low, low)
 
 
 def _variance(eta: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ p = q, and infinite where the quotient leaves the range of floats though its log
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributions import Exponential as TorchExponential
 
 from ..registry import register_hardened
 from ..special import log_ratio_bregman
 from ._base import Checked
+from ._density import checked, evaluated, log1mexp
 from ._scalar import scalar_rule
 
 __all__ = ["Exponential"]
@@ -36,6 +38,26 @@ class Exponential(TorchExponential, Checked):
         >>> print(f"{torch.distributions.kl_divergence(p, q):.3e}")
         4.999e-09
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density."""
+        return evaluated(lambda x, rate: torch.log(rate) - rate * x, checked(self, value), self.rate)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value), to its relative accuracy for small values, where torch's 1 - exp cancels."""
+        return evaluated(lambda x, rate: -torch.expm1(-rate * x), checked(self, value), self.rate)
+
+    def sf(self, value: Tensor) -> Tensor:
+        """P(X > value)."""
+        return evaluated(lambda x, rate: torch.exp(-rate * x), checked(self, value), self.rate)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """Log of P(X <= value)."""
+        return evaluated(lambda x, rate: log1mexp(rate * x), checked(self, value), self.rate)
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        """Log of P(X > value)."""
+        return evaluated(lambda x, rate: -rate * x, checked(self, value), self.rate)
 
 
 _kl = scalar_rule(lambda rate_p, rate_q: log_ratio_bregman(rate_q, rate_p))

@@ -25,8 +25,10 @@ from .._bregman import (
     product_difference,
     remainder_of_log,
 )
+from .._deviance import gamma_entropy, gamma_scale, product_deviance
 from ..registry import register_hardened
 from ._base import Checked
+from ._density import checked, evaluated
 from ._scalar import attached, scalar_rule
 
 __all__ = ["Gamma", "gamma_kl"]
@@ -49,6 +51,25 @@ class Gamma(TorchGamma, Checked):
         >>> print(f"{torch.distributions.kl_divergence(p, q):.3e}")
         5.000e-06
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density, by a deviance in place of differences of the size of a log a (see `_deviance`)."""
+        value = torch.as_tensor(value, dtype=self.rate.dtype, device=self.rate.device)
+        return evaluated(gamma_log_density, checked(self, value), self.concentration, self.rate)
+
+    def entropy(self) -> Tensor:
+        """The entropy, by Stirling's series where torch's terms of the size of a log a cancel."""
+        return evaluated(lambda a, b: gamma_entropy(a) - torch.log(b), self.concentration, self.rate)
+
+
+def gamma_log_density(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Of float64 tensors; at 0 the limit."""
+    inside = x > 0
+    safe = torch.where(inside, x, 1.0)
+    scale, rest = gamma_scale(a)
+    value = log_quotient(scale, safe) - rest - product_deviance(a, b, safe)
+    edge = torch.where(a == 1, torch.log(b), torch.where(a < 1, torch.inf, -torch.inf))
+    return torch.where(inside, value, torch.where(x == 0, edge, torch.nan))
 
 
 def _excess(a_p: Tensor, b_p: Tensor, a_q: Tensor, b_q: Tensor) -> tuple[Tensor, Tensor]:

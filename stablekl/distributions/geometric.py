@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Geometric as TorchGeometric
 
-from .._autograd import rowwise
+from .._autograd import masked_product, rowwise
 from .._double import Double
 from ..registry import register_hardened
 from ..special import expm1mx_value
-from ._base import Checked, common_dtype, given
+from ._base import Checked, common_dtype, given, widened
+from ._density import checked, outcomes
 from ._outcomes import of_log_weights
 from ._scalar import scalar_rule
 from .bernoulli import failure_excess, log_outcomes, log_ratio, paired, success_excess
@@ -36,6 +37,19 @@ class Geometric(TorchGeometric, Checked):
     Raises:
         ValueError: a probability is 0, outside of (0, 1] or NaN somewhere (says where).
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the probability, from the probability or logit as given."""
+        dtype = common_dtype(checked(self, value), given(self)[1])
+        k, _, _, log_p, log_q = torch.broadcast_tensors(widened(value), *outcomes(self))
+        return torch.where(k >= 0, masked_product(k, log_q) + log_p, -torch.inf).to(dtype)
+
+    def entropy(self) -> Tensor:
+        """The entropy, which torch takes from a probability that it has moved away from 0 and 1."""
+        p, q, log_p, log_q = outcomes(self)
+        # where p is no float it is 1 - log p to all digits
+        failures = torch.where(p > 0, masked_product(q, log_q) / torch.where(p > 0, p, 1.0), -1.0)
+        return -(log_p + failures).to(given(self)[1].dtype)
 
 
 def _value(p: Tensor, q: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from .._double import Double
 from ..registry import register_hardened
 from ..special import expm1_value, expm1mx_value, log_ratio_bregman_value
 from ._base import Checked
+from ._density import checked, evaluated, log1mexp, standardised
 from ._scalar import attached, scalar_rule
 
 __all__ = ["Gumbel", "Slopes", "extreme_value", "slopes"]
@@ -48,6 +49,36 @@ class Gumbel(TorchGumbel, Checked):
     Raises:
         ValueError: ``scale`` is zero, negative or NaN somewhere (says where, and how to parameterise).
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density."""
+        return evaluated(_log_density, checked(self, value), self.loc, self.scale)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value)."""
+        return evaluated(lambda *x: torch.exp(-_hazard(*x)), checked(self, value), self.loc, self.scale)
+
+    def sf(self, value: Tensor) -> Tensor:
+        """P(X > value), which 1 - cdf loses in the upper tail."""
+        return evaluated(lambda *x: -torch.expm1(-_hazard(*x)), checked(self, value), self.loc, self.scale)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """Log of P(X <= value), finite where that underflows."""
+        return evaluated(lambda *x: -_hazard(*x), checked(self, value), self.loc, self.scale)
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        """Log of P(X > value), while that itself does not underflow."""
+        return evaluated(lambda *x: log1mexp(_hazard(*x)), checked(self, value), self.loc, self.scale)
+
+
+def _hazard(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
+    """e^-z, z = (x - m)/b, which would be off by the rounding of z times z."""
+    z, lost = standardised(x, m, b)
+    return torch.exp(-z) * (1 - lost)
+
+
+def _log_density(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
+    return -(x - m) / b - _hazard(x, m, b) - torch.log(b)
 
 
 def _lgamma_near_two(r: Tensor, d: Tensor) -> Tensor:

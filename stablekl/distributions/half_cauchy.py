@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributions import HalfCauchy as TorchHalfCauchy
 
 from ..registry import register_hardened
 from ._base import Checked
+from ._density import cauchy_log_density, checked, evaluated
 from .cauchy import cauchy_kl
 
 __all__ = ["HalfCauchy"]
@@ -23,6 +26,19 @@ class HalfCauchy(TorchHalfCauchy, Checked):
     Raises:
         ValueError: a parameter is outside of its domain somewhere (says where).
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density, finite where the square of z overflows."""
+        return evaluated(_log_density, checked(self, value), self.scale)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value), to its relative accuracy for small values."""
+        return evaluated(lambda x, s: torch.atan2(x, s) * (2 / math.pi), checked(self, value), self.scale)
+
+
+def _log_density(x: Tensor, s: Tensor) -> Tensor:
+    value = math.log(2) + cauchy_log_density(x, torch.zeros_like(x), s)
+    return torch.where(x >= 0, value, -torch.inf)
 
 
 @register_hardened(HalfCauchy, HalfCauchy)

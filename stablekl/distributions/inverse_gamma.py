@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributions import InverseGamma as TorchInverseGamma
 
+from .._bregman import log_quotient
+from .._deviance import gamma_scale, quotient_deviance
 from ..registry import register_hardened
 from ._base import Checked
+from ._density import checked, evaluated
 from .gamma import gamma_kl
 
 __all__ = ["InverseGamma"]
@@ -23,6 +27,18 @@ class InverseGamma(TorchInverseGamma, Checked):
     Raises:
         ValueError: a parameter is zero, negative or NaN somewhere (says where).
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density, by a deviance (see `_deviance`)."""
+        return evaluated(_log_density, checked(self, value), self.concentration, self.rate)
+
+
+def _log_density(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    inside = x > 0
+    safe = torch.where(inside, x, 1.0)
+    scale, rest = gamma_scale(a)
+    value = log_quotient(scale, safe) - rest - quotient_deviance(a, b, safe)
+    return torch.where(inside, value, torch.where(x == 0, -torch.inf, torch.nan))
 
 
 @register_hardened(InverseGamma, InverseGamma)

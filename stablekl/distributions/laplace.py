@@ -10,6 +10,8 @@ L(0, 1) against L(1e-4, 1) is 0 in float32, for 5e-9.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributions import Laplace as TorchLaplace
@@ -17,6 +19,7 @@ from torch.distributions import Laplace as TorchLaplace
 from ..registry import register_hardened
 from ..special import expm1_value, expm1mx, expm1mx_value, log_ratio_bregman_value
 from ._base import Checked
+from ._density import checked, evaluated
 from ._scalar import scalar_rule
 
 __all__ = ["Laplace"]
@@ -42,6 +45,50 @@ class Laplace(TorchLaplace, Checked):
         >>> print(f"{torch.distributions.kl_divergence(p, q):.3e}")
         5.000e-09
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density."""
+        return evaluated(_log_density, checked(self, value), self.loc, self.scale)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value), to its relative accuracy in the lower tail, where torch's 1/2 - 1/2 expm1 cancels."""
+        return evaluated(lambda x, m, b: _tail((x - m) / b), checked(self, value), self.loc, self.scale)
+
+    def sf(self, value: Tensor) -> Tensor:
+        """P(X > value), which 1 - cdf loses in the upper tail."""
+        return evaluated(lambda x, m, b: _tail((m - x) / b), checked(self, value), self.loc, self.scale)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """Log of P(X <= value), finite where that underflows."""
+        return evaluated(lambda x, m, b: _log_tail((x - m) / b), checked(self, value), self.loc, self.scale)
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        """Log of P(X > value), finite where that underflows."""
+        return evaluated(lambda x, m, b: _log_tail((m - x) / b), checked(self, value), self.loc, self.scale)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """The quantile, to its accuracy for small probabilities, which torch subtracts from 1/2."""
+        return evaluated(_quantile, value, self.loc, self.scale)
+
+
+def _log_density(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
+    return -(x - m).abs() / b - torch.log(2 * b)
+
+
+def _tail(z: Tensor) -> Tensor:
+    half = 0.5 * torch.exp(-z.abs())
+    return torch.where(z < 0, half, 1 - half)
+
+
+def _log_tail(z: Tensor) -> Tensor:
+    low = z < 0
+    return torch.where(low, z - math.log(2), torch.log1p(-0.5 * torch.exp(-torch.where(low, 0.0, z))))
+
+
+def _quantile(u: Tensor, m: Tensor, b: Tensor) -> Tensor:
+    low = u < 0.5
+    log = torch.where(low, torch.log(2 * torch.where(low, u, 0.5)), -torch.log(2 * (1 - torch.where(low, 0.5, u))))
+    return m + b * log
 
 
 def _value(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> Tensor:

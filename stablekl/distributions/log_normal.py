@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributions import LogNormal as TorchLogNormal
 
+from .. import _double
 from ..registry import register_hardened
 from ._base import Checked
+from ._density import checked, evaluated, normal_log_density
 from .normal import normal_kl
 
 __all__ = ["LogNormal"]
@@ -23,6 +26,22 @@ class LogNormal(TorchLogNormal, Checked):
     Raises:
         ValueError: a parameter is outside of its domain somewhere (says where).
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density; the logarithm of the value to twice the digits, since the scale may be small."""
+        return evaluated(_log_density, checked(self, value), self.loc, self.scale)
+
+
+def _log_density(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
+    inside = x > 0
+    safe = torch.where(inside, x, 1.0)
+    log_x = torch.log(safe)
+    with torch.no_grad():
+        lost = _double.subtract(_double.log(safe), log_x).hi / s
+        lost = torch.where(lost.isfinite(), lost, 0.0)
+    z = (log_x - m) / s
+    value = normal_log_density(log_x, m, s) - (z + 0.5 * lost) * lost - log_x
+    return torch.where(inside, value, torch.where(x == 0, -torch.inf, torch.nan))
 
 
 @register_hardened(LogNormal, LogNormal)

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.distributions import NegativeBinomial as TorchNegativeBinomial
 
 from .._autograd import is_eager, masked_product
+from .._deviance import binomial_deviance, binomial_rest
 from ..registry import register_hardened
 from ._base import Checked, common_dtype, given, widened
+from ._density import checked, outcomes
 from ._scalar import scalar_rule
 from .bernoulli import bernoulli_kl, failure_excess, log_ratio, success_excess
 
@@ -43,6 +45,19 @@ class NegativeBinomial(TorchNegativeBinomial, Checked):
         >>> print(torch.distributions.kl_divergence(p, q))
         tensor(1.3389)
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the probability, by deviances (see `_deviance`), of the probabilities or logits as they were given."""
+        dtype = common_dtype(checked(self, value), self.total_count, given(self)[1])
+        inputs = widened(value), widened(self.total_count), *outcomes(self)
+        return _log_mass(*torch.broadcast_tensors(*inputs)).to(dtype)
+
+
+def _log_mass(k: Tensor, n: Tensor, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    inside, some = k >= 0, n > 0
+    k, r = torch.where(inside, k, 0.0), torch.where(some, n, 1.0)
+    value = torch.log(r / (r + k)) + binomial_rest(k, r) - binomial_deviance(k, r, p, q, log_p, log_q)
+    return torch.where(inside, torch.where(some, value, torch.where(k == 0, 0.0, -torch.inf)), -torch.inf)
 
 
 def _value(n: Tensor, p: Tensor, q: Tensor) -> Tensor:

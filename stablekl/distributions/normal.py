@@ -26,10 +26,12 @@ from torch.types import _size
 from .. import _fused
 from .._autograd import blockwise, rowwise
 from .._elementwise import product_error, sum_error
+from .._normal_tail import normal_cdf, normal_log_cdf
 from ..parameterizations import check_positive
 from ..registry import register_hardened
 from ..special import log_ratio_bregman_value
 from ._base import Movable, common_dtype, widened
+from ._density import checked, evaluated, normal_log_density
 
 __all__ = ["Normal", "normal_kl"]
 
@@ -63,6 +65,30 @@ class Normal(Movable, TorchNormal):
         new = self._get_checked_instance(Normal, _instance)  # type: ignore[no-untyped-call]
         expanded: Normal = super().expand(batch_shape, new)  # type: ignore[no-untyped-call]
         return expanded
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density, with ((x - mu)/sigma)^2 where torch divides by sigma^2, which underflows first."""
+        return evaluated(normal_log_density, checked(self, value), self.loc, self.scale)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value), to its relative accuracy in the lower tail too, where torch's 1 + erf is 0."""
+        return evaluated(lambda x, m, s: normal_cdf((x - m) / s), checked(self, value), self.loc, self.scale)
+
+    def sf(self, value: Tensor) -> Tensor:
+        """P(X > value), which 1 - cdf loses in the upper tail."""
+        return evaluated(lambda x, m, s: normal_cdf((m - x) / s), checked(self, value), self.loc, self.scale)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """Log of P(X <= value), finite where that underflows."""
+        return evaluated(lambda x, m, s: normal_log_cdf((x - m) / s), checked(self, value), self.loc, self.scale)
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        """Log of P(X > value), finite where that underflows."""
+        return evaluated(lambda x, m, s: normal_log_cdf((m - x) / s), checked(self, value), self.loc, self.scale)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """The quantile, in the lower tail too, where torch's erfinv(2 u - 1) is of a rounded number, or of -1."""
+        return evaluated(lambda u, m, s: m + s * torch.special.ndtri(u), value, self.loc, self.scale)
 
 
 def _is_lifted(sigma: Tensor) -> bool:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Pareto as TorchPareto
 
+from .._bregman import log_quotient
 from ..registry import register_hardened
 from ..special import log_ratio_bregman_value, log_ratio_value
 from ._base import Checked
+from ._density import checked, evaluated
 from ._scalar import scalar_rule
 
 __all__ = ["Pareto"]
@@ -33,6 +35,16 @@ class Pareto(TorchPareto, Checked):
     Raises:
         ValueError: a parameter is outside of its domain somewhere (says where).
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density, by log(value/scale), whose digits torch's difference of two logarithms loses."""
+        return evaluated(_log_density, checked(self, value), self.scale, self.alpha)
+
+
+def _log_density(x: Tensor, m: Tensor, a: Tensor) -> Tensor:
+    inside = x >= m
+    safe = torch.where(inside, x, m)
+    return torch.where(inside, log_quotient(a, safe) - a * log_ratio_value(safe, m), -torch.inf)
 
 
 def _value(m_p: Tensor, a_p: Tensor, m_q: Tensor, a_q: Tensor) -> Tensor:

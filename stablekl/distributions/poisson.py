@@ -9,12 +9,15 @@ agree.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributions import Poisson as TorchPoisson
 
+from .._deviance import deviance, poisson_rest
 from ..registry import register_hardened
 from ..special import bd0
 from ._base import Checked
+from ._density import checked, evaluated
 from ._scalar import scalar_rule
 
 __all__ = ["Poisson"]
@@ -30,6 +33,17 @@ class Poisson(TorchPoisson, Checked):
     Raises:
         ValueError: a parameter is outside of its domain somewhere (says where).
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the probability, as minus a sum of non-negative terms (see `_deviance`)."""
+        return evaluated(_log_mass, checked(self, value), self.rate)
+
+
+def _log_mass(k: Tensor, rate: Tensor) -> Tensor:
+    inside = k >= 0
+    k, some = torch.where(inside, k, 0.0), rate > 0
+    log_rate = torch.where(some, torch.log(torch.where(some, rate, 1.0)), -torch.inf)
+    return torch.where(inside, -(deviance(k, rate - k, rate, log_rate) + poisson_rest(k)), -torch.inf)
 
 
 _kl = scalar_rule(bd0)

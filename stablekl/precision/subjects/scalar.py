@@ -243,10 +243,18 @@ def log_density(name: str) -> Subject:
     """The log-density of a family, at points drawn from it and around."""
     family, cls = FAMILIES[name], torch_class(name)
 
-    def rule(*batch: Tensor) -> Tensor:
-        parameters = dict(zip(family.parameters, batch[1:], strict=True))
-        found: Tensor = cls(**parameters, validate_args=False).log_prob(batch[0])
-        return found
+    def rule(by: Any) -> Rule:
+        def log_prob(*batch: Tensor) -> Tensor:
+            parameters = dict(zip(family.parameters, batch[1:], strict=True))
+            found: Tensor = by(**parameters, validate_args=False).log_prob(batch[0])
+            return found
+
+        return log_prob
+
+    rules = {"torch": rule(cls)}
+    own = getattr(distributions, name, cls)
+    if own.log_prob.__module__.startswith("stablekl."):
+        rules["stablekl"] = rule(own)
 
     def valid(x: Tensor, *theta: Tensor) -> Tensor:
         good = validity(family)(*theta)
@@ -277,7 +285,7 @@ def log_density(name: str) -> Subject:
     return Subject(
         name=f"log_prob {name}",
         parameters=("x", *family.parameters),
-        rules={"torch": rule},
+        rules=rules,
         reference=settled(family.log_density),
         draw=plans(("apart",)),
         expand=expand,

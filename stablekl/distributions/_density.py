@@ -1,0 +1,81 @@
+"""What the log-densities and distribution functions of the families share: one precision, one rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._elementwise import product_error, sum_error
+from ._base import common_dtype, given, widened
+
+__all__ = ["cauchy_log_density", "checked", "evaluated", "log1mexp", "normal_log_density", "outcomes", "standardised"]
+
+
+def checked(distribution: Any, x: Tensor) -> Tensor:
+    """The sample as a tensor, validated as torch does where the distribution asks for it."""
+    if distribution._validate_args:
+        distribution._validate_sample(x)
+    return x
+
+
+def evaluated(f: Callable[..., Tensor], *inputs: Tensor | float) -> Tensor:
+    """``f`` of the inputs in float64 and of one shape, rounded once to the dtype that they promote to."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    dtype = common_dtype(*tensors)
+    like = tensors[-1]
+    wide = (widened(torch.as_tensor(x, dtype=None if isinstance(x, Tensor) else like.dtype)) for x in inputs)
+    return f(*torch.broadcast_tensors(*wide)).to(dtype)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^-x) for x >= 0, to its relative accuracy."""
+    near = x < 0.7
+    low, high = torch.where(near, x, 0.5), torch.where(near, 1.0, x)
+    return torch.where(near, torch.log(-torch.expm1(-low)), torch.log1p(-torch.exp(-high)))
+
+
+def standardised(x: Tensor, m: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Z = (x - m)/s, and what rounding took from it, without derivatives: exp and squares would magnify that."""
+    d = x - m
+    z = d / s
+    with torch.no_grad():
+        whole = z * s
+        lost = ((d - whole) - product_error(z, s, whole) + sum_error(x, -m, d)) / s
+        lost = torch.where(lost.isfinite(), lost, 0.0)
+    return z, lost
+
+
+_SQRT_TAU = math.sqrt(2 * math.pi)
+
+
+def normal_log_density(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+    """Of float64 tensors; sigma is not squared, which would underflow."""
+    z, lost = standardised(x, mu, sigma)
+    return -(0.5 * z * z + z * lost) - torch.log(sigma * _SQRT_TAU)
+
+
+def cauchy_log_density(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
+    """Of float64 tensors; z^2 is not formed where it might overflow."""
+    z = (x - m) / s
+    size = z.abs()
+    far = size > 1
+    near, large = torch.where(far, 0.0, size), torch.where(far, size, 1.0)
+    tail = torch.where(far, 2 * torch.log(large) + torch.log1p((1 / large).square()), torch.log1p(near * near))
+    return -tail - torch.log(math.pi * s)
+
+
+def outcomes(distribution: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In float64 the probabilities of success and failure, from what was given, and their logarithms."""
+    name, x = given(distribution)
+    x = widened(x)
+    if name == "logits":
+        p, q = torch.sigmoid(x), torch.sigmoid(-x)
+        return p, q, torch.nn.functional.logsigmoid(x), torch.nn.functional.logsigmoid(-x)
+    some, rest = x > 0, x < 1
+    log_p = torch.where(some, torch.log(torch.where(some, x, 1.0)), -torch.inf)
+    log_q = torch.where(rest, torch.log1p(-torch.where(rest, x, 0.0)), -torch.inf)
+    return x, 1 - x, log_p, log_q

@@ -57,7 +57,7 @@ def kl_beta_beta(p: TorchBeta, q: TorchBeta) -> Tensor:
     return dirichlet_kl(_of_two(p), _of_two(q))
 
 
-@register_hardened(Beta, Dirichlet)
+@register_hardened(Beta, Dirichlet, torch_lacks_it=True)
 def kl_beta_dirichlet(p: TorchBeta, q: TorchDirichlet) -> Tensor:
     """KL between a beta distribution and a Dirichlet distribution over two categories; see the module.
 
@@ -67,7 +67,7 @@ def kl_beta_dirichlet(p: TorchBeta, q: TorchDirichlet) -> Tensor:
     return dirichlet_kl(_of_two(p), _checked(q))
 
 
-@register_hardened(Dirichlet, Beta)
+@register_hardened(Dirichlet, Beta, torch_lacks_it=True)
 def kl_dirichlet_beta(p: TorchDirichlet, q: TorchBeta) -> Tensor:
     """KL between a Dirichlet distribution over two categories and a beta distribution; see the module.
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import distributions
 
 import stablekl
+from stablekl.precision.references import FAMILIES
+from stablekl.precision.references.context import mp
+from stablekl.precision.references.family import divergence, kl
 
 F64 = torch.float64
 
@@ -40,3 +45,133 @@ def test_beta_is_the_first_coordinate_of_a_dirichlet(module):
     for pair in ((p, three), (three, q)):
         with pytest.raises(ValueError, match="3 categories"):
             distributions.kl_divergence(*pair)
+
+
+# ---- between families on the half-line ----------------------------------------------------------------------------
+
+UP, DOWN = 1 + 2.0**-52, 1 - 2.0**-53
+# Parameters of p, then of q: ordinary, near p = q or the closest q, and at the ends of the range.
+CASES = {
+    "Weibull-Exponential": [
+        (1.3, 1.7, 0.6),
+        (1.0, UP, DOWN),
+        (2.0, 1 + 1e-9, 0.5),
+        (3e5, 1e-2, 1e-7),
+        (1.0, 1e12, 1.0),
+    ],
+    "Exponential-Weibull": [
+        (0.6, 1.3, 1.7),
+        (DOWN, 1.0, UP),
+        (0.5, 2.0, 1 + 1e-9),
+        (1e-7, 1e9, 0.3),
+        (1.0, 1.0, 1e-12),
+    ],
+    "Weibull-Gamma": [
+        *((1.3, 1.7, 2.2, 0.6), (1.0, UP, UP, 1.0), (1.0, 1 + 1e-9, 1 - 1.5e-9, 1.0), (1.0, 1 + 3e-5, 1 - 4e-5, 1.0)),
+        *((1.0, 1e6, 6e11, 6e11), (1e-12, 0.01, 1e-12, 1e-12), (1.0, 1e12, 1e12, 1e12), (1.0, 1 / 150, 3.0, 1.0)),
+    ],
+    "Gamma-Weibull": [
+        *((1.6, 1.9, 1.3, 1.7), (UP, 1.0, 1.0, DOWN), (1 + 1e-9, 1.0, 1.0, 1 + 1.5e-9), (1 + 3e-5, 1.0, 1.0, 1 + 4e-5)),
+        *((1e12, 1e12, 1.0, 1e6), (1e-12, 1e-12, 1.0, 1e-12), (20.0, 0.1, 1.0, 100.0), (3.0, 1e12, 1e-12, 1e12)),
+    ],
+}
+PAIRS = list(CASES)
+
+
+def built(pair, values, module=stablekl):
+    """The two distributions."""
+    names, first = pair.split("-"), 0
+    found = []
+    for name in names:
+        parameters = FAMILIES[name].parameters
+        given = values[first : first + len(parameters)]
+        first += len(parameters)
+        found.append(getattr(module, name)(**dict(zip(parameters, given, strict=True)), validate_args=False))
+    return found
+
+
+def rule(pair):
+    return lambda *values: stablekl.kl_divergence(*built(pair, values))
+
+
+def columns(pair, dtype=F64):
+    return [torch.tensor(column, dtype=dtype) for column in zip(*CASES[pair], strict=True)]
+
+
+def halves(pair, row):
+    """The families, each followed by its parameters."""
+    p, q = (FAMILIES[name] for name in pair.split("-"))
+    row, n = [mp.mpf(x) for x in row], len(p.parameters)
+    return p, tuple(row[:n]), q, tuple(row[n:])
+
+
+def ulps(value, expected):
+    if expected > torch.finfo(F64).max:
+        return 0 if value == math.inf else math.inf
+    return float(abs(mp.mpf(value) - expected) / mp.mpf(math.ulp(float(expected))))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_values(pair):
+    found = rule(pair)(*columns(pair))
+    for value, row in zip(found.tolist(), CASES[pair], strict=True):
+        assert ulps(value, divergence(*halves(pair, row))) <= 16, (row, value)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_torchs_classes_get_it_too(pair):
+    torchs = distributions.kl_divergence(*built(pair, columns(pair), distributions))
+    torch.testing.assert_close(torchs, rule(pair)(*columns(pair)), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_half_precision_is_rounded_once(pair):
+    for dtype in (torch.bfloat16, torch.float16):
+        ordinary = [torch.tensor([x], dtype=dtype) for x in CASES[pair][0]]
+        expected = float(divergence(*halves(pair, [x.item() for x in ordinary])))
+        assert torch.equal(rule(pair)(*ordinary), torch.tensor([expected], dtype=F64).to(dtype))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_derivatives(pair):
+    ordinary = [torch.tensor([x, x * 1.01], dtype=F64, requires_grad=True) for x in CASES[pair][0]]
+    assert torch.autograd.gradcheck(rule(pair), ordinary)
+    assert torch.autograd.gradgradcheck(rule(pair), ordinary)
+    every = [x.requires_grad_() for x in columns(pair)]
+    gradients = torch.autograd.grad(rule(pair)(*every).sum(), every)
+    assert all(not g.isnan().any() for g in gradients)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_shapes_and_transforms(pair):
+    values = [torch.tensor(x, dtype=F64) for x in CASES[pair][0]]
+    n = len(FAMILIES[pair.split("-")[0]].parameters)
+    wide = [v + 0.1 * torch.rand(2, 3, dtype=F64, generator=torch.Generator().manual_seed(1)) for v in values]
+    mixed = [w[0] if i < n else w for i, w in enumerate(wide)]
+    found = rule(pair)(*mixed)
+    assert found.shape == (2, 3)
+    torch.testing.assert_close(found[0], rule(pair)(*(w[0] for w in wide)), rtol=1e-14, atol=0)
+    rows = torch.stack([w.reshape(-1) for w in wide], -1)
+
+    def scalar(row):
+        return rule(pair)(*row)
+
+    by_row = torch.stack([torch.autograd.functional.jacobian(scalar, row) for row in rows])
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(scalar))(rows), by_row)
+
+
+@pytest.mark.parametrize("pair", ["Weibull-Exponential", "Exponential-Weibull", "Weibull-Gamma", "Gamma-Weibull"])
+def test_textbook_form_fails(pair):
+    """The same expectations, added in float64."""
+    row = CASES[pair][2]
+    with mp.workprec(53):
+        plain = kl(*halves(pair, row))
+    assert ulps(float(plain), divergence(*halves(pair, row))) > 1e5
+
+
+def test_all_spellings_of_one_distribution_are_at_no_distance():
+    one, rate = torch.ones(1, dtype=F64), torch.full((1,), 4.0, dtype=F64)
+    same = (stablekl.Exponential(rate), stablekl.Gamma(one, rate), stablekl.Weibull(1 / rate, one))
+    for p in same:
+        for q in same:
+            assert stablekl.kl_divergence(p, q) == 0

@@ -18,6 +18,7 @@ from .poisson import Poisson
 from .student_t import StudentT
 from .uniform import Uniform
 from .von_mises import VonMises
+from .weibull import Weibull
 
 __all__ = ["FAMILIES", "Family"]
 
@@ -44,5 +45,6 @@ _CLASSES: tuple[type[Family], ...] = (
     StudentT,
     Uniform,
     VonMises,
+    Weibull,
 )
 FAMILIES: dict[str, Family] = {c.__name__: c() for c in _CLASSES}  # by the name of torch's class

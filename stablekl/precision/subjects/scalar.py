@@ -29,7 +29,11 @@ INHERITED = (
     ("LogNormal", "LogNormal"),
 )
 # Pairs that torch lacks.
-ADDED = tuple((p, "Laplace") for p in ("ContinuousBernoulli", "Exponential", "Gumbel", "Pareto", "Uniform"))
+ADDED = (
+    *((p, "Laplace") for p in ("ContinuousBernoulli", "Exponential", "Gumbel", "Pareto", "Uniform")),
+    *((p, "Weibull") for p in ("Exponential", "Gamma", "Weibull")),
+    *(("Weibull", q) for q in ("Exponential", "Gamma")),
+)
 ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential", "Gamma", "Pareto")
 # Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.
 EXCLUDED = {"ContinuousBernoulli": (True, True), "Geometric": (True, False), "NegativeBinomial": (False, True)}

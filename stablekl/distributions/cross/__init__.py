@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from . import discrete, infinite, to_gamma, to_gumbel, to_interval, to_laplace, to_normal, weibull
+from . import discrete, half_normal, infinite, to_gamma, to_gumbel, to_interval, to_laplace, to_normal, weibull
 
-__all__ = ["discrete", "infinite", "to_gamma", "to_gumbel", "to_interval", "to_laplace", "to_normal", "weibull"]
+__all__ = [
+    "discrete",
+    "half_normal",
+    "infinite",
+    "to_gamma",
+    "to_gumbel",
+    "to_interval",
+    "to_laplace",
+    "to_normal",
+    "weibull",
+]

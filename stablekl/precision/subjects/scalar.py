@@ -32,7 +32,8 @@ INHERITED = (
 ADDED = (
     *((p, "Laplace") for p in ("ContinuousBernoulli", "Exponential", "Gumbel", "Pareto", "Uniform")),
     *((p, "Weibull") for p in ("Exponential", "Gamma", "Weibull")),
-    *(("Weibull", q) for q in ("Exponential", "Gamma")),
+    *((p, q) for p in ("HalfNormal", "Weibull") for q in ("Exponential", "Gamma")),
+    *((p, "HalfNormal") for p in ("Exponential", "Gamma")),
 )
 ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential", "Gamma", "Pareto")
 # Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.

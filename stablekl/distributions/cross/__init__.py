@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from . import discrete, half_normal, infinite, to_gamma, to_gumbel, to_interval, to_laplace, to_normal, weibull
+from . import (
+    discrete,
+    half_normal,
+    infinite,
+    log_normal,
+    to_gamma,
+    to_gumbel,
+    to_interval,
+    to_laplace,
+    to_normal,
+    weibull,
+)
 
 __all__ = [
     "discrete",
     "half_normal",
     "infinite",
+    "log_normal",
     "to_gamma",
     "to_gumbel",
     "to_interval",

@@ -26,10 +26,12 @@ class Weibull(Family):
         return {ONE: one, LOG: concentration - 1, power: -mp.exp(-concentration * mp.log(scale))}
 
     def expectation(self, statistic: Statistic, scale: Number, concentration: Number) -> Number:
-        """Of log x, x and the powers of x."""
+        """Of log x, (log x - m)^2, x and the powers of x."""
         kind, a = statistic
         if kind == "log":
             return mp.log(scale) - mp.euler / concentration
+        if kind == "log square":
+            return (mp.pi / concentration) ** 2 / 6 + (mp.log(scale) - mp.euler / concentration - a) ** 2
         if kind in ("x", "power"):
             power = mp.mpf(1) if kind == "x" else a
             return mp.exp(power * mp.log(scale) + mp.loggamma(1 + power / concentration))

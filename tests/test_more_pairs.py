@@ -204,3 +204,66 @@ def test_all_spellings_of_one_distribution_are_at_no_distance():
     for p in same:
         for q in same:
             assert stablekl.kl_divergence(p, q) == 0
+
+
+# ---- by sums over fixed points ------------------------------------------------------------------------------------
+
+
+def snedecor(a, b, c, d):
+    """KL(F(a, b) || F(c, d)), from the expectation of a logarithm by mpmath's quadrature on the axis of log(a x/b)."""
+    with mp.workprec(240):
+        a, b, c, d = (mp.mpf(x) / 2 for x in (a, b, c, d))
+        n, shift = a + b, mp.log(c * b / a / d)
+
+        def log_beta(x, y):
+            return mp.loggamma(x) + mp.loggamma(y) - mp.loggamma(x + y)
+
+        def more(t):
+            # log(1 + e^(y + shift)) - log(1 + e^y) where y is the logit of a Beta(a, b) variable
+            y = mp.log(a / b) + mp.sqrt(1 / a + 1 / b) * mp.sinh(t)
+            density = mp.exp(-a * mp.log1p(mp.exp(-y)) - b * mp.log1p(mp.exp(y)) - log_beta(a, b))
+            return density * mp.cosh(t) * mp.log1p(mp.expm1(shift) / (1 + mp.exp(-y)))
+
+        mean = mp.fsum(more(mp.mpf(j) / 40) for j in range(-400, 401)) / 40 * mp.sqrt(1 / a + 1 / b)
+        psi_a, psi_b, psi_n = mp.psi(0, a), mp.psi(0, b), mp.psi(0, n)
+        own = a * (psi_a - psi_n) + b * (psi_b - psi_n) - log_beta(a, b)
+        return own + log_beta(c, d) - c * (psi_a - psi_b + shift) + (c + d) * (mean + psi_n - psi_b)
+
+
+F_CASES = [
+    *((3.0, 5.0, 4.0, 5.0), (3.0, 5.0, 3.0, 5.0 * UP), (32.0, 7.5, 32.0, 8.5), (0.5, 900.0, 0.5, 900.125)),
+    *((900.0, 0.5, 900.125, 0.5 + 2.0**-20), (1e6, 3e6, 1e6 + 1, 3e6), (0.5, 0.25, 40.0, 70.0)),
+]
+
+
+def snedecors(*values):
+    return stablekl.kl_divergence(
+        *(stablekl.FisherSnedecor(*pair, validate_args=False) for pair in (values[:2], values[2:]))
+    )
+
+
+def test_fisher_snedecor():
+    found = snedecors(*(torch.tensor(x, dtype=F64) for x in zip(*F_CASES, strict=True)))
+    for row, value in zip(F_CASES, found.tolist(), strict=True):
+        assert ulps(value, snedecor(*row)) <= 64, (row, value)
+    with mp.workprec(53):
+        textbook = [mp.loggamma(x / 2) + mp.loggamma(y / 2) - mp.loggamma((x + y) / 2) for x, y in ((3.0, 5.0),) * 2]
+    assert textbook[0] - textbook[1] == 0  # of neighbours the textbook's normalisers show nothing
+
+
+def test_fisher_snedecor_derivatives():
+    rows = [torch.tensor(x, dtype=F64, requires_grad=True) for x in ((3.0, 0.5), (5.0, 9.0), (4.0, 0.5), (5.0, 9.0))]
+    value = snedecors(*rows)
+    assert value[1] == 0
+    assert all((g[1] == 0).all() for g in torch.autograd.grad(value.sum(), rows))
+    assert torch.autograd.gradcheck(snedecors, rows)
+    assert torch.autograd.gradgradcheck(snedecors, rows)
+    by_row = torch.stack([torch.autograd.functional.jacobian(lambda *x: snedecors(*x), r)[0] for r in zip(*rows)])
+    every = torch.func.vmap(torch.func.jacrev(lambda a, b, c, d: snedecors(a, b, c, d)))(*(x.detach() for x in rows))
+    torch.testing.assert_close(every, by_row)
+    assert snedecors(rows[0][:1], rows[1], torch.ones(3, 1), torch.ones(3, 1)).shape == (3, 2)
+
+
+def test_fisher_snedecor_in_low_precision_is_rounded_once():
+    rows = [torch.tensor(x, dtype=torch.bfloat16) for x in ((3.0, 0.5), (5.0, 9.0), (4.0, 0.75), (5.0, 10.0))]
+    assert torch.equal(snedecors(*rows), snedecors(*(x.double() for x in rows)).bfloat16())

@@ -302,3 +302,16 @@ def test_kumaraswamy_of_small_concentrations():
     found = distributions.kl_divergence(stablekl.Kumaraswamy(*p), stablekl.Kumaraswamy(*q))
     for row, value in zip(K_CASES, found.tolist(), strict=True):
         assert ulps(value, kumaraswamy(*row)) <= 16, (row, value)
+
+
+@pytest.mark.parametrize("divergence_of", [distributions.kl_divergence, stablekl.kl_divergence])
+def test_relaxed_categories_say_why_they_have_no_rule(divergence_of):
+    one, logits = torch.tensor(1.0), torch.tensor([0.1, 0.2, 0.3])
+    for family, plain in (
+        (distributions.RelaxedBernoulli, "Bernoulli"),
+        (distributions.relaxed_bernoulli.LogitRelaxedBernoulli, "Bernoulli"),
+        (distributions.RelaxedOneHotCategorical, "OneHotCategorical"),
+    ):
+        p = family(one, logits=logits)
+        with pytest.raises(NotImplementedError, match=rf"{family.__name__} .* without a closed form.* {plain}\("):
+            divergence_of(p, p)

@@ -1,6 +1,6 @@
 """Families, drop-in for torch's, and their KL rules."""
 
-from . import _cross, cross, transformed
+from . import _cross, cross, relaxed, transformed
 from .bernoulli import Bernoulli
 from .beta import Beta
 from .binomial import Binomial
@@ -73,5 +73,6 @@ __all__ = [
     "Wishart",
     "_cross",
     "cross",
+    "relaxed",
     "transformed",
 ]

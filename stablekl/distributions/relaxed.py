@@ -39,7 +39,7 @@ def kl_relaxed_relaxed(p: Distribution, q: Distribution) -> NoReturn:
     plain = next(name for family, name in _PLAIN.items() if isinstance(p, family))
     raise NotImplementedError(
         f"no KL rule for {type(p).__name__} against {type(q).__name__}: the divergence of relaxed categories is an "
-        "integral without a closed form. Estimate it from samples with stablekl.estimators.kl_monte_carlo(p, q), or, if the "
+        "integral without a closed form. Estimate it with stablekl.estimators.kl_monte_carlo(p, q), or, if the "
         f"divergence of the categories themselves will do, take that of {plain}(logits=...)"
     )
 

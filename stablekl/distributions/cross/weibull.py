@@ -16,7 +16,7 @@ square completed and the third and fourth derivatives.
 
 Gradients are by hand, or those of sums of terms that vanish one by one where both are exponential.
 
-Accuracy, float64: 37 ulp at most (Weibull against Gamma; Gamma against Weibull 5, the exponential pairs 5) in some 1,500
+Accuracy, float64: 37 ulp at most (Weibull against Gamma; Gamma against Weibull 5, the exponential pairs 5) in 1,500
 parameter sets of each, and up to 2,000 at the best rate or scale. float32: correctly rounded, as far as seen.
 """
 

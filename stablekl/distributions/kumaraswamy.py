@@ -10,6 +10,8 @@ each term from the differences of the parameters. The sum is that of `_integrate
 power tails at x = 1 are exponential and those at x = 0 exponential twice. torch knows the divergence only of a
 distribution from itself. For small b nearly all mass is where tau is below any float, and the divergence is of the
 order of b: there x is :math:`\tau/2 - \tau^2/24 + \ldots`, and so is its difference.
+
+Accuracy, float64: 5 ulp at most in 57 parameter sets between 1e-6 and 1e6, most of them next to each other.
 """
 
 from __future__ import annotations

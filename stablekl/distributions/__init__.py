@@ -1,6 +1,6 @@
 """Families, drop-in for torch's, and their KL rules."""
 
-from . import _cross, cross, transformed
+from . import _cross, cross, relaxed, transformed
 from .bernoulli import Bernoulli
 from .beta import Beta
 from .binomial import Binomial
@@ -10,6 +10,7 @@ from .chi2 import Chi2
 from .continuous_bernoulli import ContinuousBernoulli
 from .dirichlet import Dirichlet
 from .exponential import Exponential
+from .fisher_snedecor import FisherSnedecor
 from .gamma import Gamma
 from .geometric import Geometric
 from .gumbel import Gumbel
@@ -45,6 +46,7 @@ __all__ = [
     "ContinuousBernoulli",
     "Dirichlet",
     "Exponential",
+    "FisherSnedecor",
     "Gamma",
     "Geometric",
     "Gumbel",
@@ -71,5 +73,6 @@ __all__ = [
     "Wishart",
     "_cross",
     "cross",
+    "relaxed",
     "transformed",
 ]

@@ -33,7 +33,7 @@ from torch import Tensor
 from .._autograd import is_plain
 from ..special import expm1_value, expm1mx_value
 
-__all__ = ["Comparison", "Points", "chunked", "compared", "points"]
+__all__ = ["Comparison", "Points", "chunked", "compared", "placed", "points"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -113,6 +113,14 @@ def points(shift: Tensor, a_1: Tensor, a_2: Tensor, furthest: Tensor | None, log
     excess = sign * torch.where(one * two > 0, 2 * ratio, s)
     cosh = excess + torch.log1p(torch.exp(-2 * one.abs())) - torch.log1p(torch.exp(-2 * two.abs()))
     return Points(one, two, cosh, log_step)
+
+
+def placed(at: Points, m_1: Tensor, a_1: Tensor, m_2: Tensor, a_2: Tensor) -> tuple[Tensor, Tensor]:
+    """The points themselves, from the nearer centre, and the logarithm of the step of the rule in x."""
+    x = torch.where(at.one.abs() < at.two.abs(), m_1 + a_1 * torch.sinh(at.one), m_2 + a_2 * torch.sinh(at.two))
+    size = at.one.abs()
+    log_width = torch.log(a_1) + size + torch.log1p(torch.exp(-2 * size)) - _LOG2
+    return x, at.log_step + log_width - torch.log1p(a_1 / a_2 * torch.exp(at.log_cosh_ratio))
 
 
 class Comparison(NamedTuple):

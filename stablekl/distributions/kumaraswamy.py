@@ -3,11 +3,15 @@ r"""Kumaraswamy distributions, and their KL divergence by a sum of non-negative 
 :math:`E_p \log(1 - x^{a_q})` has no closed form but for equal a. With :math:`\tau = -a_p \log x`,
 :math:`\rho = a_q/a_p` and :math:`l(\tau) = \log(1 - e^{-\tau})`, the densities of log tau have the ratio
 
-.. math:: v = (\rho - 1) \tau + (b_p - b_q)\,l(\tau) + (b_q - 1)[l(\tau) - l(\rho \tau)] + \text{const},
+.. math:: v = (\rho - 1) \tau + (b_p - b_q)\,l(\tau) - b_q [l(\rho \tau) - l(\tau)] - [x(\rho \tau) - x(\tau)],
+    \qquad x = \log\tau - l,
 
 each term from the differences of the parameters. The sum is that of `_integrated`, on the axis of log tau, on which
 power tails at x = 1 are exponential and those at x = 0 exponential twice. torch knows the divergence only of a
-distribution from itself.
+distribution from itself. For small b nearly all mass is where tau is below any float, and the divergence is of the
+order of b: there x is :math:`\tau/2 - \tau^2/24 + \ldots`, and so is its difference.
+
+Accuracy, float64: 5 ulp at most in 57 parameter sets between 1e-6 and 1e6, most of them next to each other.
 """
 
 from __future__ import annotations
@@ -19,10 +23,10 @@ from torch import Tensor
 from torch.distributions import Kumaraswamy as TorchKumaraswamy
 
 from ..registry import register_hardened
-from ..special import expm1_value
+from ..special import expm1_value, expm1mx_value
 from ._base import Checked
 from ._density import checked, evaluated, log1mexp
-from ._integrated import Comparison, chunked, compared, points
+from ._integrated import Comparison, chunked, compared, placed, points
 from ._scalar import scalar_rule
 
 __all__ = ["Kumaraswamy"]
@@ -76,13 +80,14 @@ def _distribution(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Side(NamedTuple):
-    """At the points: log tau, tau, l(tau), log tau - l(tau), and tau/(e^tau - 1)."""
+    """At the points: log tau, tau, l(tau), x(tau) = log tau - l(tau), tau/(e^tau - 1), and 1 less that."""
 
     log: Tensor
     tau: Tensor
     fall: Tensor
     excess: Tensor
     share: Tensor
+    rise: Tensor
 
 
 def _side(log_tau: Tensor) -> _Side:
@@ -94,7 +99,31 @@ def _side(log_tau: Tensor) -> _Side:
     # not a difference of the two, which are large for small tau
     excess = torch.where(low, -ratio, log_tau - plain)
     share = torch.where(low, near / expm1_value(near), far * torch.exp(-far) / -torch.expm1(-far))
-    return _Side(log_tau, tau, fall, excess, share)
+    rise = torch.where(low, expm1mx_value(near) / expm1_value(near), 1 - share)
+    return _Side(log_tau, tau, fall, excess, share, rise)
+
+
+# B_2k/(2k (2k)!), k = 1 ... 10: x(tau) is tau/2 less the sum of these times tau^(2k)
+# fmt: off
+_SERIES = (
+    0.041666666666666664, -0.00034722222222222224, 5.5114638447971785e-06, -1.033399470899471e-07,
+    2.08767569878681e-09, -4.403491782239578e-11, 9.55895466477477e-13,
+    -2.1185501852016142e-14, 4.770034475709914e-16, -1.087434349279031e-17,
+)
+# fmt: on
+_LOW = 0.75
+
+
+def _excess_gap(tau: Tensor, other: Tensor, gap: Tensor) -> Tensor:
+    """x(other) - x(tau) of numbers up to 3/4, from other - tau."""
+    w, z = tau * tau, other * other
+    power, symmetric = torch.ones_like(w), torch.ones_like(w)
+    total = _SERIES[0] * symmetric
+    for c in _SERIES[1:]:
+        power = power * z
+        symmetric = symmetric * w + power
+        total = total + c * symmetric
+    return gap * (0.5 - (tau + other) * total)
 
 
 def _centre(b: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,31 +140,28 @@ def _integrated(*parameters: Tensor) -> tuple[Comparison, _Side, _Side]:
     shift = centre - (centre_q - apart)
     reach = _NOTHING / torch.minimum(b_p, b_q) + 6
     at = points(shift, width, width_q, None, torch.log(reach))
-    size = at.one.abs()
-    log_width = torch.log(width) + size + torch.log1p(torch.exp(-2 * size))
-    log_step = at.log_step + log_width - torch.log1p(width / width_q * torch.exp(at.log_cosh_ratio))
-
-    from_p = centre + width * torch.sinh(at.one)
-    from_q = (centre_q - apart) + width_q * torch.sinh(at.two)
-    base = torch.where(at.one.abs() < at.two.abs(), from_p, from_q)
+    base, log_step = placed(at, centre, width, centre_q - apart, width_q)
     p = _side(base + (torch.log(a_p) - torch.log(still)))
     q = _side(base + (torch.log(a_q) - torch.log(still)))
 
     change = (a_q - a_p) / a_p
     close = change.abs() < 0.5
     near = torch.where(close, change, 0.0)
+    ratio = torch.where(close, torch.log1p(near), torch.log(a_q) - torch.log(a_p))
     tau = p.tau.clamp(max=_MOST)
-    ratio = torch.log1p(-expm1_value(-near * tau) / torch.where(p.log > _LEAST, torch.expm1(tau), tau))
-    step = torch.where(close, ratio, q.fall - p.fall)  # l(rho tau) - l(tau)
-    v = change * p.tau + (b_p - b_q) * p.fall - (b_q - 1) * step
+    shift = torch.log1p(-expm1_value(-near * tau) / torch.where(p.log > _LEAST, torch.expm1(tau), tau))
+    low = torch.maximum(p.tau, q.tau) < _LOW
+    small = torch.where(low, p.tau, 0.5)
+    gap = _excess_gap(small, torch.where(low, q.tau, 0.5), change * small)
+    step = torch.where(low, ratio - gap, torch.where(close, shift, q.fall - p.fall))  # l(rho tau) - l(tau)
+    gap = torch.where(low, gap, ratio - step)
+    v = change * p.tau + (b_p - b_q) * p.fall - b_q * step - gap
 
     def log_mass(side: _Side, b: Tensor) -> Tensor:
         # tau e^-tau (1 - e^-tau)^(b - 1), whose first and last factor cancel at the left
         return log_step + b * side.fall - side.tau + side.excess
 
-    # that of q in units of log tau_q - log tau_p, which is the same at all points
-    log_q = log_mass(q, b_q) - (torch.log(a_q) - torch.log(a_p))
-    return compared(log_mass(p, b_p), log_q, v), p, q
+    return compared(log_mass(p, b_p), log_mass(q, b_q), v), p, q
 
 
 def _value(*parameters: Tensor) -> Tensor:
@@ -146,8 +172,8 @@ def _gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
     found, p, q = _integrated(*parameters)
     a_p, b_p, a_q, b_q = (x.unsqueeze(-1) for x in parameters)
     weight = found.p * (found.u - found.terms.sum(-1, keepdim=True))
-    by_a, by_b = -(p.tau - (b_p - 1) * p.share) / a_p, p.fall
-    by_a_q, by_b_q = -(q.tau - (b_q - 1) * q.share) / a_q, q.fall
+    by_a, by_b = (b_p * p.share - p.tau + p.rise) / a_p, p.fall
+    by_a_q, by_b_q = (b_q * q.share - q.tau + q.rise) / a_q, q.fall
     of_p = ((weight * score).sum(-1) for score in (by_a, by_b))
     return *of_p, *(-(found.gain * score).sum(-1) for score in (by_a_q, by_b_q))
 

@@ -1,10 +1,15 @@
-"""One-hot categorical distributions: their KL divergence is that of the categories (see `categorical`)."""
+"""One-hot categorical distributions: their KL divergence is that of the categories (see `categorical`).
+
+So is that between a OneHotCategorical and a Categorical, which torch has no rule for: the events are written
+differently, as vectors and as integers, but they are the same K outcomes.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
+from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import OneHotCategorical as TorchOneHotCategorical
 from torch.types import _size
 
@@ -48,3 +53,15 @@ class OneHotCategorical(TorchOneHotCategorical, Checked):
 def kl_one_hot_categorical_one_hot_categorical(p: TorchOneHotCategorical, q: TorchOneHotCategorical) -> Tensor:
     """KL between one-hot categorical distributions: that of the categories."""
     return categories_kl(p._categorical, q._categorical)
+
+
+@register_hardened(OneHotCategorical, Categorical)
+def kl_one_hot_categorical_categorical(p: TorchOneHotCategorical, q: TorchCategorical) -> Tensor:
+    """KL between categories written as vectors and categories written as integers: that of the categories."""
+    return categories_kl(p._categorical, q)
+
+
+@register_hardened(Categorical, OneHotCategorical)
+def kl_categorical_one_hot_categorical(p: TorchCategorical, q: TorchOneHotCategorical) -> Tensor:
+    """KL between categories written as integers and categories written as vectors: that of the categories."""
+    return categories_kl(p, q._categorical)

@@ -1,7 +1,29 @@
-"""KL rules between families on the line: every pair that torch registers, and those against Laplace that it lacks."""
+"""KL rules between families on the line: every pair that torch registers, and some that it lacks."""
 
 from __future__ import annotations
 
-from . import discrete, infinite, to_gamma, to_gumbel, to_interval, to_laplace, to_normal
+from . import (
+    discrete,
+    half_normal,
+    infinite,
+    log_normal,
+    to_gamma,
+    to_gumbel,
+    to_interval,
+    to_laplace,
+    to_normal,
+    weibull,
+)
 
-__all__ = ["discrete", "infinite", "to_gamma", "to_gumbel", "to_interval", "to_laplace", "to_normal"]
+__all__ = [
+    "discrete",
+    "half_normal",
+    "infinite",
+    "log_normal",
+    "to_gamma",
+    "to_gumbel",
+    "to_interval",
+    "to_laplace",
+    "to_normal",
+    "weibull",
+]

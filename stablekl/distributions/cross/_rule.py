@@ -20,11 +20,14 @@ from ..continuous_bernoulli import ContinuousBernoulli
 from ..exponential import Exponential
 from ..gamma import Gamma
 from ..gumbel import Gumbel
+from ..half_normal import HalfNormal
 from ..laplace import Laplace
+from ..log_normal import LogNormal
 from ..normal import Normal
 from ..pareto import Pareto
 from ..poisson import Poisson
 from ..uniform import Uniform
+from ..weibull import Weibull
 
 __all__ = ["Value", "cross_rule", "read", "register_pair", "settled"]
 
@@ -39,11 +42,14 @@ PARAMETERS: dict[type[Distribution], tuple[str | None, ...]] = {
     Exponential: ("rate",),
     Gamma: ("concentration", "rate"),
     Gumbel: ("loc", "scale"),
+    HalfNormal: ("scale",),
     Laplace: ("loc", "scale"),
+    LogNormal: ("loc", "scale"),
     Normal: ("loc", "scale"),
     Pareto: ("scale", "alpha"),
     Poisson: ("rate",),
     Uniform: ("low", "high"),
+    Weibull: ("scale", "concentration"),
 }
 # From here on a sum of terms is taken again in twice the digits: of float64's it has lost four bits.
 _CANCELLED = 16.0
@@ -100,6 +106,8 @@ def register_pair(
     value: Value,
     smooth: Value | None = None,
     safe: tuple[float, ...] = (),
+    *,
+    torch_lacks_it: bool = False,
 ) -> Value:
     """Register the rule of a pair of families; a ContinuousBernoulli stands in it by its logit.
 
@@ -109,6 +117,7 @@ def register_pair(
         value: of the parameters of p and then of q. With ``smooth``, a logit is a `Double`.
         smooth: as in `cross_rule`; without it the value is differentiable itself.
         safe: as in `cross_rule`; 0.5 will do for a probability and for a logit.
+        torch_lacks_it: as in `register_hardened`.
     """
     width = len(PARAMETERS[family_p])
     place = 0 if family_p is ContinuousBernoulli else width if family_q is ContinuousBernoulli else -1
@@ -129,7 +138,7 @@ def register_pair(
 
     names = f"{family_p.__name__} against {family_q.__name__}"
     rule.__doc__ = f"KL of {names}, elementwise; see the module."
-    return register_hardened(family_p, family_q)(rule)
+    return register_hardened(family_p, family_q, torch_lacks_it=torch_lacks_it)(rule)
 
 
 def settled(terms: tuple[Tensor, ...], precise: Callable[[], Tensor], where: Tensor | None = None) -> Tensor:

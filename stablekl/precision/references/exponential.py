@@ -24,7 +24,7 @@ class Exponential(Family):
         return {ONE: mp.log(rate), X: -rate}
 
     def expectation(self, statistic: Statistic, rate: Number) -> Number:
-        """Of x, (x - m)^2, |x - m|, log x, exp(t x) and 1/x."""
+        """Of x, (x - m)^2, |x - m|, log x, (log x - m)^2, x^k, exp(t x) and 1/x."""
         kind, a = statistic
         mean = 1 / rate
         if kind == "x":
@@ -35,6 +35,10 @@ class Exponential(Family):
             return a - mean + 2 * mean * mp.exp(-rate * a) if a > 0 else mean - a
         if kind == "log":
             return -mp.euler - mp.log(rate)
+        if kind == "log square":
+            return mp.pi**2 / 6 + (mp.euler + mp.log(rate) + a) ** 2
+        if kind == "power":
+            return mp.gamma(1 + a) * mp.exp(-a * mp.log(rate))
         if kind == "exp":
             return rate / (rate - a) if a < rate else mp.inf
         if kind == "inverse":

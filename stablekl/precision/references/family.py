@@ -41,6 +41,7 @@ _VALUES: dict[str, Callable[[Number, Any], Number]] = {
     "log1m": lambda x, _: mp.log(1 - x),
     "inverse": lambda x, _: 1 / x,
     "complement": lambda x, n: n - x,
+    "power": lambda x, k: mp.exp(k * mp.log(x)),
     "square": lambda x, m: (x - m) ** 2,
     "log square": lambda x, m: (mp.log(x) - m) ** 2,
     "abs": lambda x, m: abs(x - m),

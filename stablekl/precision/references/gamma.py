@@ -32,7 +32,7 @@ class Gamma(Family):
         return {ONE: one, LOG: concentration - 1, X: -rate}
 
     def expectation(self, statistic: Statistic, concentration: Number, rate: Number) -> Number:
-        """Of x, (x - m)^2, |x - m|, log x, exp(t x) and 1/x."""
+        """Of x, (x - m)^2, |x - m|, log x, (log x - m)^2, x^k, exp(t x) and 1/x."""
         kind, a = statistic
         mean = concentration / rate
         if kind == "x":
@@ -48,6 +48,10 @@ class Gamma(Family):
             return mean - a + 2 * below
         if kind == "log":
             return _mean_log(concentration, rate)
+        if kind == "log square":
+            return mp.psi(1, concentration) + (_mean_log(concentration, rate) - a) ** 2
+        if kind == "power":
+            return mp.exp(mp.loggamma(concentration + a) - mp.loggamma(concentration) - a * mp.log(rate))
         if kind == "exp":
             return mp.exp(-concentration * mp.log1p(-a / rate)) if a < rate else mp.inf
         if kind == "inverse":

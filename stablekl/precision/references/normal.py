@@ -52,11 +52,13 @@ class HalfNormal(Family):
         return {ONE: mp.log(2 / mp.pi) / 2 - mp.log(scale), Statistic("square", mp.mpf(0)): -1 / (2 * scale**2)}
 
     def expectation(self, statistic: Statistic, scale: Number) -> Number:
-        """Of x and (x - m)^2."""
+        """Of x, log x and (x - m)^2."""
         kind, a = statistic
         mean = scale * mp.sqrt(2 / mp.pi)
         if kind == "x":
             return mean
+        if kind == "log":
+            return mp.log(scale) - (mp.euler + mp.log(2)) / 2
         if kind == "square":
             return scale**2 - 2 * a * mean + a**2
         raise self.unknown(statistic)
@@ -80,9 +82,11 @@ class LogNormal(Family):
         }
 
     def expectation(self, statistic: Statistic, loc: Number, scale: Number) -> Number:
-        """Of x, log x and (log x - m)^2."""
+        """Of x, its powers, log x and (log x - m)^2."""
         if statistic == X:
             return mp.exp(loc + scale**2 / 2)
+        if statistic.kind == "power":
+            return mp.exp(statistic.argument * loc + (statistic.argument * scale) ** 2 / 2)
         if statistic == LOG:
             return loc
         if statistic.kind == "log square":

@@ -11,7 +11,7 @@ __all__ = ["Weibull"]
 
 
 class Weibull(Family):
-    """Survival function exp(-(x/scale)^concentration)."""
+    """The power 1/concentration of a standard exponential variable, times ``scale``."""
 
     parameters: ClassVar = {"scale": POSITIVE, "concentration": POSITIVE}
 
@@ -22,18 +22,17 @@ class Weibull(Family):
     def terms(self, scale: Number, concentration: Number) -> dict[Statistic, Number]:
         """The sum log(k) - k log(scale) + (k - 1) log x - (x/scale)^k."""
         one = mp.log(concentration) - concentration * mp.log(scale)
-        return {
-            ONE: one,
-            LOG: concentration - 1,
-            Statistic("power", concentration): -mp.exp(-concentration * mp.log(scale)),
-        }
+        power = Statistic("power", concentration)
+        return {ONE: one, LOG: concentration - 1, power: -mp.exp(-concentration * mp.log(scale))}
 
     def expectation(self, statistic: Statistic, scale: Number, concentration: Number) -> Number:
-        """Of log x, x^a and x: (x/scale)^k is a standard exponential."""
+        """Of log x, (log x - m)^2, x and the powers of x."""
         kind, a = statistic
         if kind == "log":
             return mp.log(scale) - mp.euler / concentration
-        if kind in ("power", "x"):
-            power = a if kind == "power" else mp.mpf(1)
-            return mp.exp(power * mp.log(scale)) * mp.gamma(1 + power / concentration)
+        if kind == "log square":
+            return (mp.pi / concentration) ** 2 / 6 + (mp.log(scale) - mp.euler / concentration - a) ** 2
+        if kind in ("x", "power"):
+            power = mp.mpf(1) if kind == "x" else a
+            return mp.exp(power * mp.log(scale) + mp.loggamma(1 + power / concentration))
         raise self.unknown(statistic)

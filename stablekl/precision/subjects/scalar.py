@@ -29,7 +29,14 @@ INHERITED = (
     ("LogNormal", "LogNormal"),
 )
 # Pairs that torch lacks.
-ADDED = tuple((p, "Laplace") for p in ("ContinuousBernoulli", "Exponential", "Gumbel", "Pareto", "Uniform"))
+ADDED = (
+    *((p, "Laplace") for p in ("ContinuousBernoulli", "Exponential", "Gumbel", "Pareto", "Uniform")),
+    *((p, "Weibull") for p in ("Exponential", "Gamma", "Weibull")),
+    *((p, q) for p in ("HalfNormal", "Weibull") for q in ("Exponential", "Gamma")),
+    *((p, "HalfNormal") for p in ("Exponential", "Gamma")),
+    *((p, "LogNormal") for p in ("Exponential", "Gamma", "Weibull")),
+    *(("LogNormal", q) for q in ("Exponential", "Gamma", "Weibull")),
+)
 ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential", "Gamma", "Pareto")
 # Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.
 EXCLUDED = {"ContinuousBernoulli": (True, True), "Geometric": (True, False), "NegativeBinomial": (False, True)}

@@ -1,0 +1,193 @@
+r"""KL between log-normal and Gamma, exponential or Weibull distributions, in both directions; torch has none of them.
+
+With :math:`\mu, s` of the logarithm, c and r, or :math:`\lambda` and k of the other, R and S what Stirling's formulas
+leave of lgamma and digamma (`_pieces`), :math:`E(y) = y - 1 - \log y` and :math:`w = k (\mu - \log \lambda) + (k
+s)^2/2`,
+
+.. math::
+    KL(LN \| G) &= \mathrm{deviance}(c, r e^{\mu + s^2/2}) + \tfrac12 E(c s^2) + R(c), \\
+    KL(LN \| W) &= (e^w - 1 - w) + \tfrac12 E((k s)^2) + R(1), \\
+    KL(G \| LN) &= \frac{(\psi(c) - \log r - \mu)^2}{2 s^2} + \tfrac12 E\!\left(\frac{\psi'(c)}{s^2}\right)
+                   + \left[\tfrac12 \log(c\,\psi'(c)) - R(c) - c\,S(c)\right], \\
+    KL(W \| LN) &= \frac{(\log \lambda - \gamma/k - \mu)^2}{2 s^2}
+                   + \tfrac12 E\!\left(\frac{\pi^2}{6 (k s)^2}\right) + 0.0906.
+
+Nothing is negative; the last bracket, how far the logarithm of a Gamma variable is from a normal one, cancels by a
+factor of 5, and below c = 0.3 it is summed from what is left of c Gamma(c). All arguments are known to twice the
+digits: of the difference of two means nothing would be left after a rounding.
+
+Accuracy, float64: 24 ulp at most (LogNormal against Gamma at the closest one; Gamma against LogNormal 14, the others 5)
+in 1,200 parameter sets of each, and up to 2,000 at the closest q of the first two. float32: correctly rounded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _bregman
+from ..._autograd import may_hold
+from ..._double import (
+    EULER,
+    Double,
+    add,
+    digamma,
+    divide,
+    exact_product,
+    exp,
+    log,
+    multiply,
+    negative,
+    select,
+    subtract,
+)
+from ...special import bd0, expm1mx, expm1mx_value, log_ratio_bregman
+from ..exponential import Exponential
+from ..gamma import Gamma
+from ..log_normal import LogNormal
+from ..weibull import Weibull
+from ._pieces import deviance, excess, gamma_entropy, lgamma_bregman, remainders
+from ._rule import register_pair
+
+__all__ = [
+    "kl_exponential_log_normal",
+    "kl_gamma_log_normal",
+    "kl_log_normal_exponential",
+    "kl_log_normal_gamma",
+    "kl_log_normal_weibull",
+    "kl_weibull_log_normal",
+]
+
+_EULER = 0.57721566490153286
+_EDGE = 0.3
+_LARGE = 1e280
+# R(1) = 1 - log(2 pi)/2, and log(2 pi)/2 - 1/2
+_REMAINDER, _CONSTANT = 0.081061466795327258220, 0.41893853320467274178
+# the variance of a Gumbel of scale 1, pi^2/6, and the bracket at c = 1, log(pi^3/3)/2 - 1/2 - euler
+_VARIANCE: Any = Double(1.6449340668482264, 3.040672350398476e-17)  # type: ignore[arg-type]
+_FROM_GUMBEL = 0.090573019538512554911
+
+
+# ---- from a log-normal distribution -------------------------------------------------------------------------------
+
+
+def _log_normal_gamma(mu: Tensor, s: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    square = exact_product(s, s)
+    half = exp(multiply(subtract(multiply(square, 0.5), -mu), 0.5))
+    size = (half.hi * r) * half.hi
+    large = ~(size < _LARGE)
+    half = select(large, torch.ones_like(mu), half)
+    mean = deviance(c, multiply(multiply(half, r), half))
+    shape = 0.5 * excess(multiply(square, c), torch.ones_like(c)) + remainders(c)[0]
+    return torch.where(large, size, mean) + shape
+
+
+def _log_normal_gamma_smooth(mu: Tensor, s: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    # R(c) as a divergence from 1, its slope there apart
+    one, square = torch.ones_like(c), s * s
+    shape = lgamma_bregman(c, one, c - 1) + (0.5 - _EULER) * (c - 1) - 0.5 * (c - 1 - torch.log(c))
+    return bd0(c, r * torch.exp(mu + 0.5 * square)) + 0.5 * log_ratio_bregman(c * square, one) + shape
+
+
+def _log_normal_exponential(mu: Tensor, s: Tensor, r: Tensor) -> Tensor:
+    return _log_normal_gamma(mu, s, torch.ones_like(r), r)
+
+
+def _log_normal_exponential_smooth(mu: Tensor, s: Tensor, r: Tensor) -> Tensor:
+    return _log_normal_gamma_smooth(mu, s, torch.ones_like(r), r)
+
+
+def _log_normal_weibull(mu: Tensor, s: Tensor, scale: Tensor, k: Tensor) -> Tensor:
+    product = exact_product(k, s)
+    square = multiply(product, product)
+    w = multiply(square, 0.5)
+    w = subtract(w, multiply(subtract(log(scale), mu), k))
+    large = w.hi > 1
+    half = torch.exp(0.5 * w.hi)
+    power = half * (1 + torch.where(w.hi < 1e3, w.lo, 0.0)) * half
+    near = expm1mx_value(torch.where(large, 0.0, w.hi))
+    level = torch.where(large, power - 1 - w.hi.clamp(max=1e4), near)
+    return level + (0.5 * excess(square, torch.ones_like(k)) + _REMAINDER)
+
+
+def _log_normal_weibull_smooth(mu: Tensor, s: Tensor, scale: Tensor, k: Tensor) -> Tensor:
+    square = (k * s) * (k * s)
+    w = k * (mu - torch.log(scale)) + 0.5 * square
+    return expm1mx(w) + 0.5 * log_ratio_bregman(square, torch.ones_like(k))
+
+
+# ---- against a log-normal distribution ----------------------------------------------------------------------------
+
+
+def _log_shape(c: Tensor) -> Tensor:
+    """The bracket of the module's head."""
+    r, s = remainders(c)
+    far = 0.5 * torch.log1p(c * _bregman.lgamma_curvature(c)) - r - c * s
+    small = c < _EDGE
+    if not may_hold(small):
+        return far
+    x = torch.where(small, c, 0.1)
+    one = torch.ones_like(c)
+    up = x + 1
+    curvature = _bregman.lgamma_curvature(up) + 1 / up
+    # log Gamma(1) from 1 + x: digamma(1 + x) x - log Gamma(1 + x)
+    rest = _bregman.lgamma_bregman_value(one, up, -x) + _bregman.remainder_of_log(x, up)
+    return torch.where(small, _CONSTANT + 0.5 * torch.log1p(x * x * curvature) + (rest - x), far)
+
+
+def _gamma_log_normal(c: Tensor, r: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+    mean = subtract(subtract(digamma(c), log(r)), mu)
+    z = mean.hi / s
+    variance = add(divide(1.0, c), _bregman.lgamma_curvature(c))
+    return 0.5 * z * z + 0.5 * excess(variance, exact_product(s, s)) + _log_shape(c)
+
+
+def _gamma_log_normal_smooth(c: Tensor, r: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+    # torch's digamma would take its trigamma, which is good to 5e-10
+    one = torch.ones_like(c)
+    mean = torch.log(c) - _EULER + (c - 1) * _bregman.lgamma_slope(c, one, c - 1)
+    z = (mean - torch.log(r) - mu) / s
+    variance = 1 / c + _bregman.lgamma_curvature(c)
+    return 0.5 * z * z + 0.5 * variance / s / s + torch.log(s) - (gamma_entropy(c) - mean)
+
+
+def _standardised(mean: Double, k: Tensor, s: Tensor) -> Tensor:
+    """From a Gumbel variable of this mean and of scale 1/k, in units of s."""
+    z = mean.hi / s
+    product = exact_product(k, s)
+    return 0.5 * z * z + 0.5 * excess(add(torch.zeros_like(k), _VARIANCE), multiply(product, product)) + _FROM_GUMBEL
+
+
+def _weibull_log_normal(scale: Tensor, k: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+    return _standardised(subtract(subtract(log(scale), mu), divide(EULER, k)), k, s)
+
+
+def _weibull_log_normal_smooth(scale: Tensor, k: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+    z, product = (torch.log(scale) - mu - _EULER / k) / s, k * s
+    return 0.5 * z * z + 0.5 * log_ratio_bregman(_VARIANCE.hi / product / product, torch.ones_like(k))
+
+
+def _exponential_log_normal(r: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+    return _standardised(negative(add(add(log(r), mu), EULER)), torch.ones_like(s), s)
+
+
+def _exponential_log_normal_smooth(r: Tensor, mu: Tensor, s: Tensor) -> Tensor:
+    return _weibull_log_normal_smooth(1 / r, torch.ones_like(s), mu, s)
+
+
+kl_log_normal_gamma = register_pair(LogNormal, Gamma, _log_normal_gamma, _log_normal_gamma_smooth, (0.0, 1.0, 1.0, 1.0))
+kl_log_normal_exponential = register_pair(
+    LogNormal, Exponential, _log_normal_exponential, _log_normal_exponential_smooth, (0.0, 1.0, 1.0)
+)
+kl_log_normal_weibull = register_pair(
+    LogNormal, Weibull, _log_normal_weibull, _log_normal_weibull_smooth, (0.0, 1.0, 1.0, 1.0), torch_lacks_it=True
+)
+kl_gamma_log_normal = register_pair(Gamma, LogNormal, _gamma_log_normal, _gamma_log_normal_smooth, (1.0, 1.0, 0.0, 1.0))
+kl_weibull_log_normal = register_pair(
+    Weibull, LogNormal, _weibull_log_normal, _weibull_log_normal_smooth, (1.0, 1.0, 0.0, 1.0), torch_lacks_it=True
+)
+kl_exponential_log_normal = register_pair(
+    Exponential, LogNormal, _exponential_log_normal, _exponential_log_normal_smooth, (1.0, 0.0, 1.0)
+)

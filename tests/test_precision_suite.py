@@ -45,12 +45,19 @@ GENERIC = {
     ("TransformedDistribution", "TransformedDistribution"): "that of the bases; LogNormal and others stand for it",
     ("Independent", "Independent"): "a sum of another rule's results; measured for Normal",
 }
+RELAXED = ("RelaxedBernoulli", "LogitRelaxedBernoulli", "RelaxedOneHotCategorical", "ExpRelaxedCategorical")
 # Rules of stablekl that are another rule's, or measured elsewhere.
 ELSEWHERE = {
     ("TransformedDistribution", "TransformedDistribution"): "that of the bases",
     ("LogisticNormal", "LogisticNormal"): "that of Independent",
     ("LKJCholesky", "LKJCholesky"): "tests/test_pairs_torch_lacks.py",
     ("Kumaraswamy", "Kumaraswamy"): "tests/test_pairs_torch_lacks.py",
+    ("FisherSnedecor", "FisherSnedecor"): "tests/test_more_pairs.py",
+    **dict.fromkeys(
+        (("Categorical", "OneHotCategorical"), ("OneHotCategorical", "Categorical")), "that of Categorical"
+    ),
+    **dict.fromkeys((("Beta", "Dirichlet"), ("Dirichlet", "Beta")), "that of Dirichlet"),
+    **{(name, name): "an error that says why there is none" for name in RELAXED},
 }
 # Rules of stablekl for pairs that torch lacks, which are other spellings of a measured one.
 SPELLINGS = {

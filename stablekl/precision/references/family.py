@@ -46,7 +46,6 @@ _VALUES: dict[str, Callable[[Number, Any], Number]] = {
     "log square": lambda x, m: (mp.log(x) - m) ** 2,
     "abs": lambda x, m: abs(x - m),
     "exp": lambda x, t: mp.exp(t * x),
-    "power": lambda x, a: x**a,
     "cos": lambda x, m: mp.cos(x - m),
     "log quadratic": lambda x, ms: mp.log((x - ms[0]) ** 2 + ms[1] ** 2),
     "log factorial": lambda x, _: mp.loggamma(x + 1),

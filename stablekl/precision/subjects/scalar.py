@@ -41,7 +41,6 @@ ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential"
 # Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.
 EXCLUDED = {"ContinuousBernoulli": (True, True), "Geometric": (True, False), "NegativeBinomial": (False, True)}
 _CANCELS = "a derivative changes sign, or is small beside the other parameter's, where terms of it cancel"
-_CANCELLING = ("Gamma", "InverseGamma", "Laplace", "LogNormal", "Pareto", "VonMises")
 # Of gradients.
 LIMITS: dict[str, dict[torch.dtype, str]] = {
     "Normal": {

@@ -211,6 +211,8 @@ def test_a_subject_accepts_its_own_batches(name, dtype):
     if name.startswith("gradient ") and subject.expand == catalogue()[name.removeprefix("gradient ")].expand:
         return  # the batches of its divergence
     for relation, knobs in zip(RELATIONS, KNOBS, strict=True):
+        if relation == "equal" and name.startswith("gradient "):
+            continue  # they draw none: at p = q a derivative by an end of a range has one side alone
         batch = subject.expand(Plan(relation, 3, *knobs, 2), dtype)
         assert len(batch) == len(subject.parameters)
         assert {x.dtype for x in batch} == {dtype}

@@ -182,7 +182,11 @@ def validity(*families: Family) -> Callable[..., Tensor]:
 
     def valid(*batch: Tensor) -> Tensor:
         columns = [checks[d](x) for d, x in zip(domains, batch, strict=True)]
-        columns += [x == _within(n, {"probs": x}, x.dtype)["probs"] for n, x in zip(names, batch, strict=True)]
+        columns += [
+            x == _within(n, {"probs": x}, x.dtype)["probs"]
+            for n, d, x in zip(names, domains, batch, strict=True)
+            if d == "probability"
+        ]
         # the two parameters of a Uniform follow each other
         bounds = [i for i, name in enumerate(names) if name == "Uniform"]
         columns += [batch[low] < batch[high] for low, high in zip(bounds[::2], bounds[1::2], strict=True)]

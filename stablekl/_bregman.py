@@ -13,7 +13,7 @@ symmetric polynomial h. N = 10 steps, and seven terms of Stirling's series from 
 positive but the c_k, whose first outweighs the others; d is the caller's, since differences of shifted arguments have
 lost their digits. torch's ``lgamma(y) - lgamma(x) - digamma(x) (y - x)`` keeps none from d/x = 1e-8 on.
 
-**Accuracy** (float64): within 4 ulp for x and y from 1e-12 to 1e12, from neighbouring floats to far apart.
+**Accuracy** (float64): within 4.1 eps, relative, in 6,000 pairs from 1e-12 to 1e12, neighbouring floats to far apart.
 
 References: 5.5.1 and 5.11.1 of the NIST Digital Library of Mathematical Functions.
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import _fused
-from ._autograd import rowwise
+from ._autograd import masked_product, rowwise
 from ._elementwise import product_error, sum_error
 from .special import log1pmx, log1pmx_value
 
@@ -62,9 +62,11 @@ def remainder_of_log(v: Tensor, q: Tensor) -> Tensor:
 
     Below -0.6 both terms come from q, whose error then cancels in part.
     """
-    near = v > _LOW
-    far = (torch.where(near, v, q - 1) - torch.log(q)).clamp(max=torch.inf)
-    return torch.where((v > _LOW) & (v < 1), -log1pmx_value(torch.where(v > _LOW, v, 0.0)), far)
+    high = v > _LOW
+    by_v = torch.where(high, v, 0.0)
+    # 1 + v by its own logarithm where v is large: q may have over- or underflowed on the way
+    above = torch.where(v < 1, -log1pmx_value(by_v), torch.where(v.isinf(), v, by_v - torch.log1p(by_v)))
+    return torch.where(high, above, (q - 1) - torch.log(q))
 
 
 def product_difference(a: Tensor, b: Tensor, c: Tensor, e: Tensor) -> Tensor:
@@ -172,7 +174,7 @@ def lgamma_curvature(x: Tensor) -> Tensor:
 def _shape_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
     y, x, d = inputs
     d = d.detach() + ((y - x) - (y - x).detach())
-    return d * lgamma_slope(y, x, d), -d * lgamma_curvature(x), torch.zeros_like(d)
+    return masked_product(d, lgamma_slope(y, x, d)), -masked_product(d, lgamma_curvature(x)), torch.zeros_like(d)
 
 
 shape_bregman = rowwise(lambda y, x, d: (lgamma_bregman_value(y, x, d),), _shape_gradient)
@@ -189,7 +191,8 @@ def _lgamma_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor,
     d = d.detach() + ((y - x) - (y - x).detach())
     near = d.abs() < 0.5 * x
     log = torch.where(near, torch.log1p(torch.where(near, d / x, 0.0)), log_quotient(y, x))
-    return d * lgamma_slope(y, x, d) + log, -d * (lgamma_curvature(x) + 1 / x), torch.zeros_like(d)
+    by_y, by_x = masked_product(d, lgamma_slope(y, x, d)), -masked_product(d, lgamma_curvature(x) + 1 / x)
+    return by_y + log, by_x, torch.zeros_like(d)
 
 
 lgamma_bregman = rowwise(_lgamma_value, _lgamma_gradient)

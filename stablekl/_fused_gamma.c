@@ -57,8 +57,9 @@ static double remainder_of_log(double v, double q)
             p = p * w + ATANH[i];
         return h - s * (h + 2.0 * w * p);
     }
-    double value = (v > LOW ? v : q - 1.0) - log(q);
-    return isnan(value) && v > LOW && !isnan(v) ? INFINITY : value; /* inf - inf */
+    if (v > LOW) /* by v itself: q may have over- or underflowed on the way */
+        return isinf(v) ? v : v - log1p(v);
+    return (q - 1.0) - log(q);
 }
 
 /* Sum of c_k h_(2k-2)(u, v, w). */

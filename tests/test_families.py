@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -340,3 +341,43 @@ def test_transforms_that_lose_something():
     assert kl(z, td.TransformedDistribution(td.Laplace(3.0, 2.0), [td.ExpTransform()])) == pytest.approx(
         0.1931, abs=1e-4
     )
+
+
+# ---- a grid of extremes -------------------------------------------------------------------------------------------
+
+POSITIVE = (1e-30, 1e-12, 0.5, 1.0, 3.0, 1e12, 1e30)
+REAL = (0.0, -1e-12, 1.0, -1e12)
+GRID = {
+    **dict.fromkeys(("Chi2", "Exponential", "HalfCauchy", "HalfNormal"), (POSITIVE,)),
+    **dict.fromkeys(("Beta", "Gamma", "InverseGamma", "Pareto", "Weibull"), (POSITIVE, POSITIVE)),
+    **dict.fromkeys(("Cauchy", "Gumbel", "Laplace", "LogNormal", "Normal"), (REAL, POSITIVE)),
+    "Bernoulli": ((0.0, 1e-300, 1e-12, 0.5, 1 - 1e-12, 1.0),),
+    "ContinuousBernoulli": ((0.0, 1e-300, 1e-12, 0.5, 1 - 1e-12, 1.0),),
+    "Geometric": ((1e-300, 1e-12, 0.5, 1 - 1e-12, 1.0),),
+    "Poisson": ((0.0, *POSITIVE),),
+}
+
+
+def on_the_grid(name, rule):
+    """The values of a rule on all pairs, and its gradients."""
+    points = list(itertools.product(*GRID[name]))
+    rows = f64(*(v for p in points for q in points for v in (*p, *q))).reshape(len(points) ** 2, -1)
+    leaves = [x.clone().requires_grad_() for x in rows.unbind(-1)]
+    half = len(leaves) // 2
+    cls = getattr(S, name) if rule is stablekl.kl_divergence else getattr(td, name)
+    value = rule(cls(*leaves[:half], validate_args=False), cls(*leaves[half:], validate_args=False))
+    return value, torch.autograd.grad(value.sum(), leaves)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_extremes_give_no_nan(name):
+    value, gradients = on_the_grid(name, stablekl.kl_divergence)
+    assert (value >= 0).all()
+    assert not any(g.isnan().any() for g in gradients)
+
+
+def test_extremes_give_torch_nan_or_negative_values():
+    """The must-fail twin."""
+    for name in ("Beta", "Gamma", "Geometric", "Gumbel", "InverseGamma", "Poisson"):
+        value, gradients = on_the_grid(name, td.kl_divergence)
+        assert not (value >= 0).all() or any(g.isnan().any() for g in gradients), name

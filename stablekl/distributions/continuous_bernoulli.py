@@ -241,6 +241,8 @@ def _value(eta_p: Tensor, eta_q: Tensor, d: Tensor) -> tuple[Tensor]:
 
 def _gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
     eta_p, eta_q, d = inputs
+    finite = eta_p.isfinite() & eta_q.isfinite()  # elsewhere the divergence is infinite, and constant
+    eta_p, eta_q, d = (torch.where(finite, x, 0.0) for x in (eta_p, eta_q, d))
     d = attached(d, eta_q - eta_p)
     close = d.abs() < _REACH
     near = d * _integral(torch.where(close, eta_p, 0.0), torch.where(close, d, 0.0), 0)

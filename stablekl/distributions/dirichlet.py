@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.distributions import Dirichlet as TorchDirichlet
 
 from .. import _fused
+from .._autograd import masked_product
 from .._bregman import (
     STEPS,
     lgamma_bregman_value,
@@ -205,8 +206,9 @@ def _gradient(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     near = tau.abs() < 0.5
     log = torch.log1p(torch.where(near, tau, 0.0))
     log = torch.where(near, log, log_quotient(y, x) - log_quotient(sum_y, sum_x))
-    by_y = d * lgamma_slope(y, x, d) - sum_d * lgamma_slope(sum_y, sum_x, sum_d) + log
-    by_x = sum_d * lgamma_curvature(sum_x) - d * lgamma_curvature(x) - (e / x - sum_e / sum_x)
+    by_y = masked_product(d, lgamma_slope(y, x, d)) - masked_product(sum_d, lgamma_slope(sum_y, sum_x, sum_d)) + log
+    by_x = masked_product(sum_d, lgamma_curvature(sum_x)) - masked_product(d, lgamma_curvature(x))
+    by_x = by_x - (e / x - sum_e / sum_x)
     return by_x, by_y
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Gamma as TorchGamma
 
+from .._autograd import masked_product
 from .._bregman import (
     lgamma_bregman_value,
     lgamma_curvature,
@@ -102,8 +103,8 @@ def _gradient(a_p: Tensor, b_p: Tensor, a_q: Tensor, b_q: Tensor) -> tuple[Tenso
     # log of M/a_q, the ratio of the means times that of the rates: derivatives 1/a_p, 1/b_q, -1/a_q, -1/b_p
     by_sum = log_quotient(a_p, a_q) + log_quotient(b_q, b_p)
     log = torch.where(near, torch.log1p(torch.where(near, t, 0.0)), by_sum)
-    by_a_q = d * lgamma_slope(a_q, a_p, d) - log
-    by_a_p = a_q / a_p * t - d * lgamma_curvature(a_p)
+    by_a_q = masked_product(d, lgamma_slope(a_q, a_p, d)) - log
+    by_a_p = a_q / a_p * t - masked_product(d, lgamma_curvature(a_p))
     return by_a_p, -(a_q / b_p) * t, by_a_q, a_q / b_q * t
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Laplace as TorchLaplace
 
+from .._autograd import masked_product
 from ..registry import register_hardened
 from ..special import expm1_value, expm1mx, expm1mx_value, log_ratio_bregman_value
 from ._base import Checked
@@ -94,7 +95,7 @@ def _quantile(u: Tensor, m: Tensor, b: Tensor) -> Tensor:
 def _value(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> Tensor:
     d = (mu_p - mu_q).abs()
     u, rho = d / b_p, b_p / b_q
-    near = rho * expm1mx_value(-u.clamp(max=_FAR))
+    near = masked_product(expm1mx_value(-u.clamp(max=_FAR)), rho)
     shift = torch.where(u < _FAR, near, d / b_q + rho * expm1_value(-u))
     return shift + log_ratio_bregman_value(b_p, b_q)
 

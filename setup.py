@@ -8,7 +8,7 @@ setup(
     ext_modules=[
         Extension(
             "stablekl._fused_kernels",
-            ["stablekl/_fused_kernels.c", "stablekl/_fused_gamma.c"],
+            ["stablekl/_fused_kernels.c", "stablekl/_fused_gamma.c", "stablekl/_fused_double.c"],
             # Comparisons become vector selections if nobody reads the floating-point flags; results do not change.
             extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
             libraries=[] if sys.platform == "win32" else ["m"],

@@ -26,6 +26,7 @@ from torch import Tensor
 from . import _fused
 from ._autograd import masked_product, rowwise
 from ._elementwise import product_error, sum_error
+from ._opaque import opaque
 from .special import log1pmx, log1pmx_value
 
 __all__ = [
@@ -132,9 +133,13 @@ def lgamma_bregman_value(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
 
     On a CPU a kernel in C does the same (see `_fused`).
     """
-    y, x, d = torch.broadcast_tensors(y, x, d)
+    return _lgamma_bregman(y, x, d)[0]
+
+
+@opaque(1)
+def _lgamma_bregman(y: Tensor, x: Tensor, d: Tensor) -> tuple[Tensor]:
     if y.dtype == torch.float64 and _fused.available((y, x, d)):
-        return _fused.lgamma_bregman((y, x, d))
+        return (_fused.lgamma_bregman((y, x, d)),)
     far_x, far_y = x + STEPS, y + STEPS
     u, w = 1 / far_x, 1 / far_y
     total = (d * u) * (d * u) * w * stirling_series(u, u, w) + 0.5 * remainder_of_log(d * u, far_y * u)
@@ -145,7 +150,7 @@ def lgamma_bregman_value(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
 
     v, rest = _first_step(y, x, d)
     # 1 + v = y (x + 1)/(x (y + 1))
-    return total + (y + 1) * (remainder_of_log(v, (y / (y + 1)) * ((x + 1) / x)) + rest)
+    return (total + (y + 1) * (remainder_of_log(v, (y / (y + 1)) * ((x + 1) / x)) + rest),)
 
 
 def _log_ratio(v: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _fused
 from ._elementwise import product_error, sum_error
+from ._opaque import opaque
 
 __all__ = [
     "EULER",
@@ -257,6 +259,14 @@ def _log1p_near(z: Double) -> Double:
 
 def _log(x: Double, less_one: Double) -> Double:
     """log(x), from x - 1 too, which x does not show where it is small."""
+    return Double(*_log_parts(*x, *less_one))
+
+
+@opaque(2)
+def _log_parts(*parts: Tensor) -> tuple[Tensor, ...]:
+    if _fused.available(parts):
+        return _fused.double_log(parts)
+    x, less_one = Double(*parts[:2]), Double(*parts[2:])
     # its exponent by its bits: the compiler for CPUs fails on torch.frexp (torch 2.13)
     bits = x.hi.view(torch.int64)
     mantissa = ((bits & _FRACTION) | _ONE).view(torch.float64)  # from 1 to 2
@@ -270,7 +280,7 @@ def _log(x: Double, less_one: Double) -> Double:
     result = add(shift, near)
     end = torch.where(x.hi == 0, -torch.inf, torch.where(x.hi == torch.inf, torch.inf, torch.nan))
     inside = (x.hi > 0) & x.hi.isfinite()
-    return Double(torch.where(inside, result.hi, end), torch.where(inside, result.lo, 0.0))
+    return torch.where(inside, result.hi, end), torch.where(inside, result.lo, 0.0)
 
 
 def log(x: Number) -> Double:
@@ -347,7 +357,15 @@ def stirling(x: Number) -> Stirling:
     log Gamma(x) = (x - 1/2) log(x) - x + log(2 pi)/2 + lgamma, and digamma(x) = log(x) - 1/(2 x) - digamma: about
     1/(12 x) and 1/(12 x^2) for large x, to their relative accuracy. The second is minus the derivative of the first.
     """
-    x = double(x)
+    r, r_low, s, s_low = _stirling_parts(*double(x))
+    return Stirling(Double(r, r_low), Double(s, s_low))
+
+
+@opaque(4)
+def _stirling_parts(*parts: Tensor) -> tuple[Tensor, ...]:
+    if _fused.available(parts):
+        return _fused.double_stirling(parts)
+    x = Double(*parts)
     near = x.hi < _STEPS
     z = select(near, add(x, float(_STEPS)), x)
     inverse = divide(1.0, z)
@@ -362,7 +380,7 @@ def stirling(x: Number) -> Stirling:
     first = add(far.lgamma, add(less, multiply(subtract(log_z, 1.0), steps)))
     halves = multiply(subtract(divide(1.0, safe), inverse), 0.5)
     second = add(far.digamma, subtract(subtract(reciprocals, halves), gap))
-    return Stirling(select(near, first, far.lgamma), select(near, second, far.digamma))
+    return (*select(near, first, far.lgamma), *select(near, second, far.digamma))
 
 
 def lgamma(x: Number) -> Double:

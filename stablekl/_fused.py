@@ -22,17 +22,20 @@ from ._autograd import is_dual, is_plain
 __all__ = [
     "available",
     "beta_kl",
+    "double_log",
+    "double_stirling",
     "gaussian_kl",
     "gaussian_kl_gradient",
     "lgamma_bregman",
     "normal_kl",
     "normal_kl_gradient",
+    "remainders",
 ]
 
 # Elements that are worth a thread of their own (starting one takes as long as some 20,000 elements).
 _PER_THREAD = 2**17
 _FEW = 2**12  # of those that take a hundred times as long
-_VERSION = 3  # of the functions' arguments: that of the C file
+_VERSION = 4  # of the functions' arguments: that of the C file
 
 
 def _load() -> Any:
@@ -46,7 +49,8 @@ def _load() -> Any:
     except (OSError, ValueError):  # built for another system, or left over from another version
         return None
     names = [f"stablekl_{rule}_kl{what}" for rule in ("normal", "gaussian") for what in ("", "_gradient")]
-    names += ["stablekl_lgamma_bregman", "stablekl_beta_kl"]
+    names += [f"stablekl_{name}" for name in ("lgamma_bregman", "beta_kl", "remainders")]
+    names += [f"stablekl_double_{name}" for name in ("log", "stirling")]
     for kernel in (getattr(library, name) for name in names):
         addresses, size = ctypes.POINTER(ctypes.c_void_p), ctypes.c_int64
         kernel.argtypes = [addresses, ctypes.POINTER(size), size, size, ctypes.c_int, ctypes.c_void_p]
@@ -103,6 +107,27 @@ def lgamma_bregman(inputs: Sequence[Tensor]) -> Tensor:
 def beta_kl(inputs: Sequence[Tensor]) -> Tensor:
     """The divergence of a stick in `distributions.dirichlet`, of eight float64 tensors of one shape."""
     return _value(_library.stablekl_beta_kl, inputs, _FEW)
+
+
+def remainders(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`distributions.cross._pieces.remainders` of a float64 tensor."""
+    return _parts(_library.stablekl_remainders, inputs, 2)
+
+
+def double_log(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`_double.log` of x and x - 1, of two float64 tensors each, all of one shape: its two parts."""
+    return _parts(_library.stablekl_double_log, inputs, 2)
+
+
+def double_stirling(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`_double.stirling` of two float64 tensors of one shape: the two parts of either result."""
+    return _parts(_library.stablekl_double_stirling, inputs, 4)
+
+
+def _parts(kernel: Callable[..., None], inputs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+    out = [torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device="cpu") for _ in range(count)]
+    _run(kernel, inputs, (ctypes.c_void_p * count)(*(x.data_ptr() for x in out)), _FEW)
+    return tuple(out)
 
 
 def _value(kernel: Callable[..., None], inputs: Sequence[Tensor], per_thread: int = _PER_THREAD) -> Tensor:

@@ -1,6 +1,7 @@
-/* The Bregman divergence of lgamma and the KL divergence of Beta distributions, element by element.
+/* What Stirling's formulas leave of lgamma and digamma, the Bregman divergence of lgamma, and the KL divergence of Beta
+ * distributions, element by element.
  *
- * The formulas are those of _bregman.py and distributions/dirichlet.py, term by term; float64 throughout. See
+ * The formulas are those of distributions/cross/_pieces.py, _bregman.py and distributions/dirichlet.py, term by term; float64 throughout. See
  * _fused_kernels.c for how the functions are called.
  */
 #include <float.h>
@@ -30,6 +31,36 @@ static const double ATANH[12] = {
 static const double NODES[4] = {0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970262};
 static const double WEIGHTS[4] = {0.17392742256872692, 0.32607257743127307, 0.32607257743127307, 0.17392742256872692};
 
+/* B_2k/(2k (2k - 1)) and B_2k/(2k), k = 8 ... 1. */
+static const double LGAMMA[8] = {
+    -3617.0 / 122400, 1.0 / 156, -691.0 / 360360, 1.0 / 1188, -1.0 / 1680, 1.0 / 1260, -1.0 / 360, 1.0 / 12,
+};
+static const double DIGAMMA[8] = {
+    -3617.0 / 8160, 1.0 / 12, -691.0 / 32760, 1.0 / 132, -1.0 / 240, 1.0 / 252, -1.0 / 120, 1.0 / 12,
+};
+
+static double polynomial(double x, const double *coefficients, int count)
+{
+    double p = coefficients[0];
+    for (int i = 1; i < count; i++)
+        p = p * x + coefficients[i];
+    return p;
+}
+
+static void remainders(double x, double *r, double *s)
+{
+    int near = x < STEPS;
+    double z = near ? x + STEPS : x, w = 1.0 / z / z, sum_r = 0.0, sum_s = 0.0;
+    for (int n = 0; near && n < STEPS; n++) {
+        double v = x + n, t = 1.0 / (2.0 * v + 1.0), square = t * t;
+        double rest = t < 3.0 / 7 ? polynomial(square, ATANH, 12) : (0.5 * log1p(1.0 / v) / t - 1.0) / square;
+        sum_r += square * rest;
+        sum_s += 2.0 * t * square * (1.0 / (4.0 * v * (v + 1.0) * square) - rest);
+    }
+    *r = polynomial(w, LGAMMA, 8) / z + sum_r;
+    *s = polynomial(w, DIGAMMA, 8) * w + sum_s;
+}
+
 static double product_error(double a, double b, double p)
 {
     return fma(a, b, -p);
@@ -52,10 +83,8 @@ static double product_difference(double a, double b, double c, double e)
 static double remainder_of_log(double v, double q)
 {
     if (v > LOW && v < 1.0) {
-        double h = 0.5 * v * v, s = v / (v + 2.0), w = s * s, p = ATANH[0];
-        for (int i = 1; i < 12; i++)
-            p = p * w + ATANH[i];
-        return h - s * (h + 2.0 * w * p);
+        double h = 0.5 * v * v, s = v / (v + 2.0), w = s * s;
+        return h - s * (h + 2.0 * w * polynomial(w, ATANH, 12));
     }
     if (v > LOW) /* by v itself: q may have over- or underflowed on the way */
         return isinf(v) ? v : v - log1p(v);
@@ -191,6 +220,17 @@ PUBLIC void stablekl_lgamma_bregman(
     (void)wide;
     for (int64_t i = start; i < end; i++)
         result[i] = lgamma_bregman(y[i * stride[0]], x[i * stride[1]], d[i * stride[2]]);
+}
+
+/* Elements start to end of R(x) and S(x). in: x, of stride 0 or 1; out: both. */
+PUBLIC void stablekl_remainders(
+    const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *out)
+{
+    const double *x = in[0];
+    double *const *result = out;
+    (void)wide;
+    for (int64_t i = start; i < end; i++)
+        remainders(x[i * stride[0]], &result[0][i], &result[1][i]);
 }
 
 /* Elements start to end of KL(Beta(a_p, b_p) || Beta(a_q, b_q)). in: a_p, a_q, b_p, b_q, the differences q - p of both,

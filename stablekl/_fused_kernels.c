@@ -20,7 +20,7 @@
 #endif
 
 /* Of the functions' arguments: that of _fused.py. */
-PUBLIC const int stablekl_fused_version = 3;
+PUBLIC const int stablekl_fused_version = 4;
 
 /* One version of a loop per generation of processors, chosen when the library is loaded. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)

@@ -28,6 +28,7 @@ FLOORS = {
     "_double": 0,
     "_elementwise": 0,
     "_fused": 0,
+    "_opaque": 0,
     "_residual": 0,
     "_normal_tail": 0,
     "_distributed": 0,

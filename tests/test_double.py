@@ -8,10 +8,19 @@ import pytest
 import torch
 from mpmath import mp
 
-from stablekl import _double
+from stablekl import _double, _fused
 from stablekl._double import add, constant, divide, double, exp, expm1, lgamma, log, log1p, multiply, subtract
 
 COUNT = 60
+
+
+@pytest.fixture(params=["kernels", "operations"], autouse=True)
+def evaluated_by(request, monkeypatch):
+    """Every test with the kernels in C, where there are any, and with torch's operations."""
+    if request.param == "operations":
+        monkeypatch.setattr(_fused, "_library", None)
+    elif _fused._library is None:
+        pytest.skip("installed without a C compiler")
 
 
 def exact(x, i):
@@ -140,10 +149,25 @@ def test_operands_broadcast_and_may_be_numbers():
     torch.testing.assert_close(_double.rounded(multiply(thirds, 3.0)), x, rtol=0, atol=0)
 
 
-def test_compiled_gives_the_same_digits():
+def test_compiled_gives_the_same_digits(monkeypatch):
     # Inductor's code for a CPU keeps every rounding; its compiler takes a minute for log
+    monkeypatch.setattr(_fused, "_library", None)  # no tracing goes through a kernel
     for f, arguments, backend in ((divide, (-3, -2), "inductor"), (log, (-3,), "aot_eager")):
         x = [numbers(low, 3, seed=-low) for low in arguments]
         compiled = torch.compile(f, fullgraph=True, backend=backend)
         for a, b in zip(compiled(*x), f(*x), strict=True):
             assert torch.equal(a, b)
+
+
+def test_bits_depend_on_the_values_alone():
+    x = numbers(-3, 3, count=2 * 64 + 3)
+    for f in (log, lambda x: _double.stirling(x).lgamma, lambda x: _double.stirling(x).digamma):
+        whole = f(x)
+        for i in (0, 63, 64, 2 * 64 + 2):
+            one = f(_double.Double(x.hi[i], x.lo[i]))
+            assert (one.hi, one.lo) == (whole.hi[i], whole.lo[i])
+        strided = f(_double.Double(*(v.repeat_interleave(2)[::2] for v in x)))
+        assert torch.equal(strided.hi, whole.hi)
+        assert torch.equal(strided.lo, whole.lo)
+        column = f(_double.Double(x.hi.unsqueeze(-1).expand(-1, 2), x.lo.unsqueeze(-1).expand(-1, 2)))
+        assert torch.equal(column.lo[:, 1], whole.lo)

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import stablekl
 from stablekl import _bregman, _fused
+from stablekl.distributions.cross._pieces import remainders
 from stablekl.distributions.normal import normal_kl
 from stablekl.losses.gaussian import _kl as gaussian_kl
 
@@ -235,3 +236,11 @@ def test_kernels_of_odd_layouts():
         _bregman.lgamma_bregman_value(y, one, y - one), _bregman.lgamma_bregman_value(y, one.clone(), y - one)
     )
     assert _bregman.lgamma_bregman_value(y[:0], x[:0], y[:0]).shape == (0, 30)
+
+
+def test_remainders_kernel_is_the_same_formula(monkeypatch):
+    x, _ = spread(4)
+    by_kernel = remainders(x)
+    monkeypatch.setattr(_fused, "available", lambda inputs: False)
+    for a, b in zip(by_kernel, remainders(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=4e-15, atol=0)

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.distributions import Gumbel as TorchGumbel
 
 from .. import _double
-from .._autograd import masked_product, may_hold
+from .._autograd import masked_product
 from .._bregman import lgamma_bregman_value, lgamma_slope, remainder_of_log
 from .._double import Double
+from .._opaque import where_needed
 from ..registry import register_hardened
 from ..special import expm1_value, expm1mx_value, log_ratio_bregman_value
 from ._base import Checked
@@ -90,14 +91,14 @@ def _lgamma_near_two(r: Tensor, d: Tensor) -> Tensor:
 
 def _power(z: Double, up: Tensor, down: Tensor, w: Tensor) -> Tensor:
     """The exponential of w, which is z + log Gamma(1 + up/down)."""
-    large = w > _LARGE
-    if not may_hold(large):
-        return torch.exp(w)
-    careful = large & (w < 800) & (up / down < 1e15)
-    ratio = _double.divide(torch.where(careful, up, 1.0), torch.where(careful, down, 1.0))
-    exponent = _double.lgamma(_double.add(ratio, torch.ones_like(w)))
-    exponent = _double.add(exponent, Double(*(torch.where(careful, x, 0.0) for x in z)))
-    return torch.where(careful, torch.exp(exponent.hi) * (1 + exponent.lo), torch.exp(w))
+    careful = (w > _LARGE) & (w < 800) & (up / down < 1e15)
+    return _precise_power(torch.exp(w), careful, *z, up, down)
+
+
+@where_needed
+def _precise_power(z_hi: Tensor, z_lo: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    exponent = _double.add(Double(z_hi, z_lo), _double.lgamma(_double.add(_double.divide(up, down), 1.0)))
+    return torch.exp(exponent.hi) * (1 + exponent.lo)
 
 
 def extreme_value(z: Double, up: Tensor, down: Tensor) -> Tensor:

@@ -18,9 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import _fused
 from ..._bregman import log_quotient, shape_bregman
 from ..._double import Number, double, rounded, subtract
 from ..._elementwise import horner
+from ..._opaque import opaque
 from ...special import _ATANH, log1pmx, log1pmx_value
 
 __all__ = [
@@ -71,12 +73,15 @@ _DIGAMMA = (-3617 / 8160, 1 / 12, -691 / 32760, 1 / 132, -1 / 240, 1 / 252, -1 /
 _ATANH_REACH = 3 / 7
 
 
-def remainders(x: Tensor) -> tuple[Tensor, Tensor]:
+@opaque(2)
+def remainders(x: Tensor) -> tuple[Tensor, ...]:
     """R and S, both to their relative accuracy.
 
     For x below 10 the steps R(x) - R(x + 1) = (x + 1/2) log(1 + 1/x) - 1 and those of S, all positive, are written in
     s = 1/(2x + 1), where log(1 + 1/x) = 2 atanh(s), and summed.
     """
+    if x.dtype == torch.float64 and _fused.available((x,)):
+        return _fused.remainders((x,))
     near = x < _STEPS
     z = torch.where(near, x + _STEPS, x)
     w = 1 / z / z

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..._autograd import is_dual, is_plain, may_hold
+from ..._autograd import is_dual, is_plain
 from ..._double import Double, double, log_quotient, subtract
 from ...registry import register_hardened
 from .._base import common_dtype, given, widened
@@ -141,11 +141,20 @@ def register_pair(
     return register_hardened(family_p, family_q, torch_lacks_it=torch_lacks_it)(rule)
 
 
-def settled(terms: tuple[Tensor, ...], precise: Callable[[], Tensor], where: Tensor | None = None) -> Tensor:
-    """The sum of the terms, in twice the digits by the other function where they cancel (and ``where`` holds)."""
+def settled(
+    terms: tuple[Tensor, ...], precise: Value, inputs: tuple[Tensor, ...], where: Tensor | None = None
+) -> Tensor:
+    """The sum of the terms; where they cancel (and ``where`` holds) that of the inputs in twice the digits.
+
+    Args:
+        terms: to add.
+        precise: made by `where_needed`.
+        inputs: what it takes.
+        where: a mask.
+    """
     result, size = terms[0], terms[0].abs()
     for x in terms[1:]:
         result, size = result + x, size + x.abs()
     lost = ~(size <= _CANCELLED * result)
     lost = lost if where is None else lost & where
-    return torch.where(lost, precise(), result) if may_hold(lost) else result
+    return precise(result, lost, *inputs)

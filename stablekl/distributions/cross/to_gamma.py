@@ -57,6 +57,7 @@ from ..._double import (
     subtract,
     total,
 )
+from ..._opaque import where_needed
 from ...special import bd0, log1pmx_value, log_ratio_bregman
 from ..beta import Beta
 from ..continuous_bernoulli import ContinuousBernoulli
@@ -116,6 +117,7 @@ def _shape_gap(a: Tensor, b: Tensor, n: Double, t: Double) -> Double:
     return select(b > _LARGE, divided, gap)
 
 
+@where_needed
 def _omega_precise(a: Tensor, b: Tensor, c: Tensor, near: Tensor) -> Tensor:
     """Omega in twice the digits, from B(c, a) in float64: it has more of them where R(a) is large and B small."""
     n, zero = exact_sum(a, b), torch.zeros_like(a)
@@ -143,7 +145,7 @@ def beta_excess(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     _, s = remainders(n)
     bregman = lgamma_bregman(c, a, d)
     terms = (bregman, 0.5 * scale, -0.5 * d / n, gamma_shape(b), -gamma_shape(n), -c * s)
-    return settled(terms, lambda: _omega_precise(a, b, c, bregman))
+    return settled(terms, _omega_precise, (a, b, c, bregman))
 
 
 def _beta_gamma(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> Tensor:

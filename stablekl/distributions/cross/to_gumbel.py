@@ -47,6 +47,7 @@ from ..._double import (
     subtract,
     total,
 )
+from ..._opaque import where_needed
 from ...special import expm1mx_value, log1pmx_value
 from ..exponential import Exponential
 from ..gamma import Gamma
@@ -100,8 +101,10 @@ def _exponential_smooth(rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     return torch.log(theta) - 1 + 1 / theta - z + torch.exp(z - torch.log1p(1 / theta))
 
 
-def _gamma_precise(a: Tensor, theta: Double, excess_w: Tensor) -> Tensor:
+@where_needed
+def _gamma_precise(a: Tensor, theta_hi: Tensor, theta_lo: Tensor, excess_w: Tensor) -> Tensor:
     """Everything but E(w) in twice the digits."""
+    theta = Double(theta_hi, theta_lo)
     inverse = divide(1.0, theta)
     r, s = stirling(a)
     shape = subtract(subtract(divide(0.5, a), r), multiply(subtract(a, 1.0), s))
@@ -117,7 +120,7 @@ def _gamma(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     excess_w = _excess(w.hi, _exp(w))
     logs = torch.log(math.sqrt(2 * math.pi) * torch.sqrt(a) / theta.hi)
     terms = (excess_w, gamma_shape(a), -a * log1pmx_value(inverse.hi), -logs, torch.full_like(a, 0.5))
-    return settled(terms, lambda: _gamma_precise(a, theta, excess_w))
+    return settled(terms, _gamma_precise, (a, *theta, excess_w))
 
 
 def _gamma_smooth(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ from ..._double import (
     subtract,
     total,
 )
+from ..._opaque import where_needed
 from ...special import log_ratio_bregman
 from ..beta import Beta
 from ..continuous_bernoulli import ContinuousBernoulli
@@ -90,9 +91,10 @@ def _truncated_uniform(y: Tensor, low: Tensor, high: Tensor) -> Tensor:
 _FAR = 8.0
 
 
-def _beta_truncated_precise(a: Tensor, b: Tensor, y: Double) -> Tensor:
+@where_needed
+def _beta_truncated_precise(a: Tensor, b: Tensor, y_hi: Tensor, y_lo: Tensor) -> Tensor:
     """The textbook form in twice the digits: negative entropy, log of the normaliser, mean."""
-    n, zero = exact_sum(a, b), torch.zeros_like(a)
+    y, n, zero = Double(y_hi, y_lo), exact_sum(a, b), torch.zeros_like(a)
     x = Double(torch.stack([a, b, n.hi]), torch.stack([zero, zero, n.lo]))
     sign = a.new_tensor([1.0, 1.0, -1.0]).reshape(3, *(1,) * a.ndim)
     less = multiply(subtract(x, a.new_tensor([1.0, 1.0, 2.0]).reshape(sign.shape)), digamma(x))
@@ -115,7 +117,7 @@ def _beta_truncated(a: Tensor, b: Tensor, y: Double) -> Tensor:
     beyond = excess(mean, torch.ones_like(a)) + beta_excess(x, z, torch.ones_like(a)) + _truncated.shortfall(rate.hi)
     near = torch.where(far, 0.0, y.hi)
     terms = (beta_unit(a, b), -near * (0.5 * (a - b) / (a + b)), _truncated.log_mgf(near))
-    within = settled(terms, lambda: _beta_truncated_precise(a, b, y), ~far)
+    within = settled(terms, _beta_truncated_precise, (a, b, *y), ~far)
     return torch.where(far, beyond, within)
 
 

@@ -55,6 +55,7 @@ from ..._double import (
     subtract,
     total,
 )
+from ..._opaque import where_needed
 from ...special import log_ratio_bregman
 from ..beta import Beta
 from ..continuous_bernoulli import ContinuousBernoulli
@@ -156,6 +157,7 @@ def _beta_shape_large(a: Tensor, b: Tensor) -> Tensor:
     return ((a - b) * u) * ((a - b) * v) * w / 3 + higher
 
 
+@where_needed
 def _beta_shape_precise(a: Tensor, b: Tensor) -> Tensor:
     """J in twice the digits."""
     n = exact_sum(a, b)
@@ -174,7 +176,7 @@ def _beta_shape(a: Tensor, b: Tensor) -> Tensor:
     r, s = remainders(n)
     terms = (gamma_shape(a), gamma_shape(b), -0.5 * torch.log1p(1 / n), -1 / n, r, (n - 2) * s)
     large = (a > _LARGE) & (b > _LARGE)
-    return torch.where(large, _beta_shape_large(a, b), settled(terms, lambda: _beta_shape_precise(a, b), ~large))
+    return torch.where(large, _beta_shape_large(a, b), settled(terms, _beta_shape_precise, (a, b), ~large))
 
 
 def _beta(a: Tensor, b: Tensor, mu: Tensor, s: Tensor) -> Tensor:

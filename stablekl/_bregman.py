@@ -58,6 +58,7 @@ def log_quotient(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((q >= info.tiny) & (q <= info.max), torch.log(q), torch.log(a) - torch.log(b))
 
 
+@_fused.fused
 def remainder_of_log(v: Tensor, q: Tensor) -> Tensor:
     """L(v) = v - log(1 + v) from v to its relative accuracy and from q = 1 + v likewise; +inf at v = -1 or inf.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import _fused
 from ._autograd import blockwise, rowwise
 
 __all__ = ["broadcast_apply", "elementwise", "horner", "is_lifted", "product_error", "sum_error"]
@@ -22,6 +23,7 @@ def is_lifted(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
+_MANY = 512  # elements that are worth the call of a kernel
 # the plain form of each function that `elementwise` has made
 _PLAIN: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
 
@@ -37,7 +39,7 @@ def elementwise(value: Callable[..., Tensor], *partials: Callable[..., Tensor]) 
     plain_partials = tuple(_PLAIN.get(f, f) for f in partials)
 
     def plain(*inputs: Tensor) -> Tensor:
-        if is_lifted(inputs[0]):
+        if is_lifted(inputs[0]) and not _fused.takes(value, inputs):
             return value(*(x.double() for x in inputs), lifted=True).float()
         return value(*inputs)
 
@@ -64,7 +66,9 @@ def broadcast_apply(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """A polynomial in ``x``, its highest coefficient first."""
+    """A polynomial in ``x``, its highest coefficient first; on a CPU by a kernel in C, with the same roundings."""
+    if x.dtype == torch.float64 and x.numel() >= _MANY and _fused.available((x,)):
+        return _fused.polynomial(x, coefficients)
     p = x * coefficients[0] + coefficients[1]
     for c in coefficients[2:]:
         p = p * x + c

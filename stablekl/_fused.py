@@ -9,6 +9,7 @@ torch's operations. A kernel releases the interpreter lock, so threads share a l
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -24,18 +25,23 @@ __all__ = [
     "beta_kl",
     "double_log",
     "double_stirling",
+    "fused",
     "gaussian_kl",
     "gaussian_kl_gradient",
     "lgamma_bregman",
     "normal_kl",
     "normal_kl_gradient",
+    "polynomial",
     "remainders",
+    "takes",
 ]
 
 # Elements that are worth a thread of their own (starting one takes as long as some 20,000 elements).
 _PER_THREAD = 2**17
 _FEW = 2**12  # of those that take a hundred times as long
-_VERSION = 4  # of the functions' arguments: that of the C file
+_SPECIAL = ("expm1mx", "log1pmx", "log_ratio_bregman", "remainder_of_log")  # elementwise, of one result
+_FUSED: set[Callable[..., Tensor]] = set()
+_VERSION = 6  # of the functions' arguments: that of the C file
 
 
 def _load() -> Any:
@@ -50,6 +56,7 @@ def _load() -> Any:
         return None
     names = [f"stablekl_{rule}_kl{what}" for rule in ("normal", "gaussian") for what in ("", "_gradient")]
     names += [f"stablekl_{name}" for name in ("lgamma_bregman", "beta_kl", "remainders")]
+    names += [f"stablekl_{name}" for name in (*_SPECIAL, "polynomial")]
     names += [f"stablekl_double_{name}" for name in ("log", "stirling")]
     for kernel in (getattr(library, name) for name in names):
         addresses, size = ctypes.POINTER(ctypes.c_void_p), ctypes.c_int64
@@ -109,9 +116,48 @@ def beta_kl(inputs: Sequence[Tensor]) -> Tensor:
     return _value(_library.stablekl_beta_kl, inputs, _FEW)
 
 
+def fused(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorate an elementwise function ``name_value`` or ``name`` whose kernel is ``stablekl_name``.
+
+    The kernel takes over where it can (see `takes`).
+    """
+    name = f.__name__.removesuffix("_value")
+
+    @functools.wraps(f)
+    def g(*inputs: Tensor, **options: bool) -> Tensor:
+        if not options and takes(g, inputs):
+            if any(x.shape != inputs[0].shape for x in inputs):
+                inputs = torch.broadcast_tensors(*inputs)
+            return _value(getattr(_library, f"stablekl_{name}"), inputs)
+        return f(*inputs, **options)
+
+    _FUSED.add(g)
+    return g
+
+
+def takes(f: Callable[..., Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether f is made by `fused` and its kernel can take these tensors, whose shapes broadcast."""
+    return f in _FUSED and available(inputs) and all(x.dtype == inputs[0].dtype for x in inputs)
+
+
 def remainders(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """`distributions.cross._pieces.remainders` of a float64 tensor."""
     return _parts(_library.stablekl_remainders, inputs, 2)
+
+
+@functools.cache
+def _numbers(values: tuple[float, ...]) -> Any:
+    return (ctypes.c_double * len(values))(*values)
+
+
+def polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """`_elementwise.horner` of a float64 tensor, bit for bit."""
+    x = x.contiguous().resolve_neg()
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    addresses = (ctypes.c_void_p * 2)(x.data_ptr(), ctypes.addressof(_numbers(coefficients)))
+    strides = (ctypes.c_int64 * 2)(1, len(coefficients))
+    _library.stablekl_polynomial(addresses, strides, 0, x.numel(), 1, ctypes.c_void_p(out.data_ptr()))
+    return out
 
 
 def double_log(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,30 +1,13 @@
 /* The logarithm, and what Stirling's formulas leave of log Gamma and digamma, in twice the digits of float64.
  *
  * The algorithms are those of _double.py, step by step, a tile of elements at a time, so that every step is a loop of
- * vector instructions; see _fused_kernels.c for how the functions are called and why contraction is off. A product's
+ * vector instructions; see _fused.h for why contraction is off. A product's
  * error is one fused multiply-add here, where torch's operations need seventeen.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(_WIN32)
-#define PUBLIC __declspec(dllexport)
-#define INLINE static __forceinline
-#else
-#define PUBLIC __attribute__((visibility("default")))
-#define INLINE static inline __attribute__((always_inline))
-#endif
-
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("avx512f", "fma", "default")))
-#else
-#define CLONES
-#endif
-
 #define TILE 64
+#include "_fused.h"
+
 #define STEPS 20
-#define EACH for (int j = 0; j < TILE; j++)
 
 /* 1/k!, k = 1 ... 13, in two parts, and k = 14 ... 26. */
 static const double FACTORIAL_HI[13] = {
@@ -70,12 +53,7 @@ static const double DIGAMMA_SMALL[11] = {
     -974936.8238505747, 20052695.79668808, -472384867.7216299, 12635724795.916666, -380879311252.4537,
     12850850499305.084,
 };
-/* (atanh(s) - s)/s^3 in s^2, |s| <= 3/7, highest power first: the table of special.py. */
-static const double ATANH[12] = {
-    0.11974262895067175, -0.0027016372512737754, 0.06160893542716858, 0.05003989026028942,
-    0.05913487309275028, 0.06664198430842003,    0.07692435595045058, 0.09090904910246529,
-    0.11111111191430766, 0.14285714284919523,    0.2000000000000307,  0.3333333333333333,
-};
+/* log 2 in three parts, of which an integer below 2^11 times the first is exact. */
 #define LOG2_FIRST 0.6931471805598903
 #define LOG2_SECOND 5.497923018708371e-14
 #define LOG2_THIRD 1.94704509238075e-31
@@ -158,10 +136,8 @@ INLINE void log1p_near(tile *z)
     double y[TILE];
     tile e;
     EACH {
-        double x = z->hi[j], h = 0.5 * x * x, s = x / (x + 2.0), w = s * s, p = ATANH[0], sum = 0.0;
-        for (int i = 1; i < 12; i++)
-            p = p * w + ATANH[i];
-        y[j] = x - (h - s * (h + 2.0 * w * p));
+        double sum = 0.0;
+        y[j] = z->hi[j] - excess_near(z->hi[j], ATANH_WIDE, 12);
         for (int k = 12; k >= 0; k--)
             sum = (sum + SMALL_FACTORIAL[k]) * y[j];
         put(&e, j, number(sum));
@@ -271,48 +247,38 @@ INLINE void stirling_tile(const tile *x, tile *lgamma, tile *digamma)
     }
 }
 
-/* The tile that begins at an element: its end is filled up with ones. */
-INLINE void load(tile *x, const void *const *in, const int64_t *stride, int first, int64_t start, int64_t count)
-{
-    const double *hi = in[first], *lo = in[first + 1];
-    for (int64_t j = 0; j < TILE; j++) {
-        x->hi[j] = j < count ? hi[(start + j) * stride[first]] : 1.0;
-        x->lo[j] = j < count ? lo[(start + j) * stride[first + 1]] : 0.0;
-    }
-}
-
-INLINE void store(const tile *x, double *const *out, int first, int64_t start, int64_t count)
-{
-    memcpy(out[first] + start, x->hi, count * sizeof(double));
-    memcpy(out[first + 1] + start, x->lo, count * sizeof(double));
-}
-
 /* Elements start to end of log(x). in: x and x - 1, each in two parts, of stride 0 or 1; out: two parts. */
-PUBLIC CLONES void stablekl_double_log(
+CLONES PUBLIC void stablekl_double_log(
     const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *out)
 {
     tile x, less_one, result;
-    (void)wide;
+    void *const *results = out;
     for (; start < end; start += TILE) {
         int64_t count = end - start < TILE ? end - start : TILE;
-        load(&x, in, stride, 0, start, count);
-        load(&less_one, in, stride, 2, start, count);
+        load(x.hi, in[0], stride[0], start, count, wide);
+        load(x.lo, in[1], stride[1], start, count, wide);
+        load(less_one.hi, in[2], stride[2], start, count, wide);
+        load(less_one.lo, in[3], stride[3], start, count, wide);
         log_tile(&x, &less_one, &result);
-        store(&result, out, 0, start, count);
+        store(results[0], result.hi, start, count, wide);
+        store(results[1], result.lo, start, count, wide);
     }
 }
 
 /* Elements start to end of both remainders. in: x in two parts, of stride 0 or 1; out: two parts of either. */
-PUBLIC CLONES void stablekl_double_stirling(
+CLONES PUBLIC void stablekl_double_stirling(
     const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *out)
 {
     tile x, lgamma, digamma;
-    (void)wide;
+    void *const *results = out;
     for (; start < end; start += TILE) {
         int64_t count = end - start < TILE ? end - start : TILE;
-        load(&x, in, stride, 0, start, count);
+        load(x.hi, in[0], stride[0], start, count, wide);
+        load(x.lo, in[1], stride[1], start, count, wide);
         stirling_tile(&x, &lgamma, &digamma);
-        store(&lgamma, out, 0, start, count);
-        store(&digamma, out, 2, start, count);
+        store(results[0], lgamma.hi, start, count, wide);
+        store(results[1], lgamma.lo, start, count, wide);
+        store(results[2], digamma.hi, start, count, wide);
+        store(results[3], digamma.lo, start, count, wide);
     }
 }

@@ -1,36 +1,21 @@
 /* What Stirling's formulas leave of lgamma and digamma, the Bregman divergence of lgamma, and the KL divergence of Beta
- * distributions, element by element.
+ * distributions.
  *
- * The formulas are those of distributions/cross/_pieces.py, _bregman.py and distributions/dirichlet.py, term by term; float64 throughout. See
- * _fused_kernels.c for how the functions are called.
+ * The formulas are those of distributions/cross/_pieces.py, _bregman.py and distributions/dirichlet.py, term by term, a
+ * tile at a time: every step is a loop of vector instructions.
  */
-#include <float.h>
-#include <math.h>
-#include <stdint.h>
-
-#if defined(_WIN32)
-#define PUBLIC __declspec(dllexport)
-#else
-#define PUBLIC __attribute__((visibility("default")))
-#endif
+#define TILE 64
+#include "_fused.h"
 
 #define STEPS 10
 #define TERMS 7
-#define LOW (-0.6)
 
 static const double STIRLING[TERMS] = {
     1.0 / 12, -1.0 / 360, 1.0 / 1260, -1.0 / 1680, 1.0 / 1188, -691.0 / 360360, 1.0 / 156,
 };
-/* (atanh(s) - s)/s^3 in s^2, |s| <= 3/7, highest power first: the table of special.py. */
-static const double ATANH[12] = {
-    0.11974262895067175, -0.0027016372512737754, 0.06160893542716858, 0.05003989026028942,
-    0.05913487309275028, 0.06664198430842003,    0.07692435595045058, 0.09090904910246529,
-    0.11111111191430766, 0.14285714284919523,    0.2000000000000307,  0.3333333333333333,
-};
 /* Gauss and Legendre's four nodes and weights on [0, 1]. */
 static const double NODES[4] = {0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970262};
 static const double WEIGHTS[4] = {0.17392742256872692, 0.32607257743127307, 0.32607257743127307, 0.17392742256872692};
-
 /* B_2k/(2k (2k - 1)) and B_2k/(2k), k = 8 ... 1. */
 static const double LGAMMA[8] = {
     -3617.0 / 122400, 1.0 / 156, -691.0 / 360360, 1.0 / 1188, -1.0 / 1680, 1.0 / 1260, -1.0 / 360, 1.0 / 12,
@@ -39,211 +24,258 @@ static const double DIGAMMA[8] = {
     -3617.0 / 8160, 1.0 / 12, -691.0 / 32760, 1.0 / 132, -1.0 / 240, 1.0 / 252, -1.0 / 120, 1.0 / 12,
 };
 
-static double polynomial(double x, const double *coefficients, int count)
-{
-    double p = coefficients[0];
-    for (int i = 1; i < count; i++)
-        p = p * x + coefficients[i];
-    return p;
-}
-
-static void remainders(double x, double *r, double *s)
-{
-    int near = x < STEPS;
-    double z = near ? x + STEPS : x, w = 1.0 / z / z, sum_r = 0.0, sum_s = 0.0;
-    for (int n = 0; near && n < STEPS; n++) {
-        double v = x + n, t = 1.0 / (2.0 * v + 1.0), square = t * t;
-        double rest = t < 3.0 / 7 ? polynomial(square, ATANH, 12) : (0.5 * log1p(1.0 / v) / t - 1.0) / square;
-        sum_r += square * rest;
-        sum_s += 2.0 * t * square * (1.0 / (4.0 * v * (v + 1.0) * square) - rest);
-    }
-    *r = polynomial(w, LGAMMA, 8) / z + sum_r;
-    *s = polynomial(w, DIGAMMA, 8) * w + sum_s;
-}
-
-static double product_error(double a, double b, double p)
+INLINE double rounding(double a, double b, double p)
 {
     return fma(a, b, -p);
 }
 
-static double sum_error(double a, double b, double s)
+INLINE double finite_or_zero(double x)
 {
-    double c = s - a;
-    return (a - (s - c)) + (b - c);
+    return x - x == 0.0 ? x : 0.0;
 }
 
-static double product_difference(double a, double b, double c, double e)
+INLINE double product_difference(double a, double b, double c, double e)
 {
     double p = a * b, q = c * e, difference = p - q;
-    double rest = sum_error(p, -q, difference) + (product_error(a, b, p) - product_error(c, e, q));
-    return difference + (isfinite(rest) ? rest : 0.0);
+    return difference + finite_or_zero(sum_error(p, -q, difference) + (rounding(a, b, p) - rounding(c, e, q)));
 }
 
-/* v - log(1 + v) from v and from q = 1 + v. */
-static double remainder_of_log(double v, double q)
+/* R(x) and S(x): for x below 10 the steps that lead to Stirling's series. */
+INLINE void remainders_tile(const double *x, double *r, double *s)
 {
-    if (v > LOW && v < 1.0) {
-        double h = 0.5 * v * v, s = v / (v + 2.0), w = s * s;
-        return h - s * (h + 2.0 * w * polynomial(w, ATANH, 12));
-    }
-    if (v > LOW) /* by v itself: q may have over- or underflowed on the way */
-        return isinf(v) ? v : v - log1p(v);
-    return (q - 1.0) - log(q);
-}
-
-/* Sum of c_k h_(2k-2)(u, v, w). */
-static double stirling_series(double u, double v, double w)
-{
-    double one = 1.0, two = 1.0, three = 1.0, total = STIRLING[0];
-    for (int degree = 1; degree < 2 * TERMS - 1; degree++) {
-        one = one * u;
-        two = one + v * two;
-        three = two + w * three;
-        if (degree % 2 == 0)
-            total += STIRLING[degree / 2] * three;
-    }
-    return total;
-}
-
-/* Sums of (2k - 1) c_k h_(2k-2) and of (2k - 1) c_k h_(2k-1) of u, v, w. */
-static void power_series(double u, double v, double w, double *even, double *odd)
-{
-    double one = 1.0, two = 1.0, three = 1.0;
-    *even = *odd = 0.0;
-    for (int degree = 0; degree < 2 * TERMS; degree++) {
-        if (degree) {
-            one = one * u;
-            two = one + v * two;
-            three = two + w * three;
+    EACH {
+        double z = x[j] < STEPS ? x[j] + STEPS : x[j], w = 1.0 / z / z, p = LGAMMA[0], q = DIGAMMA[0];
+        for (int i = 1; i < 8; i++) {
+            p = p * w + LGAMMA[i];
+            q = q * w + DIGAMMA[i];
         }
-        double term = (degree / 2 * 2 + 1) * STIRLING[degree / 2] * three;
-        if (degree % 2)
-            *odd += term;
-        else
-            *even += term;
+        r[j] = p / z;
+        s[j] = q * w;
     }
+    for (int n = STEPS - 1; n >= 0; n--)
+        EACH {
+            double v = (x[j] < STEPS ? x[j] : 1.0) + n, t = 1.0 / (2.0 * v + 1.0), square = t * t, p = ATANH_WIDE[0];
+            for (int i = 1; i < 12; i++)
+                p = p * square + ATANH_WIDE[i];
+            double far = (0.5 * logarithm(1.0 + 1.0 / v) / t - 1.0) / square, rest = t < 3.0 / 7 ? p : far;
+            double step_s = 2.0 * t * square * (1.0 / (4.0 * v * (v + 1.0) * square) - rest);
+            r[j] += x[j] < STEPS ? square * rest : 0.0;
+            s[j] += x[j] < STEPS ? step_s : 0.0;
+        }
+}
+
+/* Sum of c_k h_(2k-2)(u, u, w), h the complete homogeneous symmetric polynomial. */
+INLINE void stirling_series(const double *u, const double *w, double *total)
+{
+    double one[TILE], two[TILE], three[TILE];
+    EACH {
+        one[j] = two[j] = three[j] = 1.0;
+        total[j] = STIRLING[0];
+    }
+    for (int k = 1; k < TERMS; k++)
+        EACH {
+            for (int i = 0; i < 2; i++) {
+                one[j] *= u[j];
+                two[j] = one[j] + u[j] * two[j];
+                three[j] = two[j] + w[j] * three[j];
+            }
+            total[j] += STIRLING[k] * three[j];
+        }
+}
+
+/* (d/x)^2/y times that sum at 1/x, 1/x, 1/y. */
+INLINE void series_at(const double *x, const double *y, const double *d, double *out)
+{
+    double u[TILE], w[TILE];
+    EACH {
+        u[j] = 1.0 / x[j];
+        w[j] = 1.0 / y[j];
+    }
+    stirling_series(u, w, out);
+    EACH out[j] *= (d[j] * u[j]) * (d[j] * u[j]) * w[j];
 }
 
 /* B_g(y, x) with d = y - x, g(a) = lgamma(a) - a log(a) + a. */
-static double lgamma_bregman(double y, double x, double d)
+INLINE void bregman_tile(const double *y, const double *x, const double *d, double *out)
 {
-    double far_x = x + STEPS, far_y = y + STEPS, u = 1.0 / far_x, w = 1.0 / far_y;
-    double total = (d * u) * (d * u) * w * stirling_series(u, u, w) + 0.5 * remainder_of_log(d * u, far_y * u);
-    double sum = 0.0;
-    for (int n = 1; n < STEPS; n++) {
-        double v = d / (x + n) / (y + n + 1.0);
-        sum += (y + n + 1.0) * remainder_of_log(v, 1.0 + v);
+    double far_x[TILE], far_y[TILE], quotient[TILE];
+    int extreme = 0;
+    EACH {
+        far_x[j] = x[j] + STEPS;
+        far_y[j] = y[j] + STEPS;
     }
+    series_at(far_x, far_y, d, out);
+    EACH {
+        double u = 1.0 / far_x[j];
+        out[j] += 0.5 * remainder_of_log(d[j] * u, far_y[j] * u);
+    }
+    for (int n = STEPS - 1; n > 0; n--)
+        EACH {
+            double v = d[j] / (x[j] + n) / (y[j] + n + 1.0);
+            out[j] += (y[j] + n + 1.0) * remainder_of_log(v, 1.0 + v);
+        }
     /* The first step: L changes by up to 2.6 times as many ulps as v, so what rounding took from v is added. */
-    double f = y + 1.0, v = d / x / f, g = v * f, h = x * g;
-    double lost = (d - h) - product_error(x, g, h) - x * product_error(v, f, g);
-    lost += (d == y - x ? sum_error(y, -x, d) : 0.0) - x * (v * sum_error(y, 1.0, f));
-    double rest = lost / x / f * (v / (1.0 + v));
-    if (!(isfinite(rest) && v > LOW))
-        rest = 0.0;
-    return total + sum + f * (remainder_of_log(v, (y / f) * ((x + 1.0) / x)) + rest);
-}
-
-/* What Stirling's series adds from x to y. */
-static double series_at(double x, double y, double d)
-{
-    double u = 1.0 / x, w = 1.0 / y;
-    return (d * u) * (d * u) * w * stirling_series(u, u, w);
-}
-
-/* What it adds for a less what it adds for a + b. */
-static double series(double a_p, double a_q, double d_a, double b_p, double b_q, double d_b, double cross)
-{
-    if (!(fmax(b_p / a_p, b_q / a_q) < 0.02))
-        return series_at(a_p, a_q, d_a) - series_at(a_p + b_p, a_q + b_q, d_a + d_b);
-    double total = 0.0;
-    for (int i = 0; i < 4; i++) {
-        double u = 1.0 / (a_p + NODES[i] * b_p), w = 1.0 / (a_q + NODES[i] * b_q), d = d_a + NODES[i] * d_b, even, odd;
-        power_series(u, u, w, &even, &odd);
-        total += WEIGHTS[i] * (d * w) * u * (cross * u * odd + d_b * u * even);
+    EACH {
+        double a = x[j], b = y[j], f = b + 1.0, v = d[j] / a / f, g = v * f, h = a * g;
+        double lost = (d[j] - h) - rounding(a, g, h) - a * rounding(v, f, g);
+        lost += (d[j] == b - a ? sum_error(b, -a, d[j]) : 0.0) - a * (v * sum_error(b, 1.0, f));
+        double rest = finite_or_zero(lost / a / f * (v / (1.0 + v)));
+        double q = (b / f) * ((a + 1.0) / a);
+        extreme |= q < DBL_MIN;
+        quotient[j] = q;
+        far_x[j] = out[j] + f * (v > -0.6 ? rest : 0.0);
+        out[j] = far_x[j] + f * remainder_of_log(v, q);
     }
-    return total;
+    for (int j = 0; extreme && j < TILE; j++)
+        if (quotient[j] < DBL_MIN)
+            out[j] = far_x[j] + (y[j] + 1.0) * ((quotient[j] - 1.0) - log(quotient[j]));
+}
+
+/* What Stirling's series adds for a less what it adds for a + b: where b is small an integral over what is between. */
+INLINE void series(const double *a_p, const double *a_q, const double *d_a, const double *b_p, const double *b_q,
+                   const double *d_b, const double *cross, double *out)
+{
+    double x[TILE], y[TILE], d[TILE], u[TILE], w[TILE], even[TILE], odd[TILE], sum[TILE];
+    double one[TILE], two[TILE], three[TILE];
+    EACH {
+        x[j] = a_p[j] + b_p[j];
+        y[j] = a_q[j] + b_q[j];
+        d[j] = d_a[j] + d_b[j];
+        sum[j] = 0.0;
+    }
+    series_at(x, y, d, even);
+    series_at(a_p, a_q, d_a, out);
+    EACH out[j] -= even[j];
+    for (int i = 0; i < 4; i++) {
+        EACH {
+            u[j] = 1.0 / (a_p[j] + NODES[i] * b_p[j]);
+            w[j] = 1.0 / (a_q[j] + NODES[i] * b_q[j]);
+            d[j] = d_a[j] + NODES[i] * d_b[j];
+            one[j] = two[j] = three[j] = 1.0;
+            even[j] = odd[j] = 0.0;
+        }
+        /* sums of (2k - 1) c_k h_(2k-2) and of (2k - 1) c_k h_(2k-1) of u, u, w */
+        for (int k = 0; k < TERMS; k++)
+            EACH {
+                double c = (2 * k + 1) * STIRLING[k];
+                even[j] += c * three[j];
+                for (int half = 0; half < 2; half++) {
+                    one[j] *= u[j];
+                    two[j] = one[j] + u[j] * two[j];
+                    three[j] = two[j] + w[j] * three[j];
+                    odd[j] += half == 0 ? c * three[j] : 0.0;
+                }
+            }
+        EACH sum[j] += WEIGHTS[i] * (d[j] * w[j]) * u[j] * (cross[j] * u[j] * odd[j] + d_b[j] * u[j] * even[j]);
+    }
+    EACH {
+        double first = b_p[j] / a_p[j], second = b_q[j] / a_q[j];
+        out[j] = (first > second ? first : second) < 0.02 ? sum[j] : out[j];
+    }
 }
 
 /* The discrete divergence of q's means from p's, times q's sum. */
-static double means(double x, double y, double b_p, double b_q, double cross)
+INLINE double means(double x, double y, double b_p, double b_q, double cross)
 {
     double s = x + b_p, growth = (y + b_q) / s;
     double first = y * remainder_of_log(-cross / y / s, (x / y) * growth);
     return first + b_q * remainder_of_log(cross / b_q / s, (b_p / b_q) * growth);
 }
 
-static double beta_kl(
-    double a_p, double a_q, double b_p, double b_q, double d_a, double d_b, double e_a, double e_b)
+/* v: a_p, a_q, b_p, b_q, the differences q - p of both, and these less the same multiple of p's; the tiles of the larger
+ * and the smaller concentration of p are exchanged where need be. */
+INLINE void beta_tile(double v[8][TILE], double *out)
 {
-    if (a_p < b_p) {
-        double t = a_p;
-        a_p = b_p, b_p = t;
-        t = a_q, a_q = b_q, b_q = t;
-        t = d_a, d_a = d_b, d_b = t;
-        t = e_a, e_a = e_b, e_b = t;
+    double base[TILE], cross[TILE], d[TILE], sum[TILE], sizes[TILE], far_p[TILE], far_q[TILE], rest[TILE];
+    double gap_a[TILE], gap_b[TILE], gap_s[TILE];
+    double *a_p = v[0], *a_q = v[1], *b_p = v[2], *b_q = v[3], *d_a = v[4], *d_b = v[5], *e_a = v[6], *e_b = v[7];
+    EACH {
+        int swap = a_p[j] < b_p[j];
+        double p = a_p[j], q = a_q[j], x = d_a[j], y = e_a[j];
+        a_p[j] = swap ? b_p[j] : p, b_p[j] = swap ? p : b_p[j];
+        a_q[j] = swap ? b_q[j] : q, b_q[j] = swap ? q : b_q[j];
+        d_a[j] = swap ? d_b[j] : x, d_b[j] = swap ? x : d_b[j];
+        e_a[j] = swap ? e_b[j] : y, e_b[j] = swap ? y : e_b[j];
     }
-    double base = product_difference(b_p, a_q, a_p, b_q), size = b_p * a_q + a_p * b_q;
-    double by_d = fabs(b_p * d_a) + fabs(a_p * d_b), by_e = fabs(b_p * e_a) + fabs(a_p * e_b);
-    if (by_d < size) {
-        base = product_difference(b_p, d_a, a_p, d_b);
-        size = by_d;
+    EACH {
+        double a = a_p[j], b = b_p[j], size = b * a_q[j] + a * b_q[j];
+        double by_d = fabs(b * d_a[j]) + fabs(a * d_b[j]), by_e = fabs(b * e_a[j]) + fabs(a * e_b[j]);
+        double plain = product_difference(b, a_q[j], a, b_q[j]);
+        plain = by_d < size ? product_difference(b, d_a[j], a, d_b[j]) : plain;
+        size = by_d < size ? by_d : size;
+        base[j] = by_e < size ? product_difference(b, e_a[j], a, e_b[j]) : plain;
+        d[j] = d_a[j] + d_b[j];
+        sum[j] = sizes[j] = 0.0;
     }
-    if (by_e < size)
-        base = product_difference(b_p, e_a, a_p, e_b);
-
-    double d = d_a + d_b, sum = 0.0, sizes = 0.0, cross = base;
-    for (int n = 0; n <= STEPS; n++) {
-        double x = a_p + n, y = a_q + n, s = x + b_p, z = y + b_q, weight = n < STEPS ? 1.0 : 0.5;
-        cross = base - n * d_b;
-        double tau = cross / x / z;
-        double first = weight * (d / s * tau), second = weight * remainder_of_log(tau, (y / x) * (s / z));
-        sum += first + second;
-        sizes += fabs(first) + fabs(second);
+    for (int n = 0; n <= STEPS; n++)
+        EACH {
+            double x = a_p[j] + n, y = a_q[j] + n, s = x + b_p[j], z = y + b_q[j], weight = n < STEPS ? 1.0 : 0.5;
+            double c = base[j] - n * d_b[j], tau = c / x / z;
+            double first = weight * (d[j] / s * tau), second = weight * remainder_of_log(tau, (y / x) * (s / z));
+            sum[j] += first + second;
+            sizes[j] += fabs(first) + fabs(second);
+            cross[j] = c;
+        }
+    EACH {
+        far_p[j] = a_p[j] + STEPS;
+        far_q[j] = a_q[j] + STEPS;
     }
-    double far_p = a_p + STEPS, far_q = a_q + STEPS;
-    double rest = means(far_p, far_q, b_p, b_q, cross) + series(far_p, far_q, d_a, b_p, b_q, d_b, cross);
-    double gap_a = lgamma_bregman(a_q, a_p, d_a), gap_b = lgamma_bregman(b_q, b_p, d_b);
-    double gap_s = lgamma_bregman(a_q + b_q, a_p + b_p, d);
-    double gaps = gap_a + gap_b, near = means(a_p, a_q, b_p, b_q, base);
-    if (gaps + near + gap_s < sizes + fabs(rest) + gap_b)
-        return gaps + near - gap_s;
-    return sum + rest + gap_b;
+    series(far_p, far_q, d_a, b_p, b_q, d_b, cross, rest);
+    EACH rest[j] += means(far_p[j], far_q[j], b_p[j], b_q[j], cross[j]);
+    bregman_tile(a_q, a_p, d_a, gap_a);
+    bregman_tile(b_q, b_p, d_b, gap_b);
+    EACH {
+        far_p[j] = a_p[j] + b_p[j];
+        far_q[j] = a_q[j] + b_q[j];
+    }
+    bregman_tile(far_q, far_p, d, gap_s);
+    EACH {
+        double gaps = gap_a[j] + gap_b[j], near = means(a_p[j], a_q[j], b_p[j], b_q[j], base[j]);
+        int alike = gaps + near + gap_s[j] < sizes[j] + fabs(rest[j]) + gap_b[j];
+        out[j] = alike ? gaps + near - gap_s[j] : sum[j] + rest[j] + gap_b[j];
+    }
 }
 
-/* Elements start to end of B_g(y, x). in: y, x, y - x, of stride 0 or 1. */
-PUBLIC void stablekl_lgamma_bregman(
+/* Elements start to end of R(x) and S(x). in: x, of stride 0 or 1, float64 as everywhere in this file; out: both. */
+CLONES PUBLIC void stablekl_remainders(
     const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *out)
 {
-    const double *y = in[0], *x = in[1], *d = in[2];
-    double *result = out;
-    (void)wide;
-    for (int64_t i = start; i < end; i++)
-        result[i] = lgamma_bregman(y[i * stride[0]], x[i * stride[1]], d[i * stride[2]]);
+    double x[TILE], r[TILE], s[TILE];
+    void *const *result = out;
+    for (int64_t i = start; i < end; i += TILE) {
+        int64_t count = end - i < TILE ? end - i : TILE;
+        load(x, in[0], stride[0], i, count, wide);
+        remainders_tile(x, r, s);
+        store(result[0], r, i, count, wide);
+        store(result[1], s, i, count, wide);
+    }
 }
 
-/* Elements start to end of R(x) and S(x). in: x, of stride 0 or 1; out: both. */
-PUBLIC void stablekl_remainders(
+/* Elements start to end of B_g(y, x). in: y, x, y - x. */
+CLONES PUBLIC void stablekl_lgamma_bregman(
     const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *out)
 {
-    const double *x = in[0];
-    double *const *result = out;
-    (void)wide;
-    for (int64_t i = start; i < end; i++)
-        remainders(x[i * stride[0]], &result[0][i], &result[1][i]);
+    double y[TILE], x[TILE], d[TILE], result[TILE];
+    for (int64_t i = start; i < end; i += TILE) {
+        int64_t count = end - i < TILE ? end - i : TILE;
+        load(y, in[0], stride[0], i, count, wide);
+        load(x, in[1], stride[1], i, count, wide);
+        load(d, in[2], stride[2], i, count, wide);
+        bregman_tile(y, x, d, result);
+        store(out, result, i, count, wide);
+    }
 }
 
-/* Elements start to end of KL(Beta(a_p, b_p) || Beta(a_q, b_q)). in: a_p, a_q, b_p, b_q, the differences q - p of both,
- * and these less the same multiple of p's, of stride 0 or 1. */
-PUBLIC void stablekl_beta_kl(
+/* Elements start to end of KL(Beta(a_p, b_p) || Beta(a_q, b_q)). in: the eight of beta_tile. */
+CLONES PUBLIC void stablekl_beta_kl(
     const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *out)
 {
-    double *result = out;
-    (void)wide;
-    for (int64_t i = start; i < end; i++) {
-        double v[8];
+    double v[8][TILE], result[TILE];
+    for (int64_t i = start; i < end; i += TILE) {
+        int64_t count = end - i < TILE ? end - i : TILE;
         for (int k = 0; k < 8; k++)
-            v[k] = ((const double *)in[k])[i * stride[k]];
-        result[i] = beta_kl(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]);
+            load(v[k], in[k], stride[k], i, count, wide);
+        beta_tile(v, result);
+        store(out, result, i, count, wide);
     }
 }

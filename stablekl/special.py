@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ._autograd import rowwise
 from ._elementwise import broadcast_apply, elementwise, horner, is_lifted
+from ._fused import fused
 from ._normal_tail import log_ndtr_value as log_ndtr_value
 from ._normal_tail import normal_log_cdf
 
@@ -92,6 +93,7 @@ def _log1pmx_near(x: Tensor) -> Tensor:
     return s * (h + 2 * w * horner(w, _ATANH[x.dtype])) - h
 
 
+@fused
 def log1pmx_value(x: Tensor, *, lifted: bool = False) -> Tensor:
     """`log1pmx` without its gradient; ``lifted``: x holds float32 values as float64."""
     # min(log1p, max) changes infinity alone, for which inf - inf would be NaN
@@ -132,6 +134,7 @@ def log1pmx(x: Tensor) -> Tensor:
 # --- expm1(x) - x -----------------------------------------------------------------------------------------
 
 
+@fused
 def expm1mx_value(x: Tensor, *, lifted: bool = False) -> Tensor:
     """`expm1mx` without its gradient; ``lifted``: x holds float32 values as float64."""
     # clamping the subtrahend changes x = inf alone (expm1 has long overflowed), where inf - inf would be NaN
@@ -175,6 +178,7 @@ def _log_quotient(a: Tensor, b: Tensor, q: Tensor) -> Tensor:
     return torch.where((q >= info.tiny) & (q <= info.max), torch.log(q), torch.log(a) - torch.log(b))
 
 
+@fused
 def log_ratio_bregman_value(a: Tensor, b: Tensor, *, lifted: bool = False) -> Tensor:
     """`log_ratio_bregman` without its gradient; ``lifted``: a and b hold float32 values as float64.
 

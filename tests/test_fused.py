@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import stablekl
 from stablekl import _bregman, _fused
+from stablekl._elementwise import horner
 from stablekl.distributions.cross._pieces import remainders
 from stablekl.distributions.normal import normal_kl
 from stablekl.losses.gaussian import _kl as gaussian_kl
@@ -244,3 +245,13 @@ def test_remainders_kernel_is_the_same_formula(monkeypatch):
     monkeypatch.setattr(_fused, "available", lambda inputs: False)
     for a, b in zip(by_kernel, remainders(x), strict=True):
         torch.testing.assert_close(a, b, rtol=4e-15, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2000,), (30, 20), (3, 1000)])
+def test_polynomial_kernel_has_the_same_roundings(shape, monkeypatch):
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    coefficients = (0.1, -1 / 3, 2.0, math.pi)
+    by_kernel = [horner(x, coefficients), horner(x.mT if x.ndim > 1 else x[::2], coefficients)]
+    monkeypatch.setattr(_fused, "available", lambda inputs: False)
+    assert torch.equal(by_kernel[0], horner(x, coefficients))
+    assert torch.equal(by_kernel[1], horner(x.mT if x.ndim > 1 else x[::2], coefficients))

@@ -49,6 +49,7 @@ RELAXED = ("RelaxedBernoulli", "LogitRelaxedBernoulli", "RelaxedOneHotCategorica
 # Rules of stablekl that are another rule's, or measured elsewhere.
 ELSEWHERE = {
     ("TransformedDistribution", "TransformedDistribution"): "that of the bases",
+    ("ExponentialFamily", "ExponentialFamily"): "tests/test_exponential_family.py",
     ("LogisticNormal", "LogisticNormal"): "that of Independent",
     ("LKJCholesky", "LKJCholesky"): "tests/test_pairs_torch_lacks.py",
     ("Kumaraswamy", "Kumaraswamy"): "tests/test_pairs_torch_lacks.py",

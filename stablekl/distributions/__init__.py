@@ -1,6 +1,6 @@
 """Families, drop-in for torch's, and their KL rules."""
 
-from . import _cross, cross, relaxed, transformed
+from . import _cross, cross, exponential_family, relaxed, transformed
 from .bernoulli import Bernoulli
 from .beta import Beta
 from .binomial import Binomial
@@ -73,6 +73,7 @@ __all__ = [
     "Wishart",
     "_cross",
     "cross",
+    "exponential_family",
     "relaxed",
     "transformed",
 ]

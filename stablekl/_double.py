@@ -18,8 +18,9 @@ against mpmath, of 20,000 arguments (500 in each of a few ranges for the last tw
 `lgamma`, `digamma`                   2e-30 and 3e-31 of max(1, result)
 ====================================  =======================================================
 
-torch.compile keeps every rounding on a CPU (measured: `log1p`, `exp` and `divide` give the same bits), but takes a
-minute or more for a logarithm. What contracts products and sums, or reassociates sums, would destroy the second parts.
+torch.compile keeps every rounding on a CPU (measured: `log1p`, `exp` and `divide` give the same bits), and takes a
+logarithm and `stirling` as one operation each (see `_opaque`). What contracts products and sums, or reassociates sums,
+would destroy the second parts.
 
 After T. Dekker, "A floating-point technique for extending the available precision" (1971), and M. Joldes, J.-M. Muller,
 V. Popescu, "Tight and rigorous error bounds for basic building blocks of double-word arithmetic" (2017), whose

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["blockwise", "custom", "is_dual", "is_eager", "is_plain", "masked_product", "may_hold", "rowwise"]
+__all__ = [
+    "blockwise",
+    "custom",
+    "is_dual",
+    "is_eager",
+    "is_plain",
+    "is_transformed",
+    "masked_product",
+    "may_hold",
+    "rowwise",
+]
 
 # Elements per block: enough for torch to split each pass over its threads, few enough for a handful of float64
 # temporaries of 1 MiB to stay in the caches. Measured, idle: 2^16 to 2^18 are as good; blocks of 2^15 shared between
@@ -26,12 +36,12 @@ BLOCK = 2**17
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """True when the tensors hold data here and now: no tracing, no vmap, no graph to record."""
-    return not (_is_transformed(tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)))
+    return not (is_transformed(tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)))
 
 
 def is_eager(*tensors: Tensor) -> bool:
     """Whether the data may be looked at: not under vmap or torch.compile, not while a CUDA graph is captured."""
-    if _is_transformed(tensors):
+    if is_transformed(tensors):
         return False
     return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -49,7 +59,7 @@ def is_dual(tensors: Sequence[Tensor]) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
-def _is_transformed(tensors: Sequence[Tensor]) -> bool:
+def is_transformed(tensors: Sequence[Tensor]) -> bool:
     """Under torch.compile, torch.jit.trace or make_fx, with fake tensors, or inside vmap and its like."""
     if torch.compiler.is_compiling():
         return True

@@ -202,9 +202,10 @@ _LOG_UNDERFLOW = -700.0
 _FRACTION, _ONE = (1 << 52) - 1, 1023 << 52  # the bits of a float64 behind its exponent; those of 1
 
 
-def _power_of_two(k: Tensor) -> Tensor:
+@opaque(1)
+def _power_of_two(k: Tensor) -> tuple[Tensor]:
     """2^k of whole numbers from -1022 to 1023, exactly, by its bits; torch's own exp2 is rounded where vectorised."""
-    return ((k.to(torch.int64) + 1023) << 52).view(torch.float64)
+    return (((k.to(torch.int64) + 1023) << 52).view(torch.float64),)
 
 
 def _expm1_near(x: Double) -> Double:
@@ -232,7 +233,7 @@ def exp(x: Number) -> Double:
     r, k = _reduced(x)
     # 2^1023 and twice that: e^709 has an exponent of 1023 and a factor above 1
     near = add(_expm1_near(r), 1.0)
-    half = _power_of_two(k - 1)
+    (half,) = _power_of_two(k - 1)
     hi, lo = 2 * (near.hi * half), 2 * (near.lo * half)
     hi = torch.where(x.hi > _LOG_OVERFLOW, torch.inf, torch.where(x.hi < _LOG_UNDERFLOW, 0.0, hi))
     return Double(torch.where(x.hi.isnan(), torch.nan, hi), torch.where((hi == 0) | hi.isinf(), 0.0, lo))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ._autograd import is_plain
+from ._autograd import is_plain, is_transformed
 
 __all__ = ["opaque", "where_needed"]
 
@@ -18,7 +18,8 @@ def opaque(count: int) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable
     """Decorate an elementwise function with ``count`` results of the first argument's dtype and no derivatives.
 
     torch.compile sees one operation, which runs the function as it stands: of the hundreds or thousands in it, it would
-    take up to a minute to make code. Arguments are broadcast first.
+    take up to a minute to make code. vmap runs it once for all, kernels in C included, and views by other dtypes, which
+    it has no rule for before torch 2.13. Arguments are broadcast first.
     """
 
     def decorated(f: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
@@ -27,7 +28,7 @@ def opaque(count: int) -> Callable[[Callable[..., tuple[Tensor, ...]]], Callable
 
         def g(*inputs: Tensor) -> tuple[Tensor, ...]:
             inputs = torch.broadcast_tensors(*inputs)
-            return tuple(_operation(name, inputs, count)) if torch.compiler.is_compiling() else f(*inputs)
+            return tuple(_operation(name, inputs, count)) if is_transformed(inputs) else f(*inputs)
 
         return g
 

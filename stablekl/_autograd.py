@@ -256,7 +256,9 @@ def custom(
         if torch.compiler.is_compiling():
             # tracing a Function that records nothing fails (torch 2.13), and there is nothing to record
             recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-            outputs = Traceable.apply(*inputs) if recorded else value(*inputs)  # type: ignore[no-untyped-call]
+            # it refuses a tensor that comes twice, as where p and q share a scale
+            apart = [x.view_as(x) if any(x is other for other in inputs[:i]) else x for i, x in enumerate(inputs)]
+            outputs = Traceable.apply(*apart) if recorded else value(*inputs)  # type: ignore[no-untyped-call]
         elif is_plain(inputs) and not is_dual(inputs):  # the same without the 15 us that a Function takes
             with torch.no_grad():
                 outputs = value(*inputs)

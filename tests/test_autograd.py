@@ -65,3 +65,18 @@ def test_tangents_of_zero():
         return torch.func.jvp(square, (x,), (t,))[1]
 
     assert torch.func.grad(along)(f64(0.0, 1.0)).tolist() == [2.0, 4.0]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile itself
+@pytest.mark.parametrize("family", [stablekl.Normal, stablekl.Laplace, stablekl.Gamma, stablekl.Weibull])
+def test_compiled_with_a_tensor_that_p_and_q_share(family):
+    torch._dynamo.reset()
+    a, b, s = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.0, 2.0, 3.0))
+
+    def rule(a, b, s):
+        return stablekl.kl_divergence(family(a, s, validate_args=False), family(b, s, validate_args=False))
+
+    compiled = torch.compile(rule, backend="aot_eager", fullgraph=True)(a, b, s)
+    expected = rule(a, b, s)
+    assert compiled == expected
+    assert torch.autograd.grad(compiled, (a, b, s)) == torch.autograd.grad(expected, (a, b, s))

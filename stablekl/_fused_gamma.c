@@ -99,27 +99,29 @@ static void power_series(double u, double v, double w, double *even, double *odd
 static double lgamma_bregman(double y, double x, double d)
 {
     double far_x = x + STEPS, far_y = y + STEPS, u = 1.0 / far_x, w = 1.0 / far_y;
-    double total = (d * u) * (d * u) * w * stirling_series(u, u, w) + 0.5 * remainder_of_log(d * u, far_y * u);
-    double sum = 0.0;
+    double v = d / far_x, sum = 0.0;
+    double total = v * (d * w) * u * stirling_series(u, u, w) + 0.5 * remainder_of_log(v, far_y / far_x);
     for (int n = 1; n < STEPS; n++) {
-        double v = d / (x + n) / (y + n + 1.0);
+        v = d / (x + n) / (y + n + 1.0);
         sum += (y + n + 1.0) * remainder_of_log(v, 1.0 + v);
     }
     /* The first step: L changes by up to 2.6 times as many ulps as v, so what rounding took from v is added. */
-    double f = y + 1.0, v = d / x / f, g = v * f, h = x * g;
+    v = d / (y + 1.0) / x;
+    double f = y + 1.0, g = v * f, h = x * g;
     double lost = (d - h) - product_error(x, g, h) - x * product_error(v, f, g);
     lost += (d == y - x ? sum_error(y, -x, d) : 0.0) - x * (v * sum_error(y, 1.0, f));
     double rest = lost / x / f * (v / (1.0 + v));
     if (!(isfinite(rest) && v > LOW))
         rest = 0.0;
-    return total + sum + f * (remainder_of_log(v, (y / f) * ((x + 1.0) / x)) + rest);
+    double ratio = x > 1.0 ? (y / f) * ((x + 1.0) / x) : (y / x) * ((x + 1.0) / f);
+    return total + sum + f * (remainder_of_log(v, ratio) + rest);
 }
 
 /* What Stirling's series adds from x to y. */
 static double series_at(double x, double y, double d)
 {
     double u = 1.0 / x, w = 1.0 / y;
-    return (d * u) * (d * u) * w * stirling_series(u, u, w);
+    return (d / x) * (d / y) * u * stirling_series(u, u, w);
 }
 
 /* What it adds for a less what it adds for a + b. */

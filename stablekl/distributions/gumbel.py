@@ -23,7 +23,7 @@ from torch.distributions import Gumbel as TorchGumbel
 
 from .. import _double
 from .._autograd import masked_product, may_hold
-from .._bregman import lgamma_bregman_value, lgamma_slope, remainder_of_log
+from .._bregman import lgamma_bregman_value, lgamma_change, remainder_of_log
 from .._double import Double
 from ..registry import register_hardened
 from ..special import expm1_value, expm1mx_value, log_ratio_bregman_value
@@ -132,14 +132,14 @@ def slopes(z: Double, up: Tensor, down: Tensor) -> Slopes:
     one, two = torch.ones_like(r), torch.full_like(r, 2.0)
     near = d.abs() < 0.5
     log = torch.where(near, torch.log1p(torch.where(near, d, 0.0)), torch.log(r))
-    next_digamma = (1 - _EULER) + (torch.log1p(d / 2) + d * lgamma_slope(1 + r, two, d))
+    next_digamma = (1 - _EULER) + (torch.log1p(d / 2) + lgamma_change(1 + r, two, d))
     with torch.no_grad():
         w = z.hi + _lgamma_near_two(r, d)
         power = torch.where(w < _LARGE, expm1_value(w.clamp(max=_LARGE)), _power(z, up, down, w) - 1)
     finite = w < 600
     smooth = torch.exp(torch.where(finite, w, 0.0)) * torch.where(finite, z.hi + torch.lgamma(1 + r), 0.0)
     power = attached(power, smooth)  # e^w times w has the derivatives of e^w, where w is taken to be constant
-    return Slopes(power, next_digamma, log + d * lgamma_slope(r, one, d))
+    return Slopes(power, next_digamma, log + lgamma_change(r, one, d))
 
 
 def _value(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> Tensor:

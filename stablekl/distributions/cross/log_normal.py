@@ -147,7 +147,7 @@ def _gamma_log_normal(c: Tensor, r: Tensor, mu: Tensor, s: Tensor) -> Tensor:
 def _gamma_log_normal_smooth(c: Tensor, r: Tensor, mu: Tensor, s: Tensor) -> Tensor:
     # torch's digamma would take its trigamma, which is good to 5e-10
     one = torch.ones_like(c)
-    mean = torch.log(c) - _EULER + (c - 1) * _bregman.lgamma_slope(c, one, c - 1)
+    mean = torch.log(c) - _EULER + _bregman.lgamma_change(c, one, c - 1)
     z = (mean - torch.log(r) - mu) / s
     variance = 1 / c + _bregman.lgamma_curvature(c)
     return 0.5 * z * z + 0.5 * variance / s / s + torch.log(s) - (gamma_entropy(c) - mean)

@@ -213,7 +213,7 @@ def _gamma_weibull_gradient(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> tuple
     finite = w < 709
     excess = torch.expm1(torch.where(finite, w, 0.0))  # M - 1
     ratio = k / a
-    step = torch.log1p(ratio) + k * _bregman.lgamma_slope(a + k, a, k)  # digamma(a + k) - digamma(a)
+    step = torch.log1p(ratio) + _bregman.lgamma_change(a + k, a, k)  # digamma(a + k) - digamma(a)
     curvature = _bregman.lgamma_curvature(a)
     by_a = excess * step + (step - ratio - k * curvature) + a * curvature
     by_k = excess * (torch.digamma(a + k) - level) + (step - 1 / k)

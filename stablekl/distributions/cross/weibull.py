@@ -30,8 +30,7 @@ from torch.distributions import Exponential as TorchExponential
 from torch.distributions import Gamma as TorchGamma
 from torch.distributions import Weibull as TorchWeibull
 
-from ... import _bregman, _double
-from ..._autograd import masked_product
+from ... import _bregman, _double, _wide
 from ..._double import (
     EULER,
     HALF_LOG_TAU,
@@ -45,6 +44,8 @@ from ..._double import (
     select,
     subtract,
 )
+from ..._scaled import scaled
+from ..._wide import Wide, narrow, product, wide
 from ...registry import register_hardened
 from ...special import bd0, expm1mx_value
 from .._scalar import attached, scalar_rule
@@ -63,35 +64,36 @@ _LESS_EULER: Any = Double(0.42278433509846713, 4.942915152430645e-18)  # type: i
 # ---- Weibull and exponential --------------------------------------------------------------------------------------
 
 
-def _shift(x: Tensor, y: Tensor) -> Double:
+def _shift(x: Tensor, y: Tensor) -> Wide:
     """The logarithm of a product, to its relative accuracy where that is 1."""
-    return log(exact_product(x, y))
+    return wide(_wide.log(product(wide(x), wide(y))))
 
 
 def _weibull_exponential_value(s: Tensor, k: Tensor, rate: Tensor) -> Tensor:
-    return extreme_value(_shift(s, rate), torch.ones_like(k), k)
+    return extreme_value(narrow(_shift(s, rate)), torch.ones_like(k), k)
 
 
 def _weibull_exponential_gradient(s: Tensor, k: Tensor, rate: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        z = _shift(s, rate)
-    at = slopes(Double(attached(z.hi, torch.log(s) + torch.log(rate)), z.lo), torch.ones_like(k), k)
-    by_t = masked_product(at.power, at.next_digamma) + at.digamma
-    return at.power / s, -by_t / k / k, at.power / rate
+        z = narrow(_shift(s, rate))
+    at = slopes(z, attached(z.hi, torch.log(s) + torch.log(rate)), torch.ones_like(k), k)
+    by_t = at.by_ratio / scaled(k) / scaled(k)
+    return (at.power / scaled(s)).rounded(), -by_t.rounded(), (at.power / scaled(rate)).rounded()
 
 
 def _exponential_weibull_value(rate: Tensor, s: Tensor, k: Tensor) -> Tensor:
-    return extreme_value(multiply(_shift(s, rate), -k), k, torch.ones_like(k))
+    return extreme_value(narrow(product(_shift(s, rate), wide(-k))), k, torch.ones_like(k))
 
 
 def _exponential_weibull_gradient(rate: Tensor, s: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
         level = _shift(s, rate)
-        z = multiply(level, -k)
-    smooth = attached(level.hi, torch.log(s) + torch.log(rate))
-    at = slopes(Double(attached(z.hi, -k * smooth), z.lo), k, torch.ones_like(k))
-    by_k = masked_product(at.power, at.next_digamma - smooth) + at.digamma
-    return -k * at.power / rate, -k * at.power / s, by_k
+        z = narrow(product(level, wide(-k)))
+    smooth = attached(narrow(level).hi, torch.log(s) + torch.log(rate))
+    at = slopes(z, -k * smooth, k, torch.ones_like(k))
+    by_k = at.by_ratio - at.power * scaled(smooth)
+    power = -scaled(k) * at.power
+    return (power / scaled(rate)).rounded(), (power / scaled(s)).rounded(), by_k.rounded()
 
 
 _weibull_exponential = scalar_rule(_weibull_exponential_value, _weibull_exponential_gradient)
@@ -188,7 +190,7 @@ def _log_moment(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Double:
     inside = _series(torch.where(near, x + y, 0.0), _TWO) - _series(torch.where(near, x, 0.0), _ONE)
     inner = add(add(multiply(y, _LESS_EULER), x), inside)
     outer = subtract(_double.lgamma(_double.exact_sum(a, k)), _double.lgamma(a))
-    return subtract(select(near, inner, outer), multiply(_shift(b, s), k))
+    return subtract(select(near, inner, outer), narrow(product(_shift(b, s), wide(k))))
 
 
 def _gamma_weibull_value(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:

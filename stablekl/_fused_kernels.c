@@ -112,6 +112,13 @@ INLINE double unless_infinite(double r, double b)
 }
 
 /* a * b - p for p = a * b, exactly: Dekker's product, which needs no fused multiply-add. */
+/* (x - y)/s, by halves of x and y where their difference overflows. */
+INLINE double standardised(double x, double y, double s)
+{
+    double by = fabs(x - y) <= DBL_MAX ? 1.0 : 0.5;
+    return (by * x - by * y) / s * (by == 1.0 ? 1.0 : 2.0);
+}
+
 INLINE double product_error(double a, double b, double p)
 {
     double c = 134217729.0 * a, a_high = c - (c - a), a_low = a - a_high;
@@ -251,7 +258,7 @@ CLONES PUBLIC void stablekl_normal_kl(
         if (wide) {
             int extreme = 0;
             for (int j = 0; j < TILE; j++) {
-                double q = sigma_p[j] / sigma_q[j], t = (mu_p[j] - mu_q[j]) / sigma_q[j];
+                double q = sigma_p[j] / sigma_q[j], t = standardised(mu_p[j], mu_q[j], sigma_q[j]);
                 double r = unless_infinite((sigma_p[j] - sigma_q[j]) / sigma_q[j], sigma_q[j]);
                 quotient[j] = q;
                 extreme |= !(q >= DBL_MIN && q <= DBL_MAX);
@@ -262,7 +269,7 @@ CLONES PUBLIC void stablekl_normal_kl(
                 double q = quotient[j];
                 if (!(q >= DBL_MIN && q <= DBL_MAX)) {
                     double r = unless_infinite((sigma_p[j] - sigma_q[j]) / sigma_q[j], sigma_q[j]);
-                    double t = (mu_p[j] - mu_q[j]) / sigma_q[j];
+                    double t = standardised(mu_p[j], mu_q[j], sigma_q[j]);
                     kl[j] = (excess_extreme(sigma_p[j], sigma_q[j], q) + 0.5 * r * r) + 0.5 * t * t;
                 }
             }
@@ -289,7 +296,7 @@ CLONES PUBLIC void stablekl_normal_kl_gradient(
         load(grad, in[4], stride[4], i, count, wide);
         if (wide) { /* two loops, or each vector would go through both branches */
             for (int j = 0; j < TILE; j++) {
-                double sp = sigma_p[j], sq = sigma_q[j], t = (mu_p[j] - mu_q[j]) / sq;
+                double sp = sigma_p[j], sq = sigma_q[j], t = standardised(mu_p[j], mu_q[j], sq);
                 double r = unless_infinite((sp - sq) / sq, sq);
                 double by_sigma_q = -slope(mu_p[j], sp, mu_q[j], sq, t, r);
                 mu_p[j] = t / sq;

@@ -15,9 +15,20 @@ from . import _double
 from ._double import Double
 from ._scaled import Scaled, power_of_two, shifted, split
 
-__all__ = ["Wide", "attached", "difference", "log", "log_quotient", "narrow", "negative", "product", "quotient", "wide"]
-
-_FAR = 100.0
+__all__ = [
+    "Wide",
+    "attached",
+    "difference",
+    "exp",
+    "log",
+    "log_quotient",
+    "narrow",
+    "negative",
+    "product",
+    "quotient",
+    "total",
+    "wide",
+]
 
 
 class Wide(NamedTuple):
@@ -27,8 +38,10 @@ class Wide(NamedTuple):
     exponent: Tensor
 
 
-def wide(x: Double | Tensor) -> Wide:
-    """A Double or a float as one of these, the size of its number from 1 to 2."""
+def wide(x: Double | Tensor | Wide) -> Wide:
+    """A Double or a float as one of these, the size of its number from 1 to 2; one of these as it is."""
+    if isinstance(x, Wide):
+        return x
     x = _double.double(x)
     hi, k = split(x.hi)
     return Wide(Double(hi, shifted(x.lo, -k)), k)
@@ -66,6 +79,16 @@ def difference(x: Wide, y: Wide) -> Wide:
     return _again(_double.subtract(_aligned(x, k - top), _aligned(y, m - top)), top)
 
 
+def total(x: Wide, y: Wide) -> Wide:
+    """The sum x + y."""
+    return difference(x, negative(y))
+
+
+def half(x: Wide) -> Wide:
+    """The number x/2."""
+    return Wide(x.number, x.exponent - 1)
+
+
 def negative(x: Wide) -> Wide:
     """The number -x."""
     return Wide(_double.negative(x.number), x.exponent)
@@ -93,6 +116,15 @@ def log(x: Wide) -> Double:
     near = x.exponent.abs() <= 1
     k = torch.where(near, x.exponent, 0.0)
     return _with_exponent(_double.log(_aligned(x, k)), x.exponent - k)
+
+
+def exp(x: Double) -> Wide:
+    """The exponential e^x, as far as 2^(1e5)."""
+    hi = x.hi.clamp(-7e4, 7e4)
+    x = Double(hi, torch.where(hi == x.hi, x.lo, 0.0))
+    k = torch.round(hi / _double.LOG_2.hi)
+    rest = _double.subtract(x, _double.multiply(k, _double.add(torch.zeros_like(k), _double.LOG_2)))
+    return Wide(_double.exp(rest), k)
 
 
 def log_quotient(x: Wide, y: Wide) -> Double:

@@ -40,13 +40,14 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor
+from torch.distributions import Exponential as TorchExponential
+from torch.distributions import Gamma as TorchGamma
 
 from ..._double import (
     Double,
     add,
     constant,
     divide,
-    exact_product,
     exact_sum,
     log_quotient,
     multiply,
@@ -57,11 +58,14 @@ from ..._double import (
     subtract,
     total,
 )
+from ..._wide import half, product, quotient, wide
+from ..._wide import total as total_of
+from ...registry import register_hardened
 from ...special import bd0, log1pmx_value, log_ratio_bregman
 from ..beta import Beta
 from ..continuous_bernoulli import ContinuousBernoulli
 from ..exponential import Exponential
-from ..gamma import Gamma
+from ..gamma import Gamma, gamma_kl
 from ..pareto import Pareto
 from ..uniform import Uniform
 from . import _truncated
@@ -73,22 +77,19 @@ __all__ = ["beta_excess"]
 # ---- from Gamma and exponential distributions -------------------------------------------------------------------
 
 
-def _exponential_gamma(rate: Tensor, c: Tensor, r: Tensor) -> Tensor:
-    one = torch.ones_like(c)
-    return lgamma_bregman(c, one, c - 1) + deviance(c, divide(r, rate))
+# An exponential distribution is the Gamma of concentration 1.
 
 
-def _exponential_gamma_smooth(rate: Tensor, c: Tensor, r: Tensor) -> Tensor:
-    return lgamma_bregman(c, torch.ones_like(c), c - 1) + bd0(c, r / rate)
+@register_hardened(Exponential, Gamma)
+def kl_exponential_gamma(p: TorchExponential, q: TorchGamma) -> Tensor:
+    """KL of Exponential against Gamma, elementwise; see the module."""
+    return gamma_kl(torch.ones_like(p.rate), p.rate, q.concentration, q.rate)
 
 
-def _gamma_exponential(a: Tensor, rate: Tensor, r: Tensor) -> Tensor:
-    one = torch.ones_like(a)
-    return lgamma_bregman(one, a, 1 - a) + excess(exact_product(a, r), rate)
-
-
-def _gamma_exponential_smooth(a: Tensor, rate: Tensor, r: Tensor) -> Tensor:
-    return lgamma_bregman(torch.ones_like(a), a, 1 - a) + log_ratio_bregman(a * r, rate)
+@register_hardened(Gamma, Exponential)
+def kl_gamma_exponential(p: TorchGamma, q: TorchExponential) -> Tensor:
+    """KL of Gamma against Exponential, elementwise; see the module."""
+    return gamma_kl(p.concentration, p.rate, torch.ones_like(q.rate), q.rate)
 
 
 # ---- from Beta distributions ------------------------------------------------------------------------------------
@@ -147,7 +148,8 @@ def beta_excess(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def _beta_gamma(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> Tensor:
-    return deviance(c, divide(exact_product(a, r), exact_sum(a, b))) + beta_excess(a, b, c)
+    mean = quotient(product(wide(a), wide(r)), total_of(wide(a), wide(b)))
+    return deviance(c, mean) + beta_excess(a, b, c)
 
 
 def _beta_gamma_smooth(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ def _centred_lgamma(c: Tensor) -> Tensor:
 def _pareto_gamma(scale: Tensor, alpha: Tensor, c: Tensor, r: Tensor) -> Tensor:
     finite = alpha > 1
     alpha = torch.where(finite, alpha, 2.0)
-    mean = divide(multiply(exact_product(scale, alpha), r), subtract(alpha, 1.0))
+    mean = quotient(product(wide(scale), wide(alpha), wide(r)), wide(subtract(alpha, 1.0)))
     remainder, _ = remainders(c)
     # of a factor alpha/sqrt(c), its square may be out of range
     log = torch.log(math.sqrt(2 * math.pi) * (alpha / torch.sqrt(c)))
@@ -210,7 +212,7 @@ def _pareto_exponential(scale: Tensor, alpha: Tensor, r: Tensor) -> Tensor:
 def _uniform_gamma(low: Tensor, high: Tensor, c: Tensor, r: Tensor) -> Tensor:
     inside = low >= 0
     low, high = torch.where(inside, low, 0.0), torch.where(inside, high, 1.0)
-    mean = multiply(multiply(exact_sum(low, high), 0.5), r)
+    mean = half(product(total_of(wide(low), wide(high)), wide(r)))
     eta = (high - low) / (high + low)
     remainder, _ = remainders(c)
     log = torch.log(math.sqrt(2 / math.pi) * torch.sqrt(c) * eta)
@@ -238,11 +240,11 @@ def _truncated_exponential(y: Double, r: Tensor) -> Tensor:
     falling = y.hi < -1
     rate = select(falling, negative(y), 1.0)
     weight = _truncated.tail_weight(rate.hi)
-    kl_falling = excess(multiply(subtract(1.0, weight), r), rate)
+    kl_falling = excess(product(wide(subtract(1.0, weight)), wide(r)), rate)
     kl_falling = kl_falling - _truncated.shortfall(rate.hi) + log1pmx_value(-weight)
     z = torch.where(falling, 0.0, rounded(y))
     mean = _truncated.mean(z)
-    other = excess(exact_product(mean, r), torch.ones_like(r)) + (1 + torch.log(mean) + _truncated.negentropy(z))
+    other = excess(product(wide(mean), wide(r)), torch.ones_like(r)) + (1 + torch.log(mean) + _truncated.negentropy(z))
     return torch.where(falling, kl_falling, other)
 
 
@@ -255,8 +257,6 @@ kl_beta_gamma = register_pair(Beta, Gamma, _beta_gamma, _beta_gamma_smooth, (1.0
 kl_continuous_bernoulli_exponential = register_pair(
     ContinuousBernoulli, Exponential, _truncated_exponential, _truncated_exponential_smooth, (0.5, 1.0)
 )
-kl_exponential_gamma = register_pair(Exponential, Gamma, _exponential_gamma, _exponential_gamma_smooth, (1.0, 1.0, 1.0))
-kl_gamma_exponential = register_pair(Gamma, Exponential, _gamma_exponential, _gamma_exponential_smooth, (1.0, 1.0, 1.0))
 kl_pareto_exponential = register_pair(Pareto, Exponential, _pareto_exponential)
 kl_pareto_gamma = register_pair(Pareto, Gamma, _pareto_gamma, _pareto_gamma_smooth, (1.0, 2.0, 1.0, 1.0))
 kl_uniform_exponential = register_pair(Uniform, Exponential, _uniform_exponential)

@@ -46,7 +46,6 @@ from ..._double import (
     Double,
     add,
     divide,
-    exact_product,
     exact_sum,
     log1p,
     multiply,
@@ -55,6 +54,8 @@ from ..._double import (
     subtract,
     total,
 )
+from ..._wide import difference, narrow, product, quotient, wide
+from ..._wide import total as total_of
 from ...special import log_ratio_bregman
 from ..beta import Beta
 from ..continuous_bernoulli import ContinuousBernoulli
@@ -131,9 +132,9 @@ def _textbook(entropy: Tensor, mean: Tensor, variance: Tensor, mu: Tensor, s: Te
 
 
 def _gamma(a: Tensor, rate: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-    scaled = exact_product(rate, s)
-    t = rounded(subtract(a, exact_product(rate, mu))) / scaled.hi
-    return gamma_shape(a) + 0.5 * t * t + 0.5 * excess(a, multiply(scaled, scaled))
+    scaled = product(wide(rate), wide(s))
+    t = narrow(quotient(difference(wide(a), product(wide(rate), wide(mu))), scaled)).hi
+    return gamma_shape(a) + 0.5 * t * t + 0.5 * excess(a, product(scaled, scaled))
 
 
 def _gamma_smooth(a: Tensor, rate: Tensor, mu: Tensor, s: Tensor) -> Tensor:
@@ -178,10 +179,11 @@ def _beta_shape(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _beta(a: Tensor, b: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-    n = exact_sum(a, b)
-    scaled = multiply(n, s)
-    t = rounded(subtract(a, multiply(n, mu))) / scaled.hi
-    variances = excess(exact_product(a, b), multiply(multiply(scaled, scaled), add(n, 1.0)))
+    n = total_of(wide(a), wide(b))
+    scaled = product(n, wide(s))
+    t = narrow(quotient(difference(wide(a), product(n, wide(mu))), scaled)).hi
+    one = wide(torch.ones_like(a))
+    variances = excess(product(wide(a), wide(b)), product(scaled, scaled, total_of(n, one)))
     return _beta_shape(a, b) + 0.5 * t * t + 0.5 * variances
 
 

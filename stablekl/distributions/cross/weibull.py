@@ -37,7 +37,6 @@ from ..._double import (
     Double,
     add,
     divide,
-    exact_product,
     log,
     multiply,
     negative,
@@ -115,6 +114,7 @@ def kl_exponential_weibull(p: TorchExponential, q: TorchWeibull) -> Tensor:
 # ---- both concentrations near 1 -----------------------------------------------------------------------------------
 
 _NEAR = 1e-6
+_ENDLESS, _LEAST = 1e-4, 1e-290
 # Coefficients of x^2, y^2 less 1/(4 _SQUARE), of log Gamma(1 + x) and log Gamma(2 + x) from x^2 on, and of the Omega
 # from y^3, x y^2, ... on, by mpmath's derivatives at 0.
 _SQUARE, _REST = 0.32246703342411322, 0.047193985058898003
@@ -147,6 +147,9 @@ def _total(*terms: Double | Tensor) -> Tensor:
 
 
 def _weibull_gamma(s: Tensor, k: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    # for small k the mean is beyond any float, whatever it is multiplied by
+    endless = k < _ENDLESS
+    k = torch.where(endless, 1.0, k)
     t, x, y = divide(1.0, k), c - 1, divide(1 - k, k)
     level = y.hi.abs() < _NEAR
     small = torch.where(level, y.hi, 0.0)
@@ -160,13 +163,8 @@ def _weibull_gamma(s: Tensor, k: Tensor, c: Tensor, r: Tensor) -> Tensor:
     bulk = multiply(add(gain, multiply(t, EULER)), c)
     outer = _total(add(remainder, constant), multiply(log(c), -0.5), log(k), bulk)
 
-    half = _double.exp(multiply(gain, 0.5))
-    product = exact_product(s, r)
-    size = (product.hi * half.hi) * half.hi
-    large = ~(size < 1e280)
-    half = select(large, torch.ones_like(k), half)
-    mean = deviance(c, multiply(multiply(product, half), half))
-    return torch.where(large, size, mean) + torch.where(near, inner, outer)
+    mean = product(_wide.exp(gain), wide(s), wide(r))
+    return torch.where(endless, torch.inf, deviance(c, mean) + torch.where(near, inner, outer))
 
 
 def _weibull_gamma_smooth(s: Tensor, k: Tensor, c: Tensor, r: Tensor) -> Tensor:
@@ -203,7 +201,9 @@ def _gamma_weibull_value(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:
     inner = _near_exponential(torch.where(near, x, 0.0), torch.where(near, y, 0.0), -1.0, _OMEGA_PRIME)
     apart = _double.exact_sum(a, -k)
     logs = subtract(_double.lgamma(_double.exact_sum(a, k)), multiply(_double.lgamma(a), 2.0))
-    outer = _total(logs, multiply(apart, _double.digamma(a)), subtract(1.0, a), negative(log(k)))
+    tiny = a < _LEAST
+    moved = multiply(apart, _double.digamma(torch.where(tiny, 1.0, a)))
+    outer = _total(logs, select(tiny, (k - a) / a, moved), subtract(1.0, a), negative(log(k)))
     return moment + torch.where(near, inner, outer)
 
 

@@ -262,7 +262,7 @@ def _log1p_near(z: Double) -> Double:
 
 def _log(x: Double, less_one: Double) -> Double:
     """log(x), from x - 1 too, which x does not show where it is small."""
-    # its exponent by its bits: the compiler for CPUs fails on torch.frexp (torch 2.13); a subnormal number is lifted first
+    # its exponent by its bits: the compiler for CPUs fails on torch.frexp (torch 2.13); subnormal numbers have none
     lift = torch.where(x.hi < 2.0**-1022, 54.0, 0.0).to(x.hi.dtype)
     by = torch.where(lift > 0, 2.0**54, 1.0).to(x.hi.dtype)
     x = Double(x.hi * by, x.lo * by)

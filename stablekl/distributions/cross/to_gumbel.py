@@ -147,6 +147,8 @@ def _gamma_smooth(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
 
 def _uniform(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     delta = narrow(quotient(difference(wide(high), wide(low)), wide(b))).hi
+    infinite = delta.isinf()  # as is half of it, a part of the divergence
+    delta = torch.where(infinite, 1.0, delta)
     k = _truncated.log_mgf(delta)
     # half of delta cancels where that is large
     far = delta > 3
@@ -158,8 +160,8 @@ def _uniform(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     tiny = delta < _LEAST
     share = torch.where(tiny, 1.0, -torch.expm1(-delta) / torch.where(tiny, 1.0, delta))
     width = difference(wide(high), wide(low))
-    log_delta = torch.where(tiny | delta.isinf(), log_quotient(width, wide(b)).hi, torch.log(delta))
-    return _excess(w, _exp(start, share)) + (1 + k - log_delta)
+    log_delta = torch.where(tiny, log_quotient(width, wide(b)).hi, torch.log(delta))
+    return torch.where(infinite, torch.inf, _excess(w, _exp(start, share)) + (1 + k - log_delta))
 
 
 def _uniform_smooth(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:

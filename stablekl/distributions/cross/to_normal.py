@@ -56,14 +56,13 @@ from ..._double import (
 )
 from ..._wide import difference, narrow, product, quotient, wide
 from ..._wide import total as total_of
-from ...special import log_ratio_bregman
 from ..beta import Beta
 from ..continuous_bernoulli import ContinuousBernoulli
 from ..exponential import Exponential
 from ..gamma import Gamma
 from ..gumbel import Gumbel
 from ..laplace import Laplace
-from ..normal import Normal
+from ..normal import Normal, normal_kl
 from ..pareto import Pareto
 from ..uniform import Uniform
 from . import _truncated
@@ -82,9 +81,7 @@ GUMBEL, UNIFORM = 0.5 * math.log(math.pi**3 * math.e / 3) - 1 - EULER, 0.5 * mat
 
 def _between(shift: Tensor, deviation: Tensor, mu_scale: Tensor) -> Tensor:
     """KL between normal distributions from the difference of their means; differentiable."""
-    r = (deviation - mu_scale) / mu_scale
-    t = shift / mu_scale
-    return 0.5 * t * t + (0.5 * r * r + log_ratio_bregman(deviation, mu_scale))
+    return normal_kl(shift, deviation, torch.zeros_like(shift), mu_scale)
 
 
 def _exponential(rate: Tensor, mu: Tensor, s: Tensor) -> Tensor:

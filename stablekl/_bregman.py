@@ -20,6 +20,8 @@ References: 5.5.1 and 5.11.1 of the NIST Digital Library of Mathematical Functio
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,7 @@ STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 
 STEPS = 10
 # Below it L(v) is taken from 1 + v, which is known as a product, with digits that v has lost.
 _LOW = -0.6
+_TINY, _LIFT = 1e-290, 2.0**64
 
 
 def log_quotient(a: Tensor, b: Tensor) -> Tensor:
@@ -148,8 +151,13 @@ def lgamma_bregman_value(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
 
     v, rest = _first_step(y, x, d)
     # 1 + v = y (x + 1)/(x (y + 1)), where it is below 1 by quotients of which none overflows, nor underflows alone
-    ratio = torch.where(x > 1, (y / (y + 1)) * ((x + 1) / x), (y / x) * ((x + 1) / (y + 1)))
-    return total + (y + 1) * (remainder_of_log(v, ratio) + rest)
+    # (a multiple of a tiny y: only the logarithm is left of the ratio, and subnormal numbers round)
+    tiny = y < _TINY
+    z = torch.where(tiny, y * _LIFT, y)
+    ratio = torch.where(x > 1, (z / (y + 1)) * ((x + 1) / x), (z / x) * ((x + 1) / (y + 1)))
+    remainder = remainder_of_log(v, ratio)
+    lifted = torch.where(tiny & (v <= _LOW), remainder + math.log(_LIFT), remainder)
+    return total + (y + 1) * (lifted + rest)
 
 
 def lgamma_change(x: Tensor, y: Tensor, d: Tensor, first: int = 0) -> Tensor:

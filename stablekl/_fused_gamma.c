@@ -113,8 +113,13 @@ static double lgamma_bregman(double y, double x, double d)
     double rest = lost / x / f * (v / (1.0 + v));
     if (!(isfinite(rest) && v > LOW))
         rest = 0.0;
-    double ratio = x > 1.0 ? (y / f) * ((x + 1.0) / x) : (y / x) * ((x + 1.0) / f);
-    return total + sum + f * (remainder_of_log(v, ratio) + rest);
+    /* A multiple of a tiny y: only the logarithm is left of the ratio, and subnormal numbers round. */
+    double z = y < 1e-290 ? y * 0x1p64 : y;
+    double ratio = x > 1.0 ? (z / f) * ((x + 1.0) / x) : (z / x) * ((x + 1.0) / f);
+    double remainder = remainder_of_log(v, ratio);
+    if (y < 1e-290 && v <= LOW)
+        remainder += 64.0 * 0.6931471805599453;
+    return total + sum + f * (remainder + rest);
 }
 
 /* What Stirling's series adds from x to y. */

@@ -23,7 +23,7 @@ from ..._double import LOG_2, Double, rounded, select, subtract
 from ..._elementwise import horner
 from ..._scaled import power_of_two, shifted
 from ..._wide import Wide, narrow, wide
-from ...special import _ATANH, log1pmx, log1pmx_value
+from ...special import _ATANH, log1pmx, log1pmx_value, log_ratio_bregman
 
 __all__ = [
     "beta_unit",
@@ -34,6 +34,7 @@ __all__ = [
     "lgamma_bregman",
     "log_mean_gap",
     "minus_log1pmx",
+    "product_excess",
     "remainders",
 ]
 
@@ -49,6 +50,7 @@ def minus_log1pmx(z: Tensor) -> Tensor:
     return -log1pmx(z)
 
 
+_LARGEST = 1e308
 _APART = 200.0  # beyond 2^200 or below 2^-200 one term of a divergence is all
 
 
@@ -80,6 +82,16 @@ def deviance(x: Operand, y: Operand) -> Tensor:
     safe = Wide(select(none, 1.0, x.number), x.exponent)
     value, up, _ = _excess(y, safe)
     return torch.where(none | up, narrow(y).hi, shifted(x.number.hi * value, x.exponent))
+
+
+def product_excess(x: Tensor, r: Tensor) -> Tensor:
+    """X r - 1 - log(x r) of positive numbers, whose product may underflow; differentiable."""
+    m = x * r
+    usual = (m > _TINY) | ((x < 1 / _LARGEST) & (r < 1 / _LARGEST))
+    larger, smaller = torch.maximum(x, r), torch.minimum(x, r)
+    a = torch.where(usual, m, smaller)
+    b = torch.where(usual, torch.ones_like(m), 1 / torch.where(usual, 1.0, larger))
+    return log_ratio_bregman(a, b)
 
 
 # ---- log Gamma --------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ __all__ = [
 
 _EULER = 0.57721566490153286
 _EDGE = 0.3
-_LEAST = 1e-290
+_LEAST, _DEEP = 1e-290, 6e4
 # R(1) = 1 - log(2 pi)/2, and log(2 pi)/2 - 1/2
 _REMAINDER, _CONSTANT = 0.081061466795327258220, 0.41893853320467274178
 # the variance of a Gumbel of scale 1, pi^2/6, and the bracket at c = 1, log(pi^3/3)/2 - 1/2 - euler
@@ -72,8 +72,10 @@ _FROM_GUMBEL = 0.090573019538512554911
 def _log_normal_gamma(mu: Tensor, s: Tensor, c: Tensor, r: Tensor) -> Tensor:
     square = product(wide(s), wide(s))
     level = narrow(total(half(square), wide(mu)))
+    low = level.hi < -_DEEP  # then the mean is nothing beside c, but for its logarithm
     mean = product(_wide.exp(level), wide(r))
-    return deviance(c, mean) + (0.5 * excess(product(square, wide(c)), torch.ones_like(c)) + remainders(c)[0])
+    part = torch.where(low, c * ((torch.log(c) - torch.log(r)) - level.hi - 1), deviance(c, mean))
+    return part + (0.5 * excess(product(square, wide(c)), torch.ones_like(c)) + remainders(c)[0])
 
 
 def _log_normal_gamma_smooth(mu: Tensor, s: Tensor, c: Tensor, r: Tensor) -> Tensor:

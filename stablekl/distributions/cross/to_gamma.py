@@ -63,7 +63,7 @@ from ..._scaled import lgamma_change, scaled
 from ..._wide import half, product, quotient, wide
 from ..._wide import total as total_of
 from ...registry import register_hardened
-from ...special import bd0, log1pmx_value, log_ratio_bregman
+from ...special import bd0, log1pmx_value
 from ..beta import Beta
 from ..continuous_bernoulli import ContinuousBernoulli
 from ..exponential import Exponential
@@ -71,7 +71,17 @@ from ..gamma import Gamma, gamma_kl
 from ..pareto import Pareto
 from ..uniform import Uniform
 from . import _truncated
-from ._pieces import beta_unit, deviance, excess, gamma_shape, lgamma_bregman, log_mean_gap, minus_log1pmx, remainders
+from ._pieces import (
+    beta_unit,
+    deviance,
+    excess,
+    gamma_shape,
+    lgamma_bregman,
+    log_mean_gap,
+    minus_log1pmx,
+    product_excess,
+    remainders,
+)
 from ._rule import register_pair, settled
 
 __all__ = ["beta_excess"]
@@ -239,9 +249,9 @@ def _pareto_gamma_smooth(scale: Tensor, alpha: Tensor, c: Tensor, r: Tensor) -> 
 def _pareto_exponential(scale: Tensor, alpha: Tensor, r: Tensor) -> Tensor:
     finite = alpha > 1
     a = torch.where(finite, alpha, 2.0)
-    mean = r * (scale * (a / (a - 1)))
+    mean = scale * (a / (a - 1))
     shape = torch.log(a) + (torch.log(a) - torch.log(a - 1) - 1 / a)
-    return torch.where(finite, log_ratio_bregman(mean, torch.ones_like(mean)) + shape, torch.inf)
+    return torch.where(finite, product_excess(mean, r) + shape, torch.inf)
 
 
 # ---- from uniform distributions ---------------------------------------------------------------------------------
@@ -267,8 +277,7 @@ def _uniform_exponential(low: Tensor, high: Tensor, r: Tensor) -> Tensor:
     inside = low >= 0
     low, high = torch.where(inside, low, 0.0), torch.where(inside, high, 1.0)
     shape = (1 - math.log(2)) + torch.log1p(2 * low / (high - low))
-    mean = (0.5 * low + 0.5 * high) * r
-    return torch.where(inside, log_ratio_bregman(mean, torch.ones_like(mean)) + shape, torch.inf)
+    return torch.where(inside, product_excess(0.5 * low + 0.5 * high, r) + shape, torch.inf)
 
 
 # ---- from a ContinuousBernoulli ---------------------------------------------------------------------------------

@@ -62,7 +62,16 @@ from ..continuous_bernoulli import ContinuousBernoulli
 from ..pareto import Pareto
 from ..uniform import Uniform
 from . import _truncated
-from ._pieces import beta_unit, deviance, excess, lgamma_bregman, log_mean_gap, minus_log1pmx, remainders
+from ._pieces import (
+    beta_unit,
+    deviance,
+    excess,
+    lgamma_bregman,
+    log_mean_gap,
+    minus_log1pmx,
+    product_excess,
+    remainders,
+)
 from ._rule import register_pair, settled
 from .to_gamma import beta_excess
 
@@ -236,7 +245,7 @@ def _uniform_pareto(low: Tensor, high: Tensor, scale: Tensor, alpha: Tensor) -> 
     mean_log = torch.where(huge, log_quotient(0.5 * low + 0.5 * high, scale), usual) - log_mean_gap(low, high - low)
     log_width = torch.where(huge, log_quotient(high - low, scale), torch.log(torch.where(huge, 1.0, width)))
     last = torch.where(huge, torch.log(mean_log) - log_width, torch.log(mean_log / torch.where(huge, 1.0, width)))
-    kl = log_ratio_bregman(alpha * mean_log, torch.ones_like(alpha)) + (1 + mean_log + last)
+    kl = product_excess(mean_log, alpha) + (1 + mean_log + last)
     return torch.where(inside, kl, torch.inf)
 
 

@@ -57,7 +57,7 @@ from ._rule import register_pair
 __all__: list[str] = []
 
 EULER = 0.5772156649015329
-_HUGE = 1e300
+_HUGE, _LARGEST = 1e300, 1.7976931348623157e308
 
 
 def _scaled(deviation: Tensor, b: Tensor) -> Tensor:
@@ -72,9 +72,10 @@ def _normal(m: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     # over sqrt(2/pi)
     over = torch.exp(-0.5 * u * u) + math.sqrt(math.pi / 2) * u * torch.erf(math.sqrt(0.5) * u)
     far = size > 40 * s
-    over = torch.where(far, math.sqrt(math.pi / 2) * (size / s), over)
     deviation = torch.where(far, size, math.sqrt(2 / math.pi) * s * over)
-    return _scaled(deviation, b) + (0.5 - math.log(math.pi / 2)) + torch.log(over)
+    distance = torch.where(far, size, s)
+    log = torch.where(far, 0.5 * math.log(math.pi / 2) + log_quotient(distance, s), torch.log(over))
+    return _scaled(deviation, b) + (0.5 - math.log(math.pi / 2)) + log
 
 
 def _back_to_back(t: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def _exponential(rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     x = _back_to_back(torch.where(huge, 1.0, t))
     size = torch.where(huge, mu.abs(), 1.0)
     deviation = torch.where(fast, torch.where(huge, size, x / rate), x)
-    log = torch.where(huge, torch.log(size) + torch.log(rate) + math.log(2), torch.log(2 * x))
+    log = torch.where(huge, torch.log(size) + torch.log(rate) + math.log(2), math.log(2) + torch.log(x))
     return _scaled(deviation, torch.where(fast, b, rate * torch.where(fast, 1.0, b))) + log
 
 
@@ -117,8 +118,13 @@ _gumbel_deviation = elementwise(_gumbel_deviation_value, lambda z: 1 - 2 * torch
 
 
 def _gumbel(loc: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    x = _gumbel_deviation((loc - mu) / s)
-    return _scaled(x * s, b) + (torch.log(2 * x) - EULER)
+    d = (loc - mu).clamp(-_LARGEST, _LARGEST)
+    z = d / s
+    far = z.abs() > _HUGE  # then the deviation is the distance
+    x = _gumbel_deviation(torch.where(far, 1.0, z))
+    distance = torch.where(far, d.abs(), s)
+    deviation = torch.where(far, distance, x * s)
+    return _scaled(deviation, b) + (torch.where(far, log_quotient(distance, s), torch.log(x)) + (math.log(2) - EULER))
 
 
 # ---- Pareto, Uniform, ContinuousBernoulli -----------------------------------------------------------------------
@@ -138,7 +144,7 @@ def _pareto(scale: Tensor, alpha: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     x = torch.where(inside, beta * r - 1 + 2 * torch.exp(-beta * torch.log1p(r)), 1 - beta * t)
     distance = torch.where(huge, d.abs().clamp(max=torch.finfo(d.dtype).max), 1.0)
     log = torch.where(huge, log_quotient(distance, scale) + torch.log(beta) + math.log(2), torch.log(2 * x))
-    deviation = torch.where(huge, distance, x * (scale / beta))
+    deviation = torch.where(huge, distance, torch.where(beta > 1, (x / beta) * scale, x * (scale / beta)))
     edge = a < 2
     high, low = torch.where(edge, 2.0, a), torch.where(edge, a, 2.0)
     # 1/a is rounded, a - 1 is not
@@ -155,7 +161,7 @@ def _uniform(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     squares = 0.5 * (below * (below / width) + above * (above / width))
     distance = torch.where(below < above, -below, -above) + 0.5 * width
     deviation = torch.where(inside, squares, distance)
-    return _scaled(deviation, b) + ((1 - math.log(2)) + torch.log(4 * (deviation / width)))
+    return _scaled(deviation, b) + ((1 + math.log(2)) + log_quotient(deviation, width))
 
 
 def _truncated_exponential(y: Tensor, mu: Tensor, b: Tensor) -> Tensor:
@@ -170,9 +176,9 @@ def _truncated_exponential(y: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     deviation = torch.where(inside, mean - c + 2 * _truncated.integral(rate, c), outside)
     far = rate > 3
     r = torch.where(far, rate, 3.0)
-    log_far = torch.log(2 * (r * torch.where(far, deviation, 1.0))) + _truncated.unit_negentropy(r)
+    log_far = math.log(2) + (torch.log(r) + torch.log(torch.where(far, deviation, 1.0))) + _truncated.unit_negentropy(r)
     small = torch.where(far, 0.0, y)
-    log_near = torch.log(2 * torch.where(far, 1.0, deviation)) + _truncated.negentropy(small)
+    log_near = math.log(2) + torch.log(torch.where(far, 1.0, deviation)) + _truncated.negentropy(small)
     return _scaled(deviation, b) + (1 + torch.where(far, log_far, log_near))
 
 

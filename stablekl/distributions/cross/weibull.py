@@ -31,6 +31,7 @@ from torch.distributions import Gamma as TorchGamma
 from torch.distributions import Weibull as TorchWeibull
 
 from ... import _bregman, _double, _wide
+from ..._autograd import may_hold
 from ..._double import (
     EULER,
     HALF_LOG_TAU,
@@ -44,7 +45,7 @@ from ..._double import (
     subtract,
 )
 from ..._scaled import scaled
-from ..._wide import Wide, narrow, product, wide
+from ..._wide import Wide, difference, narrow, product, wide
 from ...registry import register_hardened
 from ...special import bd0, expm1mx_value
 from .._scalar import attached, scalar_rule
@@ -52,7 +53,7 @@ from ..exponential import Exponential
 from ..gamma import Gamma
 from ..gumbel import extreme_value, slopes
 from ..weibull import Weibull
-from ._pieces import deviance, lgamma_bregman
+from ._pieces import deviance, lgamma_bregman, remainders
 from ._rule import register_pair
 
 __all__ = ["kl_exponential_weibull", "kl_gamma_weibull", "kl_weibull_exponential", "kl_weibull_gamma"]
@@ -114,7 +115,7 @@ def kl_exponential_weibull(p: TorchExponential, q: TorchWeibull) -> Tensor:
 # ---- both concentrations near 1 -----------------------------------------------------------------------------------
 
 _NEAR = 1e-6
-_ENDLESS, _LEAST = 1e-4, 1e-290
+_ENDLESS, _SHORT, _LEAST, _FAR = 1e-4, 1e-8, 1e-290, 1e12
 # Coefficients of x^2, y^2 less 1/(4 _SQUARE), of log Gamma(1 + x) and log Gamma(2 + x) from x^2 on, and of the Omega
 # from y^3, x y^2, ... on, by mpmath's derivatives at 0.
 _SQUARE, _REST = 0.32246703342411322, 0.047193985058898003
@@ -155,12 +156,16 @@ def _weibull_gamma(s: Tensor, k: Tensor, c: Tensor, r: Tensor) -> Tensor:
     small = torch.where(level, y.hi, 0.0)
     # log Gamma(1 + t), which vanishes at 1
     gain = select(level, add(multiply(y, _LESS_EULER), _series(small, _TWO)), _double.lgamma(add(t, 1.0)))
+    # of short t the first order cancels
+    short = t.hi < _SHORT
+    bend = product(wide(torch.where(short, t.hi * (_ONE[0] + t.hi * _ONE[1]), 1.0)), wide(t))
+    gain = select(short, subtract(narrow(bend), multiply(t, EULER)), gain)
 
     near = level & (x.abs() < _NEAR)
     inner = _near_exponential(torch.where(near, x, 0.0), small, 1.0, _OMEGA)
     remainder = _double.stirling(c).lgamma
     constant = subtract(subtract(HALF_LOG_TAU, EULER), 1.0)
-    bulk = multiply(add(gain, multiply(t, EULER)), c)
+    bulk = select(short, narrow(product(bend, wide(c))), multiply(add(gain, multiply(t, EULER)), c))
     outer = _total(add(remainder, constant), multiply(log(c), -0.5), log(k), bulk)
 
     mean = product(_wide.exp(gain), wide(s), wide(r))
@@ -191,12 +196,36 @@ def _log_moment(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Double:
     return subtract(select(near, inner, outer), narrow(product(_shift(b, s), wide(k))))
 
 
+def _large_shape(a: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Of large a: log Gamma(a + k) - log Gamma(a) - k digamma(a), and Omega', where nothing cancels any more."""
+    gap = _bregman.lgamma_bregman(a + k, a, k)
+    r, s = remainders(a)
+    # log(a/k^2)/2 of numbers whose square may overflow
+    logs = 0.5 * torch.log(a) - torch.log(k) - HALF_LOG_TAU.hi
+    return gap, 0.5 + gap + logs - a * s - r
+
+
 def _gamma_weibull_value(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:
-    x, y, w = a - 1, k - 1, _log_moment(a, b, s, k)
+    far = a > _FAR
+    if not may_hold(far):
+        return _gamma_weibull_near(a, b, s, k)
+    one = torch.ones_like(a)
+    a_far, k_far = torch.where(far, a, _FAR), torch.where(far, k, one)
+    gap, omega = _large_shape(a_far, k_far)
+    level = difference(wide(_double.digamma(a_far)), _shift(torch.where(far, b, one), torch.where(far, s, one)))
+    beyond = _moment(add(narrow(product(level, wide(k_far))), gap)) + omega
+    return torch.where(far, beyond, _gamma_weibull_near(*(torch.where(far, one, v) for v in (a, b, s, k))))
+
+
+def _moment(w: Double) -> Tensor:
+    """E(M) for M = e^w."""
     large = w.hi > 1
     power = torch.exp(w.hi) * (1 + torch.where(w.hi < 800, w.lo, 0.0))
-    moment = torch.where(large, power - 1 - w.hi.clamp(max=1e4), expm1mx_value(torch.where(large, 0.0, w.hi)))
+    return torch.where(large, power - 1 - w.hi.clamp(max=1e4), expm1mx_value(torch.where(large, 0.0, w.hi)))
 
+
+def _gamma_weibull_near(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:
+    x, y, w = a - 1, k - 1, _log_moment(a, b, s, k)
     near = (x.abs() < _NEAR) & (y.abs() < _NEAR)
     inner = _near_exponential(torch.where(near, x, 0.0), torch.where(near, y, 0.0), -1.0, _OMEGA_PRIME)
     apart = _double.exact_sum(a, -k)
@@ -204,7 +233,7 @@ def _gamma_weibull_value(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:
     tiny = a < _LEAST
     moved = multiply(apart, _double.digamma(torch.where(tiny, 1.0, a)))
     outer = _total(logs, select(tiny, (k - a) / a, moved), subtract(1.0, a), negative(log(k)))
-    return moment + torch.where(near, inner, outer)
+    return _moment(w) + torch.where(near, inner, outer)
 
 
 def _gamma_weibull_gradient(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> tuple[Tensor, ...]:

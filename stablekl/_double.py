@@ -116,6 +116,7 @@ def select(mask: Tensor, x: Number, y: Number) -> Double:
 
 def _normal(hi: Tensor, lo: Tensor) -> Double:
     """The sum hi + lo, where hi is not smaller than lo."""
+    lo = _kept(lo)
     s = hi + lo
     return Double(s, _kept(lo - (s - hi)))
 

@@ -115,7 +115,7 @@ def kl_exponential_weibull(p: TorchExponential, q: TorchWeibull) -> Tensor:
 # ---- both concentrations near 1 -----------------------------------------------------------------------------------
 
 _NEAR = 1e-6
-_ENDLESS, _SHORT, _LEAST, _FAR = 1e-4, 1e-8, 1e-290, 1e12
+_ENDLESS, _SHORT, _LEAST, _FAR, _HUGE = 1e-4, 1e-8, 1e-290, 1e12, 2.5e305
 # Coefficients of x^2, y^2 less 1/(4 _SQUARE), of log Gamma(1 + x) and log Gamma(2 + x) from x^2 on, and of the Omega
 # from y^3, x y^2, ... on, by mpmath's derivatives at 0.
 _SQUARE, _REST = 0.32246703342411322, 0.047193985058898003
@@ -206,15 +206,18 @@ def _large_shape(a: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gamma_weibull_value(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:
-    far = a > _FAR
-    if not may_hold(far):
+    far, endless = a > _FAR, (a <= _FAR) & (k > _HUGE)  # log Gamma(a + k), a part of the divergence, overflows
+    k = torch.where(endless, 1.0, k)
+    if not may_hold(far | endless):
         return _gamma_weibull_near(a, b, s, k)
     one = torch.ones_like(a)
     a_far, k_far = torch.where(far, a, _FAR), torch.where(far, k, one)
     gap, omega = _large_shape(a_far, k_far)
     level = difference(wide(_double.digamma(a_far)), _shift(torch.where(far, b, one), torch.where(far, s, one)))
     beyond = _moment(add(narrow(product(level, wide(k_far))), gap)) + omega
-    return torch.where(far, beyond, _gamma_weibull_near(*(torch.where(far, one, v) for v in (a, b, s, k))))
+    beyond = torch.where(gap.isinf(), gap, beyond)
+    near = _gamma_weibull_near(*(torch.where(far, one, v) for v in (a, b, s, k)))
+    return torch.where(endless, torch.inf, torch.where(far, beyond, near))
 
 
 def _moment(w: Double) -> Tensor:

@@ -13,7 +13,17 @@ from .._elementwise import product_error, sum_error
 from .._scaled import split
 from ._base import common_dtype, given, widened
 
-__all__ = ["cauchy_log_density", "checked", "evaluated", "log1mexp", "normal_log_density", "outcomes", "standardised"]
+__all__ = [
+    "LOG_2_HIGH",
+    "LOG_2_LOW",
+    "cauchy_log_density",
+    "checked",
+    "evaluated",
+    "log1mexp",
+    "normal_log_density",
+    "outcomes",
+    "standardised",
+]
 
 
 def checked(distribution: Any, x: Tensor) -> Tensor:
@@ -54,7 +64,7 @@ _SQRT_TAU = math.sqrt(2 * math.pi)
 
 
 # log 2 in two parts; of the first a product with an exponent is exact
-_LOG_2_HIGH, _LOG_2_LOW = 0.6931471805598903, 5.497923018708371e-14
+LOG_2_HIGH, LOG_2_LOW = 0.6931471805598903, 5.497923018708371e-14
 
 
 def normal_log_density(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
@@ -66,12 +76,12 @@ def normal_log_density(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
     z, lost = standardised(x, mu, sigma)
     mantissa, k = split(sigma)
     half = 0.5 * z
-    square, level = half * z, -k * _LOG_2_HIGH
+    square, level = half * z, -k * LOG_2_HIGH
     leading = level - square
     with torch.no_grad():
         rest = sum_error(level, -square, leading) - product_error(half, z, square)
         rest = torch.where(rest.isfinite(), rest, 0.0)
-    return leading + (rest - z * lost - k * _LOG_2_LOW - torch.log(mantissa * _SQRT_TAU))
+    return leading + (rest - z * lost - k * LOG_2_LOW - torch.log(mantissa * _SQRT_TAU))
 
 
 def cauchy_log_density(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
@@ -80,8 +90,11 @@ def cauchy_log_density(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
     size = z.abs()
     far = size > 1
     near, large = torch.where(far, 0.0, size), torch.where(far, size, 1.0)
-    tail = torch.where(far, 2 * torch.log(large) + torch.log1p((1 / large).square()), torch.log1p(near * near))
-    return -tail - torch.log(math.pi * s)
+    (mantissa, k), (lead, j) = split(s), split(large)
+    tail = torch.where(far, 2 * torch.log(lead) + torch.log1p((1 / large).square()), torch.log1p(near * near))
+    # the logarithms of z^2 and of a small s cancel: their exponents do so exactly
+    k = k + 2 * j
+    return -k * LOG_2_HIGH - (tail + k * LOG_2_LOW + torch.log(math.pi * mantissa))
 
 
 def outcomes(distribution: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.distributions import Laplace as TorchLaplace
 
 from .._autograd import masked_product
+from .._elementwise import sum_error
+from .._scaled import split
 from ..registry import register_hardened
 from ..special import expm1_value, expm1mx, expm1mx_value, log_ratio_bregman_value
 from ._base import Checked
-from ._density import checked, evaluated
+from ._density import LOG_2_HIGH, LOG_2_LOW, checked, evaluated, standardised
 from ._scalar import scalar_rule
 
 __all__ = ["Laplace"]
@@ -75,7 +77,14 @@ class Laplace(TorchLaplace, Checked):
 
 
 def _log_density(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
-    return -(x - m).abs() / b - torch.log(2 * b)
+    z, lost = standardised(x, m, b)
+    mantissa, k = split(b)
+    level, size = -k * LOG_2_HIGH, z.abs()
+    leading = level - size  # may be all but nothing of either: see `_density.normal_log_density`
+    with torch.no_grad():
+        rest = sum_error(level, -size, leading)
+        rest = torch.where(rest.isfinite(), rest, 0.0) - torch.where(z < 0, -lost, lost)
+    return leading + (rest - k * LOG_2_LOW - torch.log(2 * mantissa))
 
 
 def _tail(z: Tensor) -> Tensor:

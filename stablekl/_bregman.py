@@ -20,11 +20,13 @@ References: 5.5.1 and 5.11.1 of the NIST Digital Library of Mathematical Functio
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import _fused
-from ._autograd import masked_product, rowwise
+from ._autograd import rowwise
 from ._elementwise import product_error, sum_error
 from ._opaque import opaque
 from .special import log1pmx, log1pmx_value
@@ -32,16 +34,18 @@ from .special import log1pmx, log1pmx_value
 __all__ = [
     "STEPS",
     "STIRLING",
+    "lgamma_bend",
     "lgamma_bregman",
     "lgamma_bregman_value",
+    "lgamma_change",
     "lgamma_curvature",
-    "lgamma_slope",
     "log_quotient",
     "power_series",
     "product_difference",
     "remainder_of_log",
     "shape_bregman",
     "stirling_series",
+    "trigamma_fall",
 ]
 
 # B_2k/(2k (2k - 1)), k = 1 ... 7: with them and as many steps, what is left out is 8e-18 of the divergence.
@@ -49,7 +53,7 @@ STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 
 STEPS = 10
 # Below it L(v) is taken from 1 + v, which is known as a product, with digits that v has lost.
 _LOW = -0.6
-_TINY = 1e-100
+_TINY, _LIFT = 1e-290, 2.0**64
 
 
 def log_quotient(a: Tensor, b: Tensor) -> Tensor:
@@ -119,7 +123,7 @@ def _first_step(y: Tensor, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     L changes by up to 2.6 times as many ulps as v, which takes four roundings; small x and y have no other term.
     """
     f = y + 1
-    v = d / x / f
+    v = d / f / x  # d/x may overflow
     g = v * f
     h = x * g
     lost = (d - h) - product_error(x, g, h) - x * product_error(v, f, g)
@@ -143,44 +147,73 @@ def _lgamma_bregman(y: Tensor, x: Tensor, d: Tensor) -> tuple[Tensor]:
         return (_fused.lgamma_bregman((y, x, d)),)
     far_x, far_y = x + STEPS, y + STEPS
     u, w = 1 / far_x, 1 / far_y
-    total = (d * u) * (d * u) * w * stirling_series(u, u, w) + 0.5 * remainder_of_log(d * u, far_y * u)
+    # by quotients of sums, of which neither a square nor a reciprocal leaves the range of floats
+    v = d / far_x
+    total = v * (d * w) * u * stirling_series(u, u, w) + 0.5 * remainder_of_log(v, far_y / far_x)
 
     steps, rows_x, rows_y, rows_d = _rows(x, y, d)
     v = rows_d / (rows_x + steps) / (rows_y + steps + 1)  # -1/2 at least
     total = total + ((rows_y + steps + 1) * remainder_of_log(v, 1 + v)).sum(-1)
 
     v, rest = _first_step(y, x, d)
-    # 1 + v = y (x + 1)/(x (y + 1))
-    return (total + (y + 1) * (remainder_of_log(v, (y / (y + 1)) * ((x + 1) / x)) + rest),)
+    # 1 + v = y (x + 1)/(x (y + 1)), where it is below 1 by quotients of which none overflows, nor underflows alone
+    # (a multiple of a tiny y: only the logarithm is left of the ratio, and subnormal numbers round)
+    tiny = y < _TINY
+    z = torch.where(tiny, y * _LIFT, y)
+    ratio = torch.where(x > 1, (z / (y + 1)) * ((x + 1) / x), (z / x) * ((x + 1) / (y + 1)))
+    remainder = remainder_of_log(v, ratio)
+    lifted = torch.where(tiny & (v <= _LOW), remainder + math.log(_LIFT), remainder)
+    return (total + (y + 1) * (lifted + rest),)
 
 
-def _log_ratio(v: Tensor) -> Tensor:
-    """L(v)/v, differentiable; 0 at 0."""
-    tiny = v.abs() < _TINY
-    return torch.where(tiny, v * (0.5 - v / 3), -log1pmx(v) / torch.where(tiny, 1.0, v))
-
-
-def lgamma_slope(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
-    """[g'(x) - g'(y)]/(x - y), with d = x - y; positive, differentiable, g''(x) at d = 0."""
+def lgamma_change(x: Tensor, y: Tensor, d: Tensor, first: int = 0) -> Tensor:
+    """g'(x) - g'(y), with d = x - y, of the sign of d; differentiable. With ``first`` 1 without the first step."""
     falls = d > 0
-    u, v, d = torch.where(falls, x, y), torch.where(falls, y, x), torch.where(falls, d, -d)
+    u, v, e = torch.where(falls, x, y), torch.where(falls, y, x), torch.where(falls, d, -d)
     one, two = 1 / (u + STEPS), 1 / (v + STEPS)
-    series = one * two * (0.5 + power_series(one, two)[1])
-    steps, u, v, d = _rows(u, v, d, first=0)
+    series = (e * one) * two * (0.5 + power_series(one, two)[1])
+    steps, u, v, e = _rows(u, v, e, first=first)
     u, v = u + steps, v + steps
     # g'(a) - g'(a + 1) = -L(1/a), a difference of which is again one of L and a positive rest
-    return series + ((_log_ratio(d / (u + 1) / v) + 1 / u) / (u + 1) / v).sum(-1)
+    w = e / (u + 1) / v
+    change = series + (w / u - log1pmx(w)).sum(-1)
+    return torch.where(falls, change, -change)
+
+
+def lgamma_bend(x: Tensor) -> Tensor:
+    """X^2 g''(x), between 1/2 and 1 whatever x; differentiable."""
+    one, share = 1 / (x + STEPS), x / (x + STEPS)
+    steps, rows = _rows(x, first=0)
+    u = rows + steps
+    part = rows / u
+    return share * share * (0.5 + power_series(one, one)[1]) + (part * part / (u + 1)).sum(-1)
+
+
+def trigamma_fall(x: Tensor, d: Tensor) -> Tensor:
+    """The fall of trigamma from x + 1 to x + 1 + d for d >= 0, by positive terms; differentiable."""
+    u, w = 1 / (x + STEPS), 1 / (x + d + STEPS)
+    series = 1 + 0.5 * (u + w)
+    power = total = torch.ones_like(u)
+    for k, c in enumerate(STIRLING, 1):
+        for _ in range(2):  # h_2k(u, w)
+            power = power * u
+            total = power + w * total
+        series = series + (2 * k - 1) * 2 * k * c * total
+    steps, rows, rows_d = _rows(x, d)
+    a = rows + steps
+    b = a + rows_d
+    return (d * w) * u * series + (rows_d / b * (1 / a + 1 / b) / a).sum(-1)
 
 
 def lgamma_curvature(x: Tensor) -> Tensor:
     """g''(x) = trigamma(x) - 1/x, positive, differentiable."""
-    return lgamma_slope(x, x, torch.zeros_like(x))
+    return lgamma_bend(x) / x / x
 
 
 def _shape_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
     y, x, d = inputs
     d = d.detach() + ((y - x) - (y - x).detach())
-    return masked_product(d, lgamma_slope(y, x, d)), -masked_product(d, lgamma_curvature(x)), torch.zeros_like(d)
+    return lgamma_change(y, x, d), -lgamma_bend(x) * (d / x) / x, torch.zeros_like(d)
 
 
 shape_bregman = rowwise(lambda y, x, d: (lgamma_bregman_value(y, x, d),), _shape_gradient)
@@ -197,8 +230,8 @@ def _lgamma_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor,
     d = d.detach() + ((y - x) - (y - x).detach())
     near = d.abs() < 0.5 * x
     log = torch.where(near, torch.log1p(torch.where(near, d / x, 0.0)), log_quotient(y, x))
-    by_y, by_x = masked_product(d, lgamma_slope(y, x, d)), -masked_product(d, lgamma_curvature(x) + 1 / x)
-    return by_y + log, by_x, torch.zeros_like(d)
+    by_x = -(lgamma_bend(x) + x) * (d / x) / x
+    return lgamma_change(y, x, d) + log, by_x, torch.zeros_like(d)
 
 
 lgamma_bregman = rowwise(_lgamma_value, _lgamma_gradient)

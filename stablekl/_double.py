@@ -119,20 +119,26 @@ def select(mask: Tensor, x: Number, y: Number) -> Double:
 
 def _normal(hi: Tensor, lo: Tensor) -> Double:
     """The sum hi + lo, where hi is not smaller than lo."""
+    lo = _kept(lo)
     s = hi + lo
-    return Double(s, lo - (s - hi))
+    return Double(s, _kept(lo - (s - hi)))
+
+
+def _kept(lo: Tensor) -> Tensor:
+    """A second part, 0 where the first has overflowed or nearly."""
+    return torch.where(lo.isfinite(), lo, 0.0) if isinstance(lo, Tensor) else lo
 
 
 def exact_sum(a: Tensor, b: Tensor) -> Double:
     """The sum a + b without any error."""
     s = a + b
-    return Double(s, sum_error(a, b, s))
+    return Double(s, _kept(sum_error(a, b, s)))
 
 
 def exact_product(a: Tensor, b: Tensor) -> Double:
     """The product a b without any error."""
     p = a * b
-    return Double(p, product_error(a, b, p))
+    return Double(p, _kept(product_error(a, b, p)))
 
 
 def negative(x: Number) -> Double:
@@ -269,11 +275,14 @@ def _log_parts(*parts: Tensor) -> tuple[Tensor, ...]:
     if _fused.available(parts):
         return _fused.double_log(parts)
     x, less_one = Double(*parts[:2]), Double(*parts[2:])
-    # its exponent by its bits: the compiler for CPUs fails on torch.frexp (torch 2.13)
+    # its exponent by its bits: the compiler for CPUs fails on torch.frexp (torch 2.13); subnormal numbers have none
+    lift = torch.where(x.hi < 2.0**-1022, 54.0, 0.0).to(x.hi.dtype)
+    by = torch.where(lift > 0, 2.0**54, 1.0).to(x.hi.dtype)
+    x = Double(x.hi * by, x.lo * by)
     bits = x.hi.view(torch.int64)
     mantissa = ((bits & _FRACTION) | _ONE).view(torch.float64)  # from 1 to 2
     high = mantissa > 1.4142135623730951
-    k = ((bits >> 52) & 0x7FF).to(torch.float64) - torch.where(high, 1022.0, 1023.0)
+    k = ((bits >> 52) & 0x7FF).to(torch.float64) - torch.where(high, 1022.0, 1023.0) - lift
     m = torch.where(high, 0.5 * mantissa, mantissa)
     z = add(Double(m, x.lo * torch.where(x.hi == 0, 1.0, m / x.hi)), -1.0)
     near = _log1p_near(select(k == 0, less_one, z))

@@ -41,7 +41,7 @@ _PER_THREAD = 2**17
 _FEW = 2**12  # of those that take a hundred times as long
 _SPECIAL = ("expm1mx", "log1pmx", "log_ratio_bregman", "remainder_of_log")  # elementwise, of one result
 _FUSED: set[Callable[..., Tensor]] = set()
-_VERSION = 6  # of the functions' arguments: that of the C file
+_VERSION = 7  # of the functions' arguments: that of the C file
 
 
 def _load() -> Any:

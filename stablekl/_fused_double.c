@@ -158,16 +158,16 @@ INLINE void log_tile(const tile *x, const tile *less_one, tile *out)
     tile z;
     EACH {
         uint64_t bits, exponent, mantissa;
-        double m, e;
-        memcpy(&bits, &x->hi[j], 8);
+        double m, e, lift = x->hi[j] < DBL_MIN ? 0x1p54 : 1.0, h = x->hi[j] * lift, l = x->lo[j] * lift;
+        memcpy(&bits, &h, 8);
         exponent = ((bits >> 52) & 0x7ffu) | two52; /* 2^52 and the exponent, as a float */
         mantissa = (bits & fraction) | one;
         memcpy(&m, &mantissa, 8);
         memcpy(&e, &exponent, 8);
         int high = m > 1.4142135623730951;
-        k[j] = (e - 4503599627370496.0) - (high ? 1022.0 : 1023.0);
+        k[j] = (e - 4503599627370496.0) - (high ? 1022.0 : 1023.0) - (lift > 1.0 ? 54.0 : 0.0);
         m = high ? 0.5 * m : m;
-        dd rest = add((dd){m, x->lo[j] * (x->hi[j] == 0.0 ? 1.0 : m / x->hi[j])}, number(-1.0));
+        dd rest = add((dd){m, l * (h == 0.0 ? 1.0 : m / h)}, number(-1.0));
         put(&z, j, choose(k[j] == 0.0, at(less_one, j), rest));
     }
     log1p_near(&z);

@@ -57,7 +57,9 @@ INLINE void remainders_tile(const double *x, double *r, double *s)
             double v = (x[j] < STEPS ? x[j] : 1.0) + n, t = 1.0 / (2.0 * v + 1.0), square = t * t, p = ATANH_WIDE[0];
             for (int i = 1; i < 12; i++)
                 p = p * square + ATANH_WIDE[i];
-            double far = (0.5 * logarithm(1.0 + 1.0 / v) / t - 1.0) / square, rest = t < 3.0 / 7 ? p : far;
+            double lift = v < 1e-290 ? 0x1p64 : 1.0, log_v = logarithm(v * lift) - (lift > 1.0 ? 64.0 * LOG2 : 0.0);
+            double log = v < 1e-100 ? -log_v : logarithm(1.0 + 1.0 / v);
+            double far = (0.5 * log / t - 1.0) / square, rest = t < 3.0 / 7 ? p : far;
             double step_s = 2.0 * t * square * (1.0 / (4.0 * v * (v + 1.0) * square) - rest);
             r[j] += x[j] < STEPS ? square * rest : 0.0;
             s[j] += x[j] < STEPS ? step_s : 0.0;
@@ -92,23 +94,19 @@ INLINE void series_at(const double *x, const double *y, const double *d, double 
         w[j] = 1.0 / y[j];
     }
     stirling_series(u, w, out);
-    EACH out[j] *= (d[j] * u[j]) * (d[j] * u[j]) * w[j];
+    EACH out[j] *= (d[j] / x[j]) * (d[j] / y[j]) * u[j];
 }
 
 /* B_g(y, x) with d = y - x, g(a) = lgamma(a) - a log(a) + a. */
 INLINE void bregman_tile(const double *y, const double *x, const double *d, double *out)
 {
-    double far_x[TILE], far_y[TILE], quotient[TILE];
-    int extreme = 0;
+    double far_x[TILE], far_y[TILE];
     EACH {
         far_x[j] = x[j] + STEPS;
         far_y[j] = y[j] + STEPS;
     }
     series_at(far_x, far_y, d, out);
-    EACH {
-        double u = 1.0 / far_x[j];
-        out[j] += 0.5 * remainder_of_log(d[j] * u, far_y[j] * u);
-    }
+    EACH out[j] += 0.5 * remainder_of_log(d[j] / far_x[j], far_y[j] / far_x[j]);
     for (int n = STEPS - 1; n > 0; n--)
         EACH {
             double v = d[j] / (x[j] + n) / (y[j] + n + 1.0);
@@ -116,19 +114,17 @@ INLINE void bregman_tile(const double *y, const double *x, const double *d, doub
         }
     /* The first step: L changes by up to 2.6 times as many ulps as v, so what rounding took from v is added. */
     EACH {
-        double a = x[j], b = y[j], f = b + 1.0, v = d[j] / a / f, g = v * f, h = a * g;
+        double a = x[j], b = y[j], f = b + 1.0, v = d[j] / f / a, g = v * f, h = a * g;
         double lost = (d[j] - h) - rounding(a, g, h) - a * rounding(v, f, g);
         lost += (d[j] == b - a ? sum_error(b, -a, d[j]) : 0.0) - a * (v * sum_error(b, 1.0, f));
         double rest = finite_or_zero(lost / a / f * (v / (1.0 + v)));
-        double q = (b / f) * ((a + 1.0) / a);
-        extreme |= q < DBL_MIN;
-        quotient[j] = q;
-        far_x[j] = out[j] + f * (v > -0.6 ? rest : 0.0);
-        out[j] = far_x[j] + f * remainder_of_log(v, q);
+        /* a multiple of a tiny y: only the logarithm is left of the ratio, and subnormal numbers round */
+        int tiny = b < 1e-290;
+        double z = tiny ? b * 0x1p64 : b;
+        double q = a > 1.0 ? (z / f) * ((a + 1.0) / a) : (z / a) * ((a + 1.0) / f);
+        double remainder = remainder_of_log(v, q) + (tiny && v <= -0.6 ? 64.0 * LOG2 : 0.0);
+        out[j] += f * (remainder + (v > -0.6 ? rest : 0.0));
     }
-    for (int j = 0; extreme && j < TILE; j++)
-        if (quotient[j] < DBL_MIN)
-            out[j] = far_x[j] + (y[j] + 1.0) * ((quotient[j] - 1.0) - log(quotient[j]));
 }
 
 /* What Stirling's series adds for a less what it adds for a + b: where b is small an integral over what is between. */

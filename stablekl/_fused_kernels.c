@@ -4,7 +4,7 @@
 #include "_fused.h"
 
 /* Of the functions' arguments: that of _fused.py. */
-PUBLIC const int stablekl_fused_version = 6;
+PUBLIC const int stablekl_fused_version = 7;
 
 /* (t^2 + r (r + 2))/sigma_q, t and r as below: the derivative by sigma_q, up to its sign. Where r < 0 the two terms may
  * cancel and leave nothing of t and r as rounded; then it is (d^2 + sigma_p^2 - sigma_q^2)/sigma_q^3 with d = mu_p - mu_q,
@@ -24,6 +24,13 @@ INLINE double slope(double mu_p, double sigma_p, double mu_q, double sigma_q, do
     double q_error = product_error(low, high, q) + low * high_rest + high * low_rest + low_rest * high_rest;
     double careful = (u + (sum_error(p, q, u) + (p_error + q_error))) / b / b / b * unit;
     return r < 0.0 && square > -0.25 * rest && square < -4.0 * rest ? careful : plain;
+}
+
+/* (x - y)/s, by halves of x and y where their difference overflows. */
+INLINE double standardised(double x, double y, double s)
+{
+    double by = fabs(x - y) <= DBL_MAX ? 1.0 : 0.5;
+    return (by * x - by * y) / s * (by == 1.0 ? 1.0 : 2.0);
 }
 
 INLINE void load_parameters(double *mu_p, double *sigma_p, double *mu_q, double *sigma_q, const void *const *in,
@@ -47,7 +54,7 @@ CLONES PUBLIC void stablekl_normal_kl(
         if (wide) {
             int extreme = 0;
             for (int j = 0; j < TILE; j++) {
-                double q = sigma_p[j] / sigma_q[j], t = (mu_p[j] - mu_q[j]) / sigma_q[j];
+                double q = sigma_p[j] / sigma_q[j], t = standardised(mu_p[j], mu_q[j], sigma_q[j]);
                 double r = unless_infinite((sigma_p[j] - sigma_q[j]) / sigma_q[j], sigma_q[j]);
                 quotient[j] = q;
                 extreme |= !(q >= DBL_MIN && q <= DBL_MAX);
@@ -58,7 +65,7 @@ CLONES PUBLIC void stablekl_normal_kl(
                 double q = quotient[j];
                 if (!(q >= DBL_MIN && q <= DBL_MAX)) {
                     double r = unless_infinite((sigma_p[j] - sigma_q[j]) / sigma_q[j], sigma_q[j]);
-                    double t = (mu_p[j] - mu_q[j]) / sigma_q[j];
+                    double t = standardised(mu_p[j], mu_q[j], sigma_q[j]);
                     kl[j] = (excess_extreme(sigma_p[j], sigma_q[j], q) + 0.5 * r * r) + 0.5 * t * t;
                 }
             }
@@ -85,7 +92,7 @@ CLONES PUBLIC void stablekl_normal_kl_gradient(
         load(grad, in[4], stride[4], i, count, wide);
         if (wide) { /* two loops, or each vector would go through both branches */
             for (int j = 0; j < TILE; j++) {
-                double sp = sigma_p[j], sq = sigma_q[j], t = (mu_p[j] - mu_q[j]) / sq;
+                double sp = sigma_p[j], sq = sigma_q[j], t = standardised(mu_p[j], mu_q[j], sq);
                 double r = unless_infinite((sp - sq) / sq, sq);
                 double by_sigma_q = -slope(mu_p[j], sp, mu_q[j], sq, t, r);
                 mu_p[j] = t / sq;

@@ -30,6 +30,8 @@ FLOORS = {
     "_fused": 0,
     "_opaque": 0,
     "_residual": 0,
+    "_scaled": 0,
+    "_wide": 0,
     "_normal_tail": 0,
     "_distributed": 0,
     "_progress": 0,

@@ -69,4 +69,4 @@ def test_a_rule_traces_to_few_operations():
         return graph
 
     torch.testing.assert_close(torch.compile(rule, fullgraph=True, backend=backend)(a, b, y), expected)
-    assert sum(sizes) < 1000  # 24,000 where numbers in twice the digits are traced
+    assert sum(sizes) < 3000  # 24,000 where numbers in twice the digits are traced

@@ -10,9 +10,20 @@ import torch
 from torch import Tensor
 
 from .._elementwise import product_error, sum_error
+from .._scaled import split
 from ._base import common_dtype, given, widened
 
-__all__ = ["cauchy_log_density", "checked", "evaluated", "log1mexp", "normal_log_density", "outcomes", "standardised"]
+__all__ = [
+    "LOG_2_HIGH",
+    "LOG_2_LOW",
+    "cauchy_log_density",
+    "checked",
+    "evaluated",
+    "log1mexp",
+    "normal_log_density",
+    "outcomes",
+    "standardised",
+]
 
 
 def checked(distribution: Any, x: Tensor) -> Tensor:
@@ -52,10 +63,25 @@ def standardised(x: Tensor, m: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 _SQRT_TAU = math.sqrt(2 * math.pi)
 
 
+# log 2 in two parts; of the first a product with an exponent is exact
+LOG_2_HIGH, LOG_2_LOW = 0.6931471805598903, 5.497923018708371e-14
+
+
 def normal_log_density(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-    """Of float64 tensors; sigma is not squared, which would underflow."""
+    """Of float64 tensors; sigma is not squared, which would underflow.
+
+    z^2/2 and the logarithm of a small sigma are of opposite sign, and where the density is about 1 all of both cancels:
+    the square, the exponent of sigma and their sum are exact, so that their roundings, 20 eps, do not stay.
+    """
     z, lost = standardised(x, mu, sigma)
-    return -(0.5 * z * z + z * lost) - torch.log(sigma * _SQRT_TAU)
+    mantissa, k = split(sigma)
+    half = 0.5 * z
+    square, level = half * z, -k * LOG_2_HIGH
+    leading = level - square
+    with torch.no_grad():
+        rest = sum_error(level, -square, leading) - product_error(half, z, square)
+        rest = torch.where(rest.isfinite(), rest, 0.0)
+    return leading + (rest - z * lost - k * LOG_2_LOW - torch.log(mantissa * _SQRT_TAU))
 
 
 def cauchy_log_density(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
@@ -64,8 +90,11 @@ def cauchy_log_density(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
     size = z.abs()
     far = size > 1
     near, large = torch.where(far, 0.0, size), torch.where(far, size, 1.0)
-    tail = torch.where(far, 2 * torch.log(large) + torch.log1p((1 / large).square()), torch.log1p(near * near))
-    return -tail - torch.log(math.pi * s)
+    (mantissa, k), (lead, j) = split(s), split(large)
+    tail = torch.where(far, 2 * torch.log(lead) + torch.log1p((1 / large).square()), torch.log1p(near * near))
+    # the logarithms of z^2 and of a small s cancel: their exponents do so exactly
+    k = k + 2 * j
+    return -k * LOG_2_HIGH - (tail + k * LOG_2_LOW + torch.log(math.pi * mantissa))
 
 
 def outcomes(distribution: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

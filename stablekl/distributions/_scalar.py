@@ -14,8 +14,8 @@ __all__ = ["attached", "scalar_rule", "vector_rule"]
 
 
 def attached(value: Tensor, smooth: Tensor) -> Tensor:
-    """The value with the derivatives of another formula of it, which may have lost its digits."""
-    return value.detach() + (smooth - smooth.detach())
+    """The value with the derivatives of another formula of it, which may have lost its digits, or be infinite."""
+    return value.detach() + torch.where(smooth.isfinite(), smooth - smooth.detach(), 0.0)
 
 
 def scalar_rule(

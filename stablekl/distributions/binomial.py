@@ -74,10 +74,19 @@ def _more_trials(n: Tensor, p: Tensor, m: Tensor, q: Tensor, one: Tensor) -> Ten
     t = torch.exp(points)
     n, p, m, q, more = (x.unsqueeze(-1) for x in (n, p, m, q, torch.where(m > n, m - n, 0.0)))
     terms = torch.expm1(-more * t) / torch.expm1(-t) * torch.exp(-t)
-    terms = terms * (torch.exp(n * torch.log1p((1 - p) * torch.expm1(-t))) - torch.exp(-n * t))
+    fall = (1 - p) * torch.expm1(-t)
+    early = fall > -0.5
+    near = torch.log1p(torch.where(early, fall, 0.0))
+    terms = terms * (
+        torch.exp(n * torch.where(early, near, torch.log(p + (1 - p) * torch.exp(-t)))) - torch.exp(-n * t)
+    )
     certain = q.squeeze(-1) == 1
     failures = torch.log1p(-torch.where(certain, 0.0, q.squeeze(-1)))
-    value = masked_product(n.squeeze(-1), one) - more.squeeze(-1) * failures - _STEP * terms.sum(-1)
+    value = (
+        masked_product(n.squeeze(-1), torch.where(certain, 0.0, one))
+        - more.squeeze(-1) * failures
+        - _STEP * terms.sum(-1)
+    )
     return torch.where(certain, torch.inf, value)
 
 
@@ -92,8 +101,12 @@ def kl_binomial_binomial(p: TorchBinomial, q: TorchBinomial) -> Tensor:
             widened(p.total_count), widened(q.total_count), _probability(p), _probability(q)
         )
     )
-    value = masked_product(n, one)
-    if may_hold(n != m):
-        impossible = torch.where(a == 0, masked_product(m, one), torch.inf)
-        value = torch.where(n > m, impossible, torch.where(n < m, _more_trials(n, a, m, b, one), value))
+    if not may_hold(n != m):
+        return masked_product(n, one).to(dtype)
+    # what is not taken must be finite, for the gradient's sake
+    fewer, none = n < m, (n > m) & (a == 0)
+    value = masked_product(n, torch.where(n == m, one, 0.0))
+    inputs = (torch.where(fewer, x, s) for x, s in ((n, 1.0), (a, 0.5), (m, 2.0), (b, 0.5), (one, 0.0)))
+    rest = torch.where(none, masked_product(m, torch.where(none, one, 0.0)), torch.inf)
+    value = torch.where(n == m, value, torch.where(fewer, _more_trials(*inputs), rest))
     return value.to(dtype)

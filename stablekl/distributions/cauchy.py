@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Cauchy as TorchCauchy
 
-from .._bregman import product_difference
+from .._scaled import scaled
+from .._wide import attached, difference, negative, product, wide
 from ..registry import register_hardened
 from ._base import Checked
 from ._density import cauchy_log_density, checked, evaluated
-from ._scalar import attached, scalar_rule
+from ._scalar import scalar_rule
 
 __all__ = ["Cauchy", "cauchy_kl"]
 
@@ -71,25 +72,30 @@ def _log_tail(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
 def _value(mu_p: Tensor, s_p: Tensor, mu_q: Tensor, s_q: Tensor) -> Tensor:
     distance = 0.5 * torch.hypot(s_p - s_q, mu_p - mu_q)
     # the larger scale first: its quotient neither over- nor underflows before the product does
-    over, under = distance / torch.maximum(s_p, s_q), distance / torch.minimum(s_p, s_q)
+    larger, smaller = torch.maximum(s_p, s_q), torch.minimum(s_p, s_q)
+    # eighths of everything where the distance overflows
+    big = distance.isinf()
+    eighths = 0.5 * torch.hypot(0.125 * s_p - 0.125 * s_q, 0.125 * mu_p - 0.125 * mu_q)
+    over, under = (torch.where(big, 8 * (eighths / s), distance / s) for s in (larger, smaller))
     x = over * under
     # log1p(x) = log(x) to all digits where x overflows
-    return torch.where(
-        x.isinf(), torch.log(over) + torch.log(distance) - torch.log(torch.minimum(s_p, s_q)), torch.log1p(x)
-    )
+    logs = torch.where(big, math.log(64) + 2 * torch.log(eighths), 2 * torch.log(distance))
+    return torch.where(x.isinf(), logs - torch.log(larger) - torch.log(smaller), torch.log1p(x))
 
 
 def _gradient(mu_p: Tensor, s_p: Tensor, mu_q: Tensor, s_q: Tensor) -> tuple[Tensor, ...]:
-    total, d = s_p + s_q, mu_p - mu_q
-    # in units of about the larger of both, whose square may overflow; a power of 2 rounds nothing
-    unit = torch.exp2(torch.floor(torch.log2(torch.maximum(total, d.abs()).detach())))
-    t, u, gap = total / unit, d / unit, (s_p - s_q) / unit
-    square = t * t + u * u
-    by_mu = 2 * u / square / unit
-    # 2 (s_p + s_q)/[(s_p + s_q)^2 + d^2] - 1/s_p, and likewise for s_q; each changes sign
-    by_p = attached(product_difference(gap, t, u, u), gap * t - u * u) / square / s_p
-    by_q = attached(product_difference(-gap, t, u, u), -gap * t - u * u) / square / s_q
-    return by_mu, by_p, -by_mu, by_q
+    p, q, d = scaled(s_p), scaled(s_q), scaled(mu_p) - scaled(mu_q)
+    total, gap = p + q, p - q
+    square = total * total + d * d
+    by_mu = (scaled(torch.full_like(s_p, 2.0)) * d / square).rounded()
+    # 2 (s_p + s_q)/[(s_p + s_q)^2 + d^2] - 1/s_p, and likewise for s_q: s_p^2 - s_q^2 - d^2 in twice the digits
+    with torch.no_grad():
+        x, y, z = wide(s_p), wide(s_q), difference(wide(mu_p), wide(mu_q))
+        squares, far = difference(product(x, x), product(y, y)), product(z, z)
+        exact_p, exact_q = difference(squares, far), difference(negative(squares), far)
+    by_p = attached(exact_p, gap * total - d * d) / square / p
+    by_q = attached(exact_q, -gap * total - d * d) / square / q
+    return by_mu, by_p.rounded(), -by_mu, by_q.rounded()
 
 
 cauchy_kl = scalar_rule(_value, _gradient)

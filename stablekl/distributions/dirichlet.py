@@ -25,17 +25,18 @@ torch adds lgammas and digammas, of which nothing is left near p = q (Beta(1e6, 
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet as TorchDirichlet
 
 from .. import _fused
-from .._autograd import masked_product
+from .._autograd import may_hold
 from .._bregman import (
     STEPS,
+    lgamma_bend,
     lgamma_bregman_value,
-    lgamma_curvature,
-    lgamma_slope,
     log_quotient,
     power_series,
     product_difference,
@@ -44,6 +45,19 @@ from .._bregman import (
 )
 from .._deviance import compensated_sum, deviance, digamma, gamma_entropy, gamma_scale
 from .._elementwise import product_error, sum_error
+from .._scaled import (
+    Scaled,
+    difference_of_products,
+    digamma_rise,
+    less_product,
+    lgamma_change,
+    scaled,
+    scaled_sum,
+    trigamma,
+    trigamma_fall,
+    weighted_remainder,
+    where,
+)
 from ..quadrature import gauss_legendre
 from ..registry import register_hardened
 from ._base import Checked
@@ -110,16 +124,19 @@ def _series(a_p: Tensor, a_q: Tensor, d_a: Tensor, b_p: Tensor, b_q: Tensor, d_b
     Where b is small that is an integral over a + t b of its derivative, every term of which is of the order of b;
     ``cross`` is a_q b_p - a_p b_q.
     """
+    largest = torch.finfo(a_p.dtype).max
 
     def at(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
+        x, y, d = (v.clamp(-largest, largest) for v in (x, y, d))
         u, w = 1 / x, 1 / y
-        return (d * u) * (d * u) * w * stirling_series(u, u, w)
+        return (d / x) * (d / y) * u * stirling_series(u, u, w)
 
     small = torch.maximum(b_p / a_p, b_q / a_q) < _SMALL
     difference = at(a_p, a_q, d_a) - at(a_p + b_p, a_q + b_q, d_a + d_b)
     t, weights, _ = gauss_legendre(_NODES, a_p.device).to(a_p.dtype)
     x, y, d, b, cross = (v.unsqueeze(-1) for v in (a_p, a_q, d_a, d_b, cross))
-    u, w, d = 1 / (x + t * b_p.unsqueeze(-1)), 1 / (y + t * b_q.unsqueeze(-1)), d + t * b
+    x, y = ((x + t * b_p.unsqueeze(-1)).clamp(max=largest), (y + t * b_q.unsqueeze(-1)).clamp(max=largest))
+    u, w, d = 1 / x, 1 / y, (d + t * b).clamp(-largest, largest)
     even, odd = power_series(u, u, w)
     total = (weights * (d * w) * u * (cross * u * odd + b * u * even)).sum(-1)
     return torch.where(small, total, difference)
@@ -173,6 +190,63 @@ def _beta(
     return torch.where(alike, gaps + means_near - gap_s, rows.sum((0, -1)) + means_far + gap_b)
 
 
+# Next to 1, or not: beyond, numbers have exponents of their own.
+_SMALLEST, _LARGEST = 1e-100, 1e100
+
+
+def _steps_wide(a_p: Scaled, a_q: Scaled, b_p: Scaled, b_q: Scaled) -> tuple[Scaled, ...]:
+    """The first concentrations after n steps and the sums, with a dimension for n."""
+    n = torch.arange(STEPS + 1, dtype=a_p.mantissa.dtype, device=a_p.mantissa.device)
+    x, y, b_p, b_q = (Scaled(v.mantissa.unsqueeze(-1), v.exponent.unsqueeze(-1)) for v in (a_p, a_q, b_p, b_q))
+    x, y = x + scaled(n), y + scaled(n)
+    return x, y, x + b_p, y + b_q, scaled(n)
+
+
+def _beta_wide(
+    a_p: Scaled, a_q: Scaled, b_p: Scaled, b_q: Scaled, d_a: Scaled, d_b: Scaled, e_a: Scaled, e_b: Scaled
+) -> Tensor:
+    """`_beta` of concentrations whose products, quotients and sums need not be floats, term by term the same."""
+    swap = a_p.less(b_p)
+    a_p, b_p, a_q, b_q = where(swap, b_p, a_p), where(swap, a_p, b_p), where(swap, b_q, a_q), where(swap, a_q, b_q)
+    d_a, d_b, e_a, e_b = where(swap, d_b, d_a), where(swap, d_a, d_b), where(swap, e_b, e_a), where(swap, e_a, e_b)
+
+    base = difference_of_products(b_p, a_q, a_p, b_q)
+    size = b_p * a_q + a_p * b_q
+    for u, v in ((d_a, d_b), (e_a, e_b)):
+        terms = (b_p * u).size() + (a_p * v).size()
+        smaller = terms.less(size)
+        base = where(smaller, difference_of_products(b_p, u, a_p, v), base)
+        size = where(smaller, terms, size)
+
+    def means(x: Scaled, y: Scaled, cross: Scaled) -> Scaled:
+        s, z = x + b_p, y + b_q
+        first = weighted_remainder(y, -cross / y / s, (x / y) * (z / s))
+        return first + weighted_remainder(b_q, cross / b_q / s, (b_p / b_q) * (z / s))
+
+    x, y, s, z, n = _steps_wide(a_p, a_q, b_p, b_q)
+    column = [Scaled(v.mantissa.unsqueeze(-1), v.exponent.unsqueeze(-1)) for v in (base, d_a, d_b)]
+    cross = column[0] - n * column[2]
+    tau = cross / x / z
+    weights = scaled(torch.where(n.rounded() < STEPS, 1.0, 0.5).to(tau.mantissa.dtype))
+    slopes = scaled_sum(weights * ((column[1] + column[2]) / s * tau))
+    rises = scaled_sum(weighted_remainder(weights, tau, (y / x) * (s / z)))
+    sizes = scaled_sum((weights * ((column[1] + column[2]) / s * tau)).size()) + rises
+    rows, sizes = (Scaled(v.mantissa.squeeze(-1), v.exponent.squeeze(-1)) for v in (slopes + rises, sizes))
+    far_p, far_q, last = (Scaled(v.mantissa[..., -1], v.exponent[..., -1]) for v in (x, y, cross))
+    largest = torch.finfo(tau.mantissa.dtype).max
+    floats = [v.rounded().clamp(-largest, largest) for v in (far_p, far_q, d_a, b_p, b_q, d_b, last)]
+    means_far = means(far_p, far_q, last) + scaled(_series(*floats))
+
+    triples = ((a_q, a_p, d_a), (b_q, b_p, d_b), (a_q + b_q, a_p + b_p, d_a + d_b))
+    gaps = [lgamma_bregman_value(*(v.rounded().clamp(-largest, largest) for v in t)) for t in triples]
+    gap_a, gap_b, gap_s = (scaled(v) for v in gaps)
+    near, means_near = gap_a + gap_b, means(a_p, a_q, base)
+    alike = (near + means_near + gap_s).less(sizes + means_far.size() + gap_b)
+    result = where(alike, near + means_near - gap_s, rows + means_far + gap_b).rounded()
+    # the second is all, to a factor of 2, where it overflows
+    return torch.where(gaps[1].isinf(), gaps[1], result)
+
+
 def _split(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The differences y - x, one delta for all of a row, and y - x - delta x to its relative accuracy."""
     d = y - x
@@ -183,32 +257,76 @@ def _split(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return d, delta, e + torch.where(lost.isfinite(), lost, 0.0)
 
 
+def _split_wide(x: Tensor, y: Tensor) -> tuple[Scaled, ...]:
+    """Both, their differences and what `_split` leaves of these; the sums of all four."""
+    p, q = scaled(x), scaled(y)
+    d, sum_p = q - p, scaled_sum(p)
+    sum_d = scaled_sum(d)
+    e = less_product(q, p, sum_d / sum_p)
+    return p, q, d, e, sum_p, scaled_sum(q), sum_d, scaled_sum(e)
+
+
 def _after(x: Tensor) -> Tensor:
     """For every entry but the last the sum of those that follow."""
     return x.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+
+
+def _after_wide(x: Tensor) -> Scaled:
+    """The same of numbers whose sum may overflow."""
+    whole, part = scaled(_after(x)), scaled(_after(x * 2.0**-64))
+    return where(whole.mantissa.isfinite(), whole, Scaled(part.mantissa, part.exponent + 64))
 
 
 def _value(x: Tensor, y: Tensor) -> Tensor:
     d, _, e = _split(x, y)
     pairs = ((v[..., :-1], _after(v)) for v in (x, y, d, e))
     (a_p, b_p), (a_q, b_q), (d_a, d_b), (e_a, e_b) = pairs
-    return _beta(a_p, a_q, b_p, b_q, d_a, d_b, e_a, e_b).sum(-1)
+    result = _beta(a_p, a_q, b_p, b_q, d_a, d_b, e_a, e_b).sum(-1)
+    extreme = ((torch.minimum(x, y) < _SMALLEST) | (torch.maximum(x, y) > _LARGEST)).any(-1)
+    if not may_hold(extreme):
+        return result
+    x, y = (torch.where(extreme.unsqueeze(-1), v, 1.0) for v in (x, y))
+    _, _, d_wide, e_wide, *_ = _split_wide(x, y)
+    columns = (x, y, d_wide.rounded(), e_wide.rounded())
+    sticks = ((scaled(v[..., :-1]), _after_wide(v)) for v in columns)
+    (c_p, f_p), (c_q, f_q), (g_a, g_b), (h_a, h_b) = sticks
+    return torch.where(extreme, _beta_wide(c_p, c_q, f_p, f_q, g_a, g_b, h_a, h_b).sum(-1), result)
+
+
+def _others(x: Tensor) -> Scaled:
+    """For every entry the sum of all others."""
+    zero = torch.zeros_like(x[..., :1])
+    before, after = x.cumsum(-1)[..., :-1], x.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+    return scaled(torch.cat([zero, before], -1)) + scaled(torch.cat([after, zero], -1))
+
+
+def _shorter(first: tuple[Scaled, ...], second: tuple[Scaled, ...]) -> Tensor:
+    """Of two sums of the same value the one that cancels less, with the derivatives of the first."""
+    sums = [reduce(Scaled.__add__, terms) for terms in (first, second)]
+    sizes = [reduce(Scaled.__add__, (x.size() for x in terms)) for terms in (first, second)]
+    with torch.no_grad():
+        better = where(sizes[1].less(sizes[0]), sums[1], sums[0]).rounded()
+    return attached(better, sums[0].rounded())
 
 
 def _gradient(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    d, delta, e = _split(x.detach(), y.detach())
-    sum_x, sum_y, sum_d, sum_e = (v.sum(-1, keepdim=True) for v in (x, y, d, e))
-    d, sum_d = attached(d, y - x), attached(sum_d, sum_y - sum_x)
-    e = attached(e, d - delta * x)
-    sum_e = attached(sum_e, sum_d - delta[..., :1] * sum_x)
-    # q's mean over p's, less 1
-    tau = attached((sum_x * e - x * sum_e) / x / sum_y, (y / x) * (sum_x / sum_y) - 1)
-    near = tau.abs() < 0.5
-    log = torch.log1p(torch.where(near, tau, 0.0))
-    log = torch.where(near, log, log_quotient(y, x) - log_quotient(sum_y, sum_x))
-    by_y = masked_product(d, lgamma_slope(y, x, d)) - masked_product(sum_d, lgamma_slope(sum_y, sum_x, sum_d)) + log
-    by_x = masked_product(sum_d, lgamma_curvature(sum_x)) - masked_product(d, lgamma_curvature(x))
-    by_x = by_x - (e / x - sum_e / sum_x)
+    p, q, d, e, sum_p, sum_q, sum_d, sum_e = _split_wide(x, y)
+    rest_p, rest_q, rest_d = _others(x), _others(y), _others(y - x)
+    with torch.no_grad():  # q's mean over p's, less 1
+        tau = ((sum_p * e - p * sum_e) / p / sum_q).rounded()
+        near = tau.abs() < 0.5
+    smooth = ((q / p) * (sum_p / sum_q)).log()
+    log = attached(torch.where(near, torch.log1p(torch.where(near, tau, 0.0)), smooth), smooth)
+    # next to p = q by the differences of q and p; beside tiny others by those of a concentration and the sum
+    by_y = _shorter(
+        (lgamma_change(q, p, d), -lgamma_change(sum_q, sum_p, sum_d), scaled(log)),
+        (digamma_rise(p, rest_p), -digamma_rise(q, rest_q)),
+    )
+    bend_p, bend_sum = (scaled(lgamma_bend(v.rounded().clamp(max=torch.finfo(x.dtype).max))) for v in (p, sum_p))
+    by_x = _shorter(
+        (bend_sum * sum_d / sum_p / sum_p, -(bend_p * d / p / p), sum_e / sum_p, -(e / p)),
+        (rest_d * trigamma(sum_p), -(d * trigamma_fall(p, rest_p))),
+    )
     return by_x, by_y
 
 

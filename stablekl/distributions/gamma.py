@@ -8,7 +8,8 @@ With g(a) = log Gamma(a) - a log a + a, its Bregman divergence :math:`B_g` (see 
 the mismatch of the shapes, and that of the means a/b. torch adds :math:`a_q \log(b_p/b_q)`, the difference of lgammas,
 a digamma and :math:`(b_q - b_p) a_p/b_p`: terms of the size of a log a, where the divergence of Gamma(1e5, 1) and
 Gamma(1e5 + 1, 1) is 5e-6; in float32 it returns -0.0129. The numerator of t is a difference of exact products, since
-means may agree to more digits than shapes and rates.
+means may agree to more digits than shapes and rates; products and quotients have exponents of their own (`_scaled`),
+since neither a_q b_p nor t need be a float where the divergence or its gradient is one.
 """
 
 from __future__ import annotations
@@ -17,20 +18,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Gamma as TorchGamma
 
-from .._autograd import masked_product
-from .._bregman import (
-    lgamma_bregman_value,
-    lgamma_curvature,
-    lgamma_slope,
-    log_quotient,
-    product_difference,
-    remainder_of_log,
-)
+from .._bregman import lgamma_bend, lgamma_bregman_value, lgamma_change, log_quotient
 from .._deviance import gamma_entropy, gamma_scale, product_deviance
+from .._scaled import log_of_ratio, ratio, scaled, weighted_remainder
 from ..registry import register_hardened
 from ._base import Checked
 from ._density import checked, evaluated
-from ._scalar import attached, scalar_rule
+from ._scalar import scalar_rule
 
 __all__ = ["Gamma", "gamma_kl"]
 
@@ -73,39 +67,19 @@ def gamma_log_density(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(inside, value, torch.where(x == 0, edge, torch.nan))
 
 
-def _excess(a_p: Tensor, b_p: Tensor, a_q: Tensor, b_q: Tensor) -> tuple[Tensor, Tensor]:
-    """The t of the module's head, and 1 + t."""
-    # by quotients where a product would leave the range of floats
-    product = a_q * b_p
-    info = torch.finfo(product.dtype)
-    room = info.tiny / info.eps / info.eps
-    usable = (product > room) & (product < 1e-3 / room) & (a_p * b_q > room) & (a_p * b_q < 1e-3 / room)
-    one = torch.ones_like(product)
-    a, b, c, d = (torch.where(usable, x, one) for x in (a_p, b_q, a_q, b_p))
-    quotient = torch.where(usable, (a * b) / (c * d), (a_p / a_q) * (b_q / b_p))
-    return torch.where(usable, product_difference(a, b, c, d) / (c * d), quotient - 1), quotient
-
-
 def _value(a_p: Tensor, b_p: Tensor, a_q: Tensor, b_q: Tensor) -> Tensor:
-    t, quotient = _excess(a_p, b_p, a_q, b_q)
-    means = a_q * remainder_of_log(t, quotient)
-    # where the quotient leaves the range of floats, its logarithm does not
-    far = a_p * (b_q / b_p) - a_q - a_q * (log_quotient(a_p, a_q) + log_quotient(b_q, b_p))
-    lost = (quotient == 0) | quotient.isinf()
-    return torch.where(lost, far, means) + lgamma_bregman_value(a_q, a_p, a_q - a_p)
+    means = weighted_remainder(scaled(a_q), *ratio(a_p, b_q, a_q, b_p)).rounded()
+    return means + lgamma_bregman_value(a_q, a_p, a_q - a_p)
 
 
 def _gradient(a_p: Tensor, b_p: Tensor, a_q: Tensor, b_q: Tensor) -> tuple[Tensor, ...]:
-    t, quotient = _excess(a_p, b_p, a_q, b_q)
-    t = attached(t, (a_p / a_q) * (b_q / b_p) - 1)
+    t, quotient = ratio(a_p, b_q, a_q, b_p)
     d = a_q - a_p
-    near = (t.abs() < 0.5) & (quotient > 0)
-    # log of M/a_q, the ratio of the means times that of the rates: derivatives 1/a_p, 1/b_q, -1/a_q, -1/b_p
-    by_sum = log_quotient(a_p, a_q) + log_quotient(b_q, b_p)
-    log = torch.where(near, torch.log1p(torch.where(near, t, 0.0)), by_sum)
-    by_a_q = masked_product(d, lgamma_slope(a_q, a_p, d)) - log
-    by_a_p = a_q / a_p * t - masked_product(d, lgamma_curvature(a_p))
-    return by_a_p, -(a_q / b_p) * t, by_a_q, a_q / b_q * t
+    means = scaled(a_q) * t
+    # parts of opposite sign, each of which may overflow where their sum does not
+    by_a_p = (means - scaled(d) * scaled(lgamma_bend(a_p)) / scaled(a_p)) / scaled(a_p)
+    by_a_q = lgamma_change(a_q, a_p, d) - log_of_ratio(t, quotient)
+    return by_a_p.rounded(), -(means / scaled(b_p)).rounded(), by_a_q, (means / scaled(b_q)).rounded()
 
 
 gamma_kl = scalar_rule(_value, _gradient)

@@ -6,15 +6,18 @@ With :math:`z = (\mu_q - \mu_p)/\beta_q`, :math:`r = \beta_p/\beta_q`, :math:`w 
 .. math:: KL = E(w) + \left[\log \Gamma(r) + \gamma (r - 1)\right],
 
 where the second is the Bregman divergence of lgamma at r from 1. Both come from r - 1 = :math:`(\beta_p -
-\beta_q)/\beta_q`, by `_bregman`; :math:`\log \Gamma(1 + r) = (1 - \gamma)(r - 1)` plus its divergence from 2. For w
-above 1 the exponential takes w to twice the digits: rounding an exponent of 700 costs 350 ulp. torch's :math:`e^z
-\Gamma(1 + r) - \log r - z + \gamma r - 1 - \gamma` cancels near p = q.
+\beta_q)/\beta_q`, by `_bregman`; :math:`\log \Gamma(1 + r) = (1 - \gamma)(r - 1)` plus its divergence from 2, or
+:math:`-\gamma r` plus that from 1. The exponential takes w to twice the digits: rounding an exponent of 700 costs 350
+ulp. torch's :math:`e^z \Gamma(1 + r) - \log r - z + \gamma r - 1 - \gamma` cancels near p = q.
+
+In the gradient :math:`e^w` has an exponent of its own (`_scaled`), since what it is divided by may be as large.
 
 The negative logarithm of a Weibull variable is a Gumbel variable, so `weibull` uses the same function of z and r.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,10 +25,12 @@ from torch import Tensor
 from torch.distributions import Gumbel as TorchGumbel
 
 from .. import _double
-from .._autograd import masked_product
-from .._bregman import lgamma_bregman_value, lgamma_slope, remainder_of_log
+from .._bregman import lgamma_bregman_value, lgamma_change, log_quotient, remainder_of_log
 from .._double import Double
 from .._opaque import where_needed
+from .._scaled import Scaled, scaled, shifted, where
+from .._wide import difference, narrow, wide
+from .._wide import quotient as wide_quotient
 from ..registry import register_hardened
 from ..special import expm1_value, expm1mx_value, log_ratio_bregman_value
 from ._base import Checked
@@ -37,6 +42,10 @@ __all__ = ["Gumbel", "Slopes", "extreme_value", "slopes"]
 _EULER = 0.57721566490153286
 # From here on e^w takes w to twice the digits.
 _LARGE = 1.0
+# The divergence is infinite long before; of a derivative e^w may be a factor up to e^1500.
+_BEYOND = 1e5
+# Ratios of the scales beyond which lgamma, or digamma, is the leading term of its expansion to all digits.
+_TINY, _HUGE = 2.0**-64, 2.0**100
 
 
 class Gumbel(TorchGumbel, Checked):
@@ -82,80 +91,127 @@ def _log_density(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
     return -(x - m) / b - _hazard(x, m, b) - torch.log(b)
 
 
-def _lgamma_near_two(r: Tensor, d: Tensor) -> Tensor:
-    """The logarithm of Gamma(1 + r), d = r - 1."""
-    two = torch.full_like(r, 2.0)
-    ratio = (1 + r) * remainder_of_log(-d / (1 + r), 2 / (1 + r))
-    return (1 - _EULER) * d + (ratio + lgamma_bregman_value(1 + r, two, d))
+def _next_lgamma(r: Tensor, d: Tensor) -> Tensor:
+    """The logarithm of Gamma(1 + r), d = r - 1, to its relative accuracy next to both of its zeros."""
+    low = r < 0.5
+    one = torch.ones_like(r)
+    at, step = torch.where(low, one, 2 * one), torch.where(low, r, d)
+    ratio = (1 + r) * remainder_of_log(-step / (1 + r), at / (1 + r))
+    return torch.where(low, -_EULER * r, (1 - _EULER) * d) + (ratio + lgamma_bregman_value(1 + r, at, step))
 
 
-def _power(z: Double, up: Tensor, down: Tensor, w: Tensor) -> Tensor:
-    """The exponential of w, which is z + log Gamma(1 + up/down)."""
-    careful = (w > _LARGE) & (w < 800) & (up / down < 1e15)
-    return _precise_power(torch.exp(w), careful, *z, up, down)
+class _Exponent(NamedTuple):
+    """The w of the module's head as a float, and e^w."""
+
+    w: Tensor
+    power: Scaled
+
+
+def _exponent(z: Double, up: Tensor, down: Tensor) -> _Exponent:
+    """W = z + log Gamma(1 + up/down)."""
+    r, d = up / down, (up - down) / down
+    ratio, usual = scaled(up) / scaled(down), r < _HUGE
+    plain = _next_lgamma(torch.where(usual, r, 1.0), torch.where(usual, d, 0.0))
+    # beyond, r log r - r is all, which may be no float though the sum is one
+    lgamma = where(usual, scaled(plain), ratio * scaled(ratio.log() - 1))
+    w = (scaled(z.hi) + lgamma).rounded()
+    w = torch.where(z.hi.isinf() & usual, z.hi, w)
+    bounded = w.clamp(-_BEYOND, _BEYOND)
+    k = torch.round(bounded / math.log(2))
+    careful = (bounded > _LARGE) & (bounded < _BEYOND) & (r < _HUGE)
+    mantissa = _exp_less(Double(bounded, torch.zeros_like(w)), k)
+    return _Exponent(w, Scaled(_precise_mantissa(mantissa, careful, *z, up, down, k), k))
+
+
+def _exp_less(x: Double, k: Tensor) -> Tensor:
+    """The exponential of x less k log 2."""
+    rest = _double.subtract(x, _double.multiply(k, _double.add(torch.zeros_like(k), _double.LOG_2)))
+    return torch.exp(rest.hi) * (1 + rest.lo)
 
 
 @where_needed
-def _precise_power(z_hi: Tensor, z_lo: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    exponent = _double.add(Double(z_hi, z_lo), _double.lgamma(_double.add(_double.divide(up, down), 1.0)))
-    return torch.exp(exponent.hi) * (1 + exponent.lo)
+def _precise_mantissa(z_hi: Tensor, z_lo: Tensor, up: Tensor, down: Tensor, k: Tensor) -> Tensor:
+    lgamma = _double.lgamma(_double.add(narrow(wide_quotient(wide(up), wide(down))), 1.0))
+    return _exp_less(_double.add(Double(z_hi, z_lo), lgamma), k)
 
 
 def extreme_value(z: Double, up: Tensor, down: Tensor) -> Tensor:
     """The divergence for z and r = up/down."""
     r, d = up / down, (up - down) / down
-    # the divergence of a log a from 1, and that of the rest of lgamma
-    shape = r * log_ratio_bregman_value(down, up) + lgamma_bregman_value(r, torch.ones_like(r), d)
-    w = z.hi + _lgamma_near_two(r, d)
+    infinite, tiny = r == torch.inf, r < _TINY
+    usual = ~(infinite | tiny)
+    r, d = torch.where(usual, r, 1.0), torch.where(usual, d, 0.0)
+    # the divergence of a log a from 1, and that of the rest of lgamma; of r below any float only the logarithm is left
+    shape = r * log_ratio_bregman_value(*(torch.where(usual, x, 1.0) for x in (down, up)))
+    shape = shape + lgamma_bregman_value(r, torch.ones_like(r), d)
+    shape = torch.where(usual, shape, torch.where(tiny, log_quotient(down, up) - _EULER, torch.inf))
+    w, power = _exponent(z, up, down)
     large = w > _LARGE
     near = expm1mx_value(torch.where(large, 0.0, w))
-    return torch.where(large, _power(z, up, down, w) - 1 - w.clamp(max=1e4), near) + shape
+    level = torch.where(large, power.rounded() - 1 - w.clamp(max=_BEYOND), near)
+    return torch.where(infinite, torch.inf, level + shape)
 
 
 class Slopes(NamedTuple):
-    """Parts of the derivatives: by z that is ``power``, and by r ``power * next_digamma + digamma``.
+    """The derivatives of `extreme_value`.
 
     Attributes:
-        power: e^w - 1.
-        next_digamma: of 1 + r.
-        digamma: of r, plus Euler's constant.
+        power: by z, e^w - 1.
+        by_ratio: by r, power digamma(1 + r) + digamma(r) + Euler's constant.
     """
 
-    power: Tensor
-    next_digamma: Tensor
-    digamma: Tensor
+    power: Scaled
+    by_ratio: Scaled
 
 
-def slopes(z: Double, up: Tensor, down: Tensor) -> Slopes:
-    """For z and r = up/down; differentiable through z's first part."""
-    r = up / down
-    d = attached((up - down) / down, r - 1)
+def slopes(z: Double, smooth: Tensor, up: Tensor, down: Tensor) -> Slopes:
+    """For z, which ``smooth`` has the derivatives of, and r = up/down."""
+    ratio = scaled(up) / scaled(down)
+    r = ratio.rounded()
+    tiny, huge = r < _TINY, r > 1 / _TINY
+    usual = ~(tiny | huge)
+    r = torch.where(usual, r, 1.0)
+    d = attached(torch.where(usual, (up - down) / down, 0.0), r - 1)
     one, two = torch.ones_like(r), torch.full_like(r, 2.0)
     near = d.abs() < 0.5
     log = torch.where(near, torch.log1p(torch.where(near, d, 0.0)), torch.log(r))
-    next_digamma = (1 - _EULER) + (torch.log1p(d / 2) + d * lgamma_slope(1 + r, two, d))
+    next_digamma = (1 - _EULER) + (torch.log1p(d / 2) + lgamma_change(1 + r, two, d))
+    end = torch.where(tiny, -_EULER, ratio.log())
+    following = scaled(torch.where(usual, next_digamma, end))
+    edge = where(tiny, -(scaled(one) / ratio), scaled(ratio.log() + _EULER))
+    digamma = where(usual, scaled(log + lgamma_change(r, one, d)), edge)
+
     with torch.no_grad():
-        w = z.hi + _lgamma_near_two(r, d)
-        power = torch.where(w < _LARGE, expm1_value(w.clamp(max=_LARGE)), _power(z, up, down, w) - 1)
-    finite = w < 600
-    smooth = torch.exp(torch.where(finite, w, 0.0)) * torch.where(finite, z.hi + torch.lgamma(1 + r), 0.0)
-    power = attached(power, smooth)  # e^w times w has the derivatives of e^w, where w is taken to be constant
-    return Slopes(power, next_digamma, log + d * lgamma_slope(r, one, d))
+        w, exp = _exponent(z, up, down)
+        low = w < _LARGE
+        value = where(low, scaled(expm1_value(torch.where(low, w, 0.0))), exp + scaled(-one))
+        slope = shifted(exp.mantissa, exp.exponent - value.exponent)
+    # e^w times w has the derivatives of e^w, where e^w is taken to be constant
+    moving = torch.where(usual & (w < 600), smooth + torch.lgamma(1 + r), 0.0)
+    power = Scaled(attached(value.mantissa, slope * moving), value.exponent)
+    exp = Scaled(attached(exp.mantissa, exp.mantissa * moving), exp.exponent)
+    # both digammas cancel where e^w is small
+    apart = exp * following + (scaled(one * _EULER) - scaled(one) / ratio)
+    return Slopes(power, where(value.rounded() < -0.5, apart, power * following + digamma))
 
 
 def _value(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> Tensor:
-    return extreme_value(_double.divide(_double.subtract(mu_q, mu_p), b_q), b_p, b_q)
+    return extreme_value(_shift(mu_p, mu_q, b_q), b_p, b_q)
+
+
+def _shift(mu_p: Tensor, mu_q: Tensor, b_q: Tensor) -> Double:
+    return narrow(wide_quotient(difference(wide(mu_q), wide(mu_p)), wide(b_q)))
 
 
 def _gradient(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> tuple[Tensor, ...]:
-    z, r = (mu_q - mu_p) / b_q, b_p / b_q
+    scale = scaled(b_q)
+    z, r = (scaled(mu_q) - scaled(mu_p)) / scale, scaled(b_p) / scale
     with torch.no_grad():
-        exact = _double.divide(_double.subtract(mu_q, mu_p), b_q)
-    s = slopes(Double(attached(exact.hi, z), exact.lo), b_p, b_q)
-    by_mu = s.power / b_q
-    by_p = masked_product(s.power, s.next_digamma) + s.digamma
-    by_q = masked_product(s.power, z + r * s.next_digamma) + r * s.digamma
-    return -by_mu, by_p / b_q, by_mu, -by_q / b_q
+        exact = _shift(mu_p, mu_q, b_q)
+    s = slopes(exact, z.rounded(), b_p, b_q)
+    by_mu = (s.power / scale).rounded()
+    by_q = (s.power * z + r * s.by_ratio) / scale
+    return -by_mu, (s.by_ratio / scale).rounded(), by_mu, -by_q.rounded()
 
 
 _kl = scalar_rule(_value, _gradient)

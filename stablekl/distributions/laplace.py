@@ -17,16 +17,20 @@ from torch import Tensor
 from torch.distributions import Laplace as TorchLaplace
 
 from .._autograd import masked_product
+from .._elementwise import sum_error
+from .._scaled import split
 from ..registry import register_hardened
 from ..special import expm1_value, expm1mx, expm1mx_value, log_ratio_bregman_value
 from ._base import Checked
-from ._density import checked, evaluated
+from ._density import LOG_2_HIGH, LOG_2_LOW, checked, evaluated, standardised
 from ._scalar import scalar_rule
 
 __all__ = ["Laplace"]
 
 # Beyond it |mu_p - mu_q|/b_q and rho (1 - e^-u) are taken apart, a quarter of it: u overflows where they do not.
 _FAR = 4.0
+_SMALL = 1e-290  # below it u has lost digits
+_LEAST = 1e-305  # below it reciprocals overflow
 
 
 class Laplace(TorchLaplace, Checked):
@@ -73,7 +77,14 @@ class Laplace(TorchLaplace, Checked):
 
 
 def _log_density(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
-    return -(x - m).abs() / b - torch.log(2 * b)
+    z, lost = standardised(x, m, b)
+    mantissa, k = split(b)
+    level, size = -k * LOG_2_HIGH, z.abs()
+    leading = level - size  # may be all but nothing of either: see `_density.normal_log_density`
+    with torch.no_grad():
+        rest = sum_error(level, -size, leading)
+        rest = torch.where(rest.isfinite(), rest, 0.0) - torch.where(z < 0, -lost, lost)
+    return leading + (rest - k * LOG_2_LOW - torch.log(2 * mantissa))
 
 
 def _tail(z: Tensor) -> Tensor:
@@ -92,27 +103,40 @@ def _quantile(u: Tensor, m: Tensor, b: Tensor) -> Tensor:
     return m + b * log
 
 
-def _value(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> Tensor:
+def _over(mu_p: Tensor, mu_q: Tensor, b: Tensor) -> Tensor:
+    """The distance of the locations in units of b, by their halves where it overflows."""
     d = (mu_p - mu_q).abs()
-    u, rho = d / b_p, b_p / b_q
+    return torch.where(d.isinf(), 2 * ((0.5 * mu_p - 0.5 * mu_q).abs() / b), d / b)
+
+
+def _value(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> Tensor:
+    u, rho = _over(mu_p, mu_q, b_p), b_p / b_q
     near = masked_product(expm1mx_value(-u.clamp(max=_FAR)), rho)
-    shift = torch.where(u < _FAR, near, d / b_q + rho * expm1_value(-u))
-    return shift + log_ratio_bregman_value(b_p, b_q)
+    # the bound changes rho = inf alone, where the other term is infinite too
+    far = _over(mu_p, mu_q, b_q) + rho.clamp(max=torch.finfo(rho.dtype).max) * expm1_value(-u)
+    return torch.where(u < _FAR, near, far) + log_ratio_bregman_value(b_p, b_q)
 
 
 def _gradient(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> tuple[Tensor, ...]:
-    d = mu_p - mu_q
-    size = torch.where(d < 0, -d, d)
-    u = size / b_p
+    left = mu_p < mu_q
+    larger, unit = torch.maximum(b_p, b_q), torch.minimum(b_p, b_q)
+    u, t = _over(mu_p, mu_q, b_p), _over(mu_p, mu_q, b_q)
     fall = -expm1_value(-u)  # 1 - e^-u
-    by_mu = torch.where(d < 0, -fall, fall) / b_q
+    fall = torch.where(u < _SMALL, _over(mu_p, mu_q, larger) / unit, fall / b_q)
+    by_mu = torch.where(left, -fall, fall)
     # rho E(-u) differentiates to e^-u (1 + u)/b_q - 1/b_q = -e^-u E(u)/b_q by b_p
     near = u < 1
     v, far = torch.where(near, u, 0.0), torch.where(u < 1e4, u, 1e4)
-    gap = (b_p - b_q) / torch.maximum(b_p, b_q) / torch.minimum(b_p, b_q)  # 1/b_q - 1/b_p
-    by_p = torch.where(near, gap - torch.exp(-v) * expm1mx(v) / b_q, torch.exp(-far) * (1 + far) / b_q - 1 / b_p)
-    by_q = ((b_q - b_p) - torch.where(near, b_p * expm1mx(-v), size - b_p * fall)) / b_q / b_q
-    return by_mu, by_p, -by_mu, by_q
+    within = ((b_p - b_q) / larger - unit / b_q * (torch.exp(-v) * expm1mx(v))) / unit
+    rest = torch.exp(-far) * (1 + far)
+    both = (unit / b_q * rest - unit / b_p) / unit  # where either reciprocal overflows
+    beyond = torch.where(rest == 0, -1 / b_p, torch.where(b_p < _LEAST, both, rest / b_q - 1 / b_p))
+    by_p = torch.where(near, within, beyond)
+    rho = (b_p / b_q).clamp(max=torch.finfo(b_p.dtype).max)
+    d = (mu_p - mu_q).abs()
+    outer = torch.where(t.isinf() | d.isinf(), 1 - t, (b_q - d) / b_q) - rho * torch.exp(-u)
+    by_q = torch.where(near, (b_q - b_p) / b_q - rho * expm1mx(-v), outer)
+    return by_mu, by_p, -by_mu, by_q / b_q
 
 
 _kl = scalar_rule(_value, _gradient)

@@ -105,7 +105,10 @@ def _standardised(
     """
     # NaN for sigma_q = inf alone (or both infinite, or NaN, where the logarithm is NaN too): a ratio of 0
     r = torch.nan_to_num((sigma_p - sigma_q) / sigma_q, nan=-1.0, posinf=torch.inf, neginf=-torch.inf)
-    return sigma_p, sigma_q, (mu_p - mu_q) / sigma_q, r
+    # by halves where the difference of the means overflows
+    d = mu_p - mu_q
+    t = torch.where(d.isinf(), (0.5 * mu_p - 0.5 * mu_q) / sigma_q * 2, d / sigma_q)
+    return sigma_p, sigma_q, t, r
 
 
 def _lifted_value(mu_p: Tensor, sigma_p: Tensor, mu_q: Tensor, sigma_q: Tensor) -> Tensor:

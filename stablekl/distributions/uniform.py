@@ -36,17 +36,22 @@ class Uniform(TorchUniform, Checked):
 
 def _value(low_p: Tensor, high_p: Tensor, low_q: Tensor, high_q: Tensor) -> Tensor:
     inside = (low_q <= low_p) & (high_p <= high_q)
-    # halves, since a width may overflow
-    spare = (0.5 * high_q - 0.5 * high_p) + (0.5 * low_p - 0.5 * low_q)
-    width = 0.5 * high_p - 0.5 * low_p
+    # halves where a width overflows; a half of the smallest number is none
+    half = torch.where((high_q - low_q).isinf(), 0.5, 1.0).to(low_q.dtype)
+    spare = (half * high_q - half * high_p) + (half * low_p - half * low_q)
+    width = half * high_p - half * low_p
     spare = torch.where(inside, spare, 0.0)
     x = spare / width
     return torch.where(inside, torch.where(x.isinf(), torch.log(spare) - torch.log(width), torch.log1p(x)), torch.inf)
 
 
+def _inverse_width(low: Tensor, high: Tensor) -> Tensor:
+    return torch.where((high - low).isinf(), 0.5 / (0.5 * high - 0.5 * low), 1 / (high - low))
+
+
 def _gradient(low_p: Tensor, high_p: Tensor, low_q: Tensor, high_q: Tensor) -> tuple[Tensor, ...]:
     inside = (low_q <= low_p) & (high_p <= high_q)
-    by_p, by_q = (torch.where(inside, 0.5 / (0.5 * h - 0.5 * x), 0.0) for x, h in ((low_p, high_p), (low_q, high_q)))
+    by_p, by_q = (torch.where(inside, _inverse_width(x, h), 0.0) for x, h in ((low_p, high_p), (low_q, high_q)))
     return by_p, -by_p, -by_q, by_q
 
 

@@ -105,13 +105,14 @@ def _near(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _near_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A(x) and A'(x)."""
+    """A(x), and A'(x) times x where that is above 1."""
     x = x.unsqueeze(-1)
     w, v, mean, _ = _weighted(x)
     cosines = table(_COSINES, x.device).to(x.dtype)
     # a point and its mirror image together: w(c) - w(-c) = w(c) (1 - e^(-2 x c))
     half = w[..., : len(_COSINES)] * cosines * -expm1_value(-2 * x * cosines)
-    return half.sum(-1), (w * (v - mean) * (v - mean)).sum(-1)
+    slope = (w * (v - mean) * (v - mean)).sum(-1)
+    return half.sum(-1), slope * x.squeeze(-1).clamp(min=1.0)
 
 
 # ---- the series, for those beyond --------------------------------------------------------------------------------
@@ -135,12 +136,12 @@ def _far(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _far_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A(x) and A'(x)."""
+    """A(x) and x A'(x)."""
     a = 1 / x
     short, slope = torch.zeros_like(a), torch.zeros_like(a)
     for n, c in zip(range(len(_SERIES), 0, -1), reversed(_SERIES), strict=True):
         short, slope = a * (n * c + short), a * (n * (n + 1) * c + slope)
-    return 1 - a * (0.5 + short), a * a * (0.5 + slope)
+    return 1 - a * (0.5 + short), a * (0.5 + slope)
 
 
 # ---- both ---------------------------------------------------------------------------------------------------------
@@ -157,34 +158,44 @@ def _bregman(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A(x) and A'(x)."""
+    """A(x), and A'(x) times x where that is above 1."""
     near = _near_mean(torch.where(x < _BORDER, x, _BORDER))
     far = _far_mean(torch.where(x > _BORDER, x, _BORDER))
     value, slope = (torch.where(x < _BORDER, a, b) for a, b in zip(near, far, strict=True))
     return value, slope
 
 
-def _turned(mu_p: Tensor, mu_q: Tensor, part: float) -> tuple[Tensor, Tensor]:
-    """Sine and cosine of a part of the difference of the locations, which is not rounded."""
-    d, error = two_sum(mu_p, -mu_q)
-    sine, cosine = torch.sin(part * d), torch.cos(part * d)
-    # beyond 2^50 the error of d is no small angle
-    less, most = torch.sin(part * error), torch.cos(part * error)
-    return sine * most + cosine * less, cosine * most - sine * less
+def _turned(mu_p: Tensor, mu_q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sine and cosine of half of the difference of the locations, which is not rounded, and of all of it."""
+
+    def turn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        d, error = two_sum(x, -y)
+        sine, cosine = torch.sin(d), torch.cos(d)
+        # beyond 2^50 the error of d is no small angle
+        less, most = torch.sin(error), torch.cos(error)
+        return sine * most + cosine * less, cosine * most - sine * less
+
+    overflows = (mu_p - mu_q).isinf()
+    half = turn(0.5 * mu_p, 0.5 * mu_q)
+    whole = turn(*(torch.where(overflows, 0.0, x) for x in (mu_p, mu_q)))
+    sine = torch.where(overflows, 2 * half[0] * half[1], whole[0])
+    return *half, sine, torch.where(overflows, 1 - 2 * half[0] * half[0], whole[1])
 
 
 def _value(mu_p: Tensor, k_p: Tensor, mu_q: Tensor, k_q: Tensor) -> Tensor:
-    sine, _ = _turned(mu_p, mu_q, 0.5)
-    return _bregman(k_p, k_q)[0] + 2 * (k_q * sine) * _mean(k_p)[0] * sine
+    sine, *_ = _turned(mu_p, mu_q)
+    return _bregman(k_p, k_q)[0] + (k_q * sine) * _mean(k_p)[0] * (2 * sine)
 
 
 def _gradient(mu_p: Tensor, k_p: Tensor, mu_q: Tensor, k_q: Tensor) -> tuple[Tensor, ...]:
-    sine, cosine = _turned(mu_p, mu_q, 1.0)
-    half, _ = _turned(mu_p, mu_q, 0.5)
+    half, _, sine, cosine = _turned(mu_p, mu_q)
     mean, slope = _mean(k_p)
     turn = 2 * half * half
     across = turn > 0.5
-    by_p = slope * torch.where(across, k_p - k_q * cosine, (k_p - k_q) + k_q * turn)
+    # in units of k_p where it is large: A' is no float then, nor need the sum be
+    unit = torch.where(k_p < 1, 1.0, k_p)
+    by_p = torch.where(across, k_p / unit - k_q / unit * cosine, (k_p - k_q) / unit + k_q / unit * turn)
+    by_p = slope * by_p
     by_q = torch.where(across, _mean(k_q)[0] - mean * cosine, _bregman(k_p, k_q)[1] + mean * turn)
     by_mu = k_q * mean * sine
     return by_mu, by_p, -by_mu, by_q

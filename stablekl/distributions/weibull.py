@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Weibull as TorchWeibull
 
-from .. import _double
-from .._autograd import masked_product
 from .._double import Double
+from .._scaled import scaled
+from .._wide import log_quotient, narrow, product, wide
 from ..registry import register_hardened
 from ._base import Checked
 from ._scalar import attached, scalar_rule
@@ -40,23 +40,25 @@ class Weibull(TorchWeibull, Checked):
     """
 
 
-def _shift(s_p: Tensor, k_q: Tensor, s_q: Tensor) -> Double:
-    return _double.multiply(_double.log_quotient(s_p, s_q), k_q)
+def _shift(s_p: Tensor, k_q: Tensor, s_q: Tensor) -> tuple[Double, Double]:
+    """The logarithm of the ratio of the scales, and z."""
+    log = log_quotient(wide(s_p), wide(s_q))
+    return log, narrow(product(wide(log), wide(k_q)))
 
 
 def _value(s_p: Tensor, k_p: Tensor, s_q: Tensor, k_q: Tensor) -> Tensor:
-    return extreme_value(_shift(s_p, k_q, s_q), k_q, k_p)
+    return extreme_value(_shift(s_p, k_q, s_q)[1], k_q, k_p)
 
 
 def _gradient(s_p: Tensor, k_p: Tensor, s_q: Tensor, k_q: Tensor) -> tuple[Tensor, ...]:
-    log = torch.log(s_p) - torch.log(s_q)
     with torch.no_grad():
-        z = _shift(s_p, k_q, s_q)
-    log = attached(z.hi / k_q, log)
-    s = slopes(Double(attached(z.hi, k_q * log), z.lo), k_q, k_p)
-    by_r = masked_product(s.power, s.next_digamma) + s.digamma
-    by_k_q = masked_product(s.power, log + s.next_digamma / k_p) + s.digamma / k_p
-    return k_q * s.power / s_p, -k_q / k_p * by_r / k_p, -k_q * s.power / s_q, by_k_q
+        exact, z = _shift(s_p, k_q, s_q)
+    log = attached(exact.hi, torch.log(s_p) - torch.log(s_q))
+    s = slopes(z, k_q * log, k_q, k_p)
+    power, by_ratio = scaled(k_q) * s.power, s.by_ratio / scaled(k_p)
+    by_k_p = scaled(k_q) * by_ratio / scaled(k_p)
+    by_k_q = s.power * scaled(log) + by_ratio
+    return (power / scaled(s_p)).rounded(), -by_k_p.rounded(), -(power / scaled(s_q)).rounded(), by_k_q.rounded()
 
 
 _kl = scalar_rule(_value, _gradient)

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from ... import _fused
-from ..._bregman import log_quotient, shape_bregman
-from ..._double import Number, double, rounded, subtract
+from ..._bregman import shape_bregman
+from ..._double import LOG_2, Double, rounded, select, subtract
 from ..._elementwise import horner
 from ..._opaque import opaque
-from ...special import _ATANH, log1pmx, log1pmx_value
+from ..._scaled import power_of_two, shifted
+from ..._wide import Wide, narrow, wide
+from ...special import _ATANH, log1pmx, log1pmx_value, log_ratio_bregman
 
 __all__ = [
     "beta_unit",
@@ -34,6 +36,7 @@ __all__ = [
     "lgamma_bregman",
     "log_mean_gap",
     "minus_log1pmx",
+    "product_excess",
     "remainders",
 ]
 
@@ -41,27 +44,56 @@ __all__ = [
 _NEAR_LOW, _NEAR_HIGH = -0.6, 1.0
 
 
+Operand = Double | Tensor | Wide
+
+
 def minus_log1pmx(z: Tensor) -> Tensor:
     """L(z) = z - log(1 + z); differentiable."""
     return -log1pmx(z)
 
 
-def excess(x: Number, y: Number) -> Tensor:
-    """x/y - 1 - log(x/y) of positive numbers."""
-    x, y = double(x), double(y)
-    z = rounded(subtract(x, y)) / y.hi
-    near = (z > _NEAR_LOW) & (z < _NEAR_HIGH)
-    return torch.where(near, -log1pmx_value(torch.where(near, z, 0.0)), z - log_quotient(x.hi, y.hi))
+_LARGEST = 1e308
+_APART = 200.0  # beyond 2^200 or below 2^-200 one term of a divergence is all
 
 
-def deviance(x: Number, y: Number) -> Tensor:
-    """X log(x/y) + y - x, y where x is 0."""
-    x, y = double(x), double(y)
-    d = rounded(subtract(y, x))
-    z = d / x.hi
+def _excess(x: Wide, y: Wide) -> tuple[Tensor, Tensor, Tensor]:
+    """X/y - 1 - log(x/y) unless x is much larger than y, whether it is, and x/y without its exponent."""
+    k = x.exponent - y.exponent
+    up, down = k > _APART, k < -_APART
+    by = power_of_two(torch.where(up | down, 0.0, k))
+    a = Double(x.number.hi * by, x.number.lo * by)
+    b = y.number
+    z = rounded(subtract(a, b)) / b.hi
     near = (z > _NEAR_LOW) & (z < _NEAR_HIGH)
-    far = torch.where(x.hi == 0, y.hi, d - x.hi * log_quotient(y.hi, x.hi))
-    return torch.where(near, -x.hi * log1pmx_value(torch.where(near, z, 0.0)), far)
+    quotient = a.hi / b.hi
+    inner = torch.where(near, -log1pmx_value(torch.where(near, z, 0.0)), z - torch.log(quotient))
+    return torch.where(down, -1 - (torch.log(quotient) + k * LOG_2.hi), inner), up, quotient
+
+
+def excess(x: Operand, y: Operand) -> Tensor:
+    """x/y - 1 - log(x/y) of positive numbers, whose quotient need not be a float."""
+    x, y = wide(x), wide(y)
+    value, up, quotient = _excess(x, y)
+    return torch.where(up, shifted(quotient, x.exponent - y.exponent), value)
+
+
+def deviance(x: Operand, y: Operand) -> Tensor:
+    """X log(x/y) + y - x, y where x is 0; neither need be a float."""
+    x, y = wide(x), wide(y)
+    none = x.number.hi == 0
+    safe = Wide(select(none, 1.0, x.number), x.exponent)
+    value, up, _ = _excess(y, safe)
+    return torch.where(none | up, narrow(y).hi, shifted(x.number.hi * value, x.exponent))
+
+
+def product_excess(x: Tensor, r: Tensor) -> Tensor:
+    """X r - 1 - log(x r) of positive numbers, whose product may underflow; differentiable."""
+    m = x * r
+    usual = (m > _TINY) | ((x < 1 / _LARGEST) & (r < 1 / _LARGEST))
+    larger, smaller = torch.maximum(x, r), torch.minimum(x, r)
+    a = torch.where(usual, m, smaller)
+    b = torch.where(usual, torch.ones_like(m), 1 / torch.where(usual, 1.0, larger))
+    return log_ratio_bregman(a, b)
 
 
 # ---- log Gamma --------------------------------------------------------------------------------------------------
@@ -71,6 +103,7 @@ _STEPS = 10
 _LGAMMA = (-3617 / 122400, 1 / 156, -691 / 360360, 1 / 1188, -1 / 1680, 1 / 1260, -1 / 360, 1 / 12)
 _DIGAMMA = (-3617 / 8160, 1 / 12, -691 / 32760, 1 / 132, -1 / 240, 1 / 252, -1 / 120, 1 / 12)
 _ATANH_REACH = 3 / 7
+_LARGE, _TINY = 1e8, 1e-100
 
 
 @opaque(2)
@@ -95,7 +128,7 @@ def remainders(x: Tensor) -> tuple[Tensor, ...]:
     rest = torch.where(
         small,
         horner(torch.where(small, square, 0.0), _ATANH[torch.float64]),
-        (0.5 * torch.log1p(1 / v) / s - 1) / square,
+        (0.5 * torch.where(v < _TINY, -torch.log(v), torch.log1p(1 / v)) / s - 1) / square,
     )
     step_r = square * rest
     step_s = 2 * s * square * (1 / (4 * v * (v + 1) * square) - rest)
@@ -104,8 +137,11 @@ def remainders(x: Tensor) -> tuple[Tensor, ...]:
 
 def gamma_shape(x: Tensor) -> Tensor:
     """T, about 1/(3x) for large x and 1/x for small ones."""
-    r, s = remainders(x)
-    return 0.5 / x - r - (x - 1) * s
+    large = x > _LARGE
+    y = torch.where(large, 1.0, x)
+    r, s = remainders(y)
+    # of large x the square would underflow
+    return torch.where(large, (1 / 3 + 1 / 12 / x) / x, 0.5 / y - r - (y - 1) * s)
 
 
 def lgamma_bregman(y: Tensor, x: Tensor, d: Tensor) -> Tensor:

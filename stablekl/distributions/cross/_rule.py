@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from ..._autograd import is_dual, is_plain
-from ..._double import Double, double, log_quotient, subtract
+from ..._double import Double, double, subtract
+from ..._wide import log_quotient, wide
 from ...registry import register_hardened
 from .._base import common_dtype, given, widened
 from .._scalar import attached, scalar_rule
@@ -74,7 +75,7 @@ def _logit(probs: Tensor) -> Tensor:
 
 def precise_logit(probs: Tensor) -> Double:
     """The logit in twice the digits."""
-    return log_quotient(probs, subtract(1.0, probs))
+    return log_quotient(wide(probs), wide(subtract(1.0, probs)))
 
 
 def cross_rule(value: Value, smooth: Value, safe: tuple[float, ...]) -> Value:
@@ -122,13 +123,18 @@ def register_pair(
     width = len(PARAMETERS[family_p])
     place = 0 if family_p is ContinuousBernoulli else width if family_q is ContinuousBernoulli else -1
 
-    def converted(f: Value, logit: Callable[[Tensor], Tensor | Double]) -> Value:
-        return lambda *x: f(*(logit(v) if i == place else v for i, v in enumerate(x)))
+    def converted(f: Value, plain: Callable[[Tensor], Tensor], logit: Callable[[Tensor], Tensor | Double]) -> Value:
+        def found(*x: Tensor) -> Tensor:
+            edge = plain(x[place]).detach().isinf()  # all mass at one end, where there is no density
+            y = logit(torch.where(edge, 0.5, x[place]))
+            return torch.where(edge, torch.inf, f(*x[:place], y, *x[place + 1 :]))
+
+        return f if place < 0 else found
 
     def built(plain: Callable[[Tensor], Tensor], precise: Callable[[Tensor], Double]) -> Value:
         if smooth is None:
-            return scalar_rule(converted(value, plain))
-        return cross_rule(converted(value, precise), converted(smooth, plain), safe)
+            return scalar_rule(converted(value, plain, plain))
+        return cross_rule(converted(value, plain, precise), converted(smooth, plain, plain), safe)
 
     rules = {"probs": built(_logit, precise_logit), "logits": built(lambda y: y, double)}
 

@@ -82,7 +82,7 @@ def shortfall(rate: Tensor) -> Tensor:
 
 def tail_weight(rate: Tensor) -> Tensor:
     """rate/(e^rate - 1)."""
-    return rate * torch.exp(-rate) / -torch.expm1(-rate)
+    return rate.clamp(max=1e4) * torch.exp(-rate) / -torch.expm1(-rate)
 
 
 def log_mgf(y: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._double import Double, add, divide, exact_product, multiply
+from ..._double import Double, add
+from ..._wide import Wide, product, quotient, wide
 from ...special import bd0, log_ratio_bregman
 from ..exponential import Exponential
 from ..gamma import Gamma
@@ -39,9 +40,14 @@ _NEAREST, _AT_NEAREST = 1.363952374040108982, 0.02128945464553587370
 _TO_EXPONENTIAL, _FROM_EXPONENTIAL = 0.04841729471054513527, 0.07236494292470008709
 
 
+def _mean(s: Tensor, r: Tensor) -> Wide:
+    """The mean in units of 1/r."""
+    return product(wide(s), wide(r), wide(add(torch.zeros_like(s), _MEAN)))
+
+
 def _half_normal_gamma(s: Tensor, c: Tensor, r: Tensor) -> Tensor:
     shape = lgamma_bregman(c, torch.full_like(c, _NEAREST), c - _NEAREST) + _AT_NEAREST
-    return deviance(c, multiply(exact_product(s, r), _MEAN)) + shape
+    return deviance(c, _mean(s, r)) + shape
 
 
 def _half_normal_gamma_smooth(s: Tensor, c: Tensor, r: Tensor) -> Tensor:
@@ -50,21 +56,21 @@ def _half_normal_gamma_smooth(s: Tensor, c: Tensor, r: Tensor) -> Tensor:
 
 def _half_normal_exponential(s: Tensor, r: Tensor) -> Tensor:
     one = torch.ones_like(s)
-    return excess(multiply(exact_product(s, r), _MEAN), one) + _TO_EXPONENTIAL
+    return excess(_mean(s, r), one) + _TO_EXPONENTIAL
 
 
 def _half_normal_exponential_smooth(s: Tensor, r: Tensor) -> Tensor:
     return log_ratio_bregman(_MEAN.hi * s * r, torch.ones_like(s))
 
 
-def _square(c: Tensor, r: Tensor, s: Tensor) -> Double:
+def _square(c: Tensor, r: Tensor, s: Tensor) -> Wide:
     """The y of the module's head."""
-    product = exact_product(r, s)
-    return divide(divide(multiply(add(c, 1.0), c), product), product)
+    scale = product(wide(r), wide(s))
+    return quotient(product(wide(add(c, 1.0)), wide(c)), product(scale, scale))
 
 
 def _gamma_half_normal(c: Tensor, r: Tensor, s: Tensor) -> Tensor:
-    shape = gamma_shape(c) + 0.5 * torch.log((1 + c) / 4)
+    shape = gamma_shape(c) + 0.5 * torch.log(0.25 + 0.25 * c)
     return 0.5 * excess(_square(c, r, s), torch.ones_like(c)) + shape
 
 
@@ -75,8 +81,8 @@ def _gamma_half_normal_smooth(c: Tensor, r: Tensor, s: Tensor) -> Tensor:
 
 def _exponential_half_normal(r: Tensor, s: Tensor) -> Tensor:
     one = torch.ones_like(s)
-    product = exact_product(r, s)
-    return 0.5 * excess(2 * one, multiply(product, product)) + _FROM_EXPONENTIAL
+    scale = product(wide(r), wide(s))
+    return 0.5 * excess(2 * one, product(scale, scale)) + _FROM_EXPONENTIAL
 
 
 def _exponential_half_normal_smooth(r: Tensor, s: Tensor) -> Tensor:

@@ -27,22 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _bregman
+from ... import _bregman, _wide
 from ..._autograd import may_hold
 from ..._double import (
     EULER,
     Double,
     add,
     digamma,
-    divide,
-    exact_product,
-    exp,
-    log,
-    multiply,
     negative,
     select,
     subtract,
 )
+from ..._wide import difference, half, narrow, product, quotient, total, wide
 from ...special import bd0, expm1mx, expm1mx_value, log_ratio_bregman
 from ..exponential import Exponential
 from ..gamma import Gamma
@@ -62,7 +58,7 @@ __all__ = [
 
 _EULER = 0.57721566490153286
 _EDGE = 0.3
-_LARGE = 1e280
+_LEAST, _DEEP = 1e-290, 6e4
 # R(1) = 1 - log(2 pi)/2, and log(2 pi)/2 - 1/2
 _REMAINDER, _CONSTANT = 0.081061466795327258220, 0.41893853320467274178
 # the variance of a Gumbel of scale 1, pi^2/6, and the bracket at c = 1, log(pi^3/3)/2 - 1/2 - euler
@@ -74,14 +70,12 @@ _FROM_GUMBEL = 0.090573019538512554911
 
 
 def _log_normal_gamma(mu: Tensor, s: Tensor, c: Tensor, r: Tensor) -> Tensor:
-    square = exact_product(s, s)
-    half = exp(multiply(subtract(multiply(square, 0.5), -mu), 0.5))
-    size = (half.hi * r) * half.hi
-    large = ~(size < _LARGE)
-    half = select(large, torch.ones_like(mu), half)
-    mean = deviance(c, multiply(multiply(half, r), half))
-    shape = 0.5 * excess(multiply(square, c), torch.ones_like(c)) + remainders(c)[0]
-    return torch.where(large, size, mean) + shape
+    square = product(wide(s), wide(s))
+    level = narrow(total(half(square), wide(mu)))
+    low = level.hi < -_DEEP  # then the mean is nothing beside c, but for its logarithm
+    mean = product(_wide.exp(level), wide(r))
+    part = torch.where(low, c * ((torch.log(c) - torch.log(r)) - level.hi - 1), deviance(c, mean))
+    return part + (0.5 * excess(product(square, wide(c)), torch.ones_like(c)) + remainders(c)[0])
 
 
 def _log_normal_gamma_smooth(mu: Tensor, s: Tensor, c: Tensor, r: Tensor) -> Tensor:
@@ -100,13 +94,13 @@ def _log_normal_exponential_smooth(mu: Tensor, s: Tensor, r: Tensor) -> Tensor:
 
 
 def _log_normal_weibull(mu: Tensor, s: Tensor, scale: Tensor, k: Tensor) -> Tensor:
-    product = exact_product(k, s)
-    square = multiply(product, product)
-    w = multiply(square, 0.5)
-    w = subtract(w, multiply(subtract(log(scale), mu), k))
+    spread = product(wide(k), wide(s))
+    square = product(spread, spread)
+    shift = product(difference(wide(_wide.log(wide(scale))), wide(mu)), wide(k))
+    w = narrow(difference(half(square), shift))
     large = w.hi > 1
-    half = torch.exp(0.5 * w.hi)
-    power = half * (1 + torch.where(w.hi < 1e3, w.lo, 0.0)) * half
+    root = torch.exp(0.5 * w.hi)
+    power = root * (1 + torch.where(w.hi < 1e3, w.lo, 0.0)) * root
     near = expm1mx_value(torch.where(large, 0.0, w.hi))
     level = torch.where(large, power - 1 - w.hi.clamp(max=1e4), near)
     return level + (0.5 * excess(square, torch.ones_like(k)) + _REMAINDER)
@@ -124,8 +118,8 @@ def _log_normal_weibull_smooth(mu: Tensor, s: Tensor, scale: Tensor, k: Tensor) 
 def _log_shape(c: Tensor) -> Tensor:
     """The bracket of the module's head."""
     r, s = remainders(c)
-    far = 0.5 * torch.log1p(c * _bregman.lgamma_curvature(c)) - r - c * s
     small = c < _EDGE
+    far = 0.5 * torch.log1p(_bregman.lgamma_bend(c) / torch.where(small, 1.0, c)) - r - c * s
     if not may_hold(small):
         return far
     x = torch.where(small, c, 0.1)
@@ -138,16 +132,20 @@ def _log_shape(c: Tensor) -> Tensor:
 
 
 def _gamma_log_normal(c: Tensor, r: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-    mean = subtract(subtract(digamma(c), log(r)), mu)
+    tiny = c < _LEAST
+    level = select(tiny, -1 / c, digamma(torch.where(tiny, 1.0, c)))
+    mean = subtract(subtract(level, _wide.log(wide(r))), mu)
     z = mean.hi / s
-    variance = add(divide(1.0, c), _bregman.lgamma_curvature(c))
-    return 0.5 * z * z + 0.5 * excess(variance, exact_product(s, s)) + _log_shape(c)
+    inverse = quotient(wide(torch.ones_like(c)), wide(c))
+    bend = wide(_bregman.lgamma_bend(c))
+    variance = total(inverse, product(bend, inverse, inverse))
+    return 0.5 * z * z + 0.5 * excess(variance, product(wide(s), wide(s))) + _log_shape(c)
 
 
 def _gamma_log_normal_smooth(c: Tensor, r: Tensor, mu: Tensor, s: Tensor) -> Tensor:
     # torch's digamma would take its trigamma, which is good to 5e-10
     one = torch.ones_like(c)
-    mean = torch.log(c) - _EULER + (c - 1) * _bregman.lgamma_slope(c, one, c - 1)
+    mean = torch.log(c) - _EULER + _bregman.lgamma_change(c, one, c - 1)
     z = (mean - torch.log(r) - mu) / s
     variance = 1 / c + _bregman.lgamma_curvature(c)
     return 0.5 * z * z + 0.5 * variance / s / s + torch.log(s) - (gamma_entropy(c) - mean)
@@ -156,12 +154,13 @@ def _gamma_log_normal_smooth(c: Tensor, r: Tensor, mu: Tensor, s: Tensor) -> Ten
 def _standardised(mean: Double, k: Tensor, s: Tensor) -> Tensor:
     """From a Gumbel variable of this mean and of scale 1/k, in units of s."""
     z = mean.hi / s
-    product = exact_product(k, s)
-    return 0.5 * z * z + 0.5 * excess(add(torch.zeros_like(k), _VARIANCE), multiply(product, product)) + _FROM_GUMBEL
+    spread = product(wide(k), wide(s))
+    return 0.5 * z * z + 0.5 * excess(add(torch.zeros_like(k), _VARIANCE), product(spread, spread)) + _FROM_GUMBEL
 
 
 def _weibull_log_normal(scale: Tensor, k: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-    return _standardised(subtract(subtract(log(scale), mu), divide(EULER, k)), k, s)
+    log = difference(wide(_wide.log(wide(scale))), wide(mu))
+    return _standardised(narrow(difference(log, quotient(wide(add(torch.zeros_like(k), EULER)), wide(k)))), k, s)
 
 
 def _weibull_log_normal_smooth(scale: Tensor, k: Tensor, mu: Tensor, s: Tensor) -> Tensor:
@@ -170,7 +169,7 @@ def _weibull_log_normal_smooth(scale: Tensor, k: Tensor, mu: Tensor, s: Tensor) 
 
 
 def _exponential_log_normal(r: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-    return _standardised(negative(add(add(log(r), mu), EULER)), torch.ones_like(s), s)
+    return _standardised(negative(add(add(_wide.log(wide(r)), mu), EULER)), torch.ones_like(s), s)
 
 
 def _exponential_log_normal_smooth(r: Tensor, mu: Tensor, s: Tensor) -> Tensor:

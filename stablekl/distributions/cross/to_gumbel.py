@@ -36,18 +36,20 @@ from ..._double import (
     PI,
     Double,
     divide,
-    exact_product,
-    exact_sum,
     log,
     log1p,
     multiply,
     negative,
     rounded,
+    select,
     stirling,
     subtract,
     total,
 )
 from ..._opaque import where_needed
+from ..._scaled import shifted
+from ..._wide import Wide, difference, half, log_quotient, narrow, product, quotient, wide
+from ..._wide import log as log_of
 from ...special import expm1mx_value, log1pmx_value
 from ..exponential import Exponential
 from ..gamma import Gamma
@@ -61,23 +63,30 @@ from ._rule import register_pair, settled
 __all__: list[str] = []
 
 LOG_TAU = math.log(2 * math.pi)
+_LEAST = 1e-290
 
 
 def _excess(w: Tensor, exp_w: Tensor) -> Tensor:
     """E(w), from e^w too where that is large."""
-    return torch.where(w < 1, expm1mx_value(w.clamp(max=1.0)), exp_w - 1 - w)
+    return torch.where(w < 1, expm1mx_value(w.clamp(max=1.0)), exp_w - 1 - w.clamp(max=1e4))
 
 
 def _exp(w: Double, factor: Tensor | float = 1.0) -> Tensor:
     """e^w times a factor that is small where e^w alone overflows."""
     half = torch.exp(0.5 * w.hi)
-    return ((half * factor) * half) * (1 + torch.where(w.hi < 1e3, w.lo, 0.0))
+    value = ((half * factor) * half) * (1 + torch.where(w.hi < 1e3, w.lo, 0.0))
+    return torch.where(w.hi > 2e3, torch.inf, value)  # no factor is that small
+
+
+def _level(mu: Tensor, b: Tensor) -> Double:
+    return narrow(quotient(wide(mu), wide(b)))
 
 
 def _normal(m: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    rho = divide(s, b)
-    w = subtract(multiply(multiply(rho, rho), 0.5), divide(exact_sum(m, -mu), b))
-    return _excess(w.hi, _exp(w)) + (0.5 * excess(multiply(rho, rho), torch.ones_like(s)) + (1 - 0.5 * LOG_TAU))
+    rho = quotient(wide(s), wide(b))
+    square = product(rho, rho)
+    w = narrow(difference(half(square), quotient(difference(wide(m), wide(mu)), wide(b))))
+    return _excess(w.hi, _exp(w)) + (0.5 * excess(square, torch.ones_like(s)) + (1 - 0.5 * LOG_TAU))
 
 
 def _normal_smooth(m: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
@@ -87,13 +96,14 @@ def _normal_smooth(m: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
 
 def _exponential(rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     theta = rate * b
-    z = divide(mu, b)
-    w = z.hi - torch.log1p(1 / theta)
+    log_theta = torch.where((theta > _LEAST) & theta.isfinite(), torch.log(theta), torch.log(rate) + torch.log(b))
+    z = _level(mu, b)
+    w = z.hi - torch.where(theta > _LEAST, torch.log1p(1 / theta), -log_theta)
     large = theta > 1
     inverse = torch.where(large, 1 / theta, 0.0)
-    above = torch.log(theta) - log1pmx_value(inverse)
-    below = 1 / theta + 2 * torch.log(theta) - torch.log1p(theta)
-    return _excess(w, _exp(z, theta / (1 + theta))) + torch.where(large, above, below)
+    above = log_theta - log1pmx_value(inverse)
+    below = 1 / theta + 2 * log_theta - torch.log1p(torch.where(large, 1.0, theta))
+    return _excess(w, _exp(z, 1 / (1 + 1 / theta))) + torch.where(large, above, below)
 
 
 def _exponential_smooth(rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
@@ -114,13 +124,23 @@ def _gamma_precise(a: Tensor, theta_hi: Tensor, theta_lo: Tensor, excess_w: Tens
 
 
 def _gamma(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    theta = exact_product(rate, b)
-    inverse = divide(1.0, theta)
-    w = subtract(divide(mu, b), multiply(log1p(inverse), a))
+    theta = product(wide(rate), wide(b))
+    inverse = quotient(wide(torch.ones_like(a)), theta)
+    far = inverse.exponent > 300
+    plain = narrow(Wide(inverse.number, torch.where(far, 0.0, inverse.exponent)))
+    log = select(far, negative(log_of(theta)), log1p(plain))
+    fall = product(wide(a), wide(log))
+    w = narrow(difference(quotient(wide(mu), wide(b)), fall))
     excess_w = _excess(w.hi, _exp(w))
-    logs = torch.log(math.sqrt(2 * math.pi) * torch.sqrt(a) / theta.hi)
-    terms = (excess_w, gamma_shape(a), -a * log1pmx_value(inverse.hi), -logs, torch.full_like(a, 0.5))
-    return settled(terms, _gamma_precise, (a, *theta, excess_w))
+    logs = math.log(math.sqrt(2 * math.pi)) + 0.5 * torch.log(a) - log_of(theta).hi
+    usual = theta.exponent.abs() < 500
+    product_ = shifted(theta.number.hi, torch.where(usual, theta.exponent, 0.0))
+    logs = torch.where(usual, torch.log(math.sqrt(2 * math.pi) * torch.sqrt(a) / product_), logs)
+    # of 1/theta beyond 2^300 the logarithm is nothing
+    gap = torch.where(far, narrow(product(wide(a), inverse)).hi, -a * log1pmx_value(plain.hi))
+    terms = (excess_w, gamma_shape(a), gap, -logs, torch.full_like(a, 0.5))
+    safe = select(usual, Double(product_, shifted(theta.number.lo, torch.where(usual, theta.exponent, 0.0))), 1.0)
+    return settled(terms, _gamma_precise, (a, *safe, excess_w), usual)
 
 
 def _gamma_smooth(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
@@ -129,15 +149,22 @@ def _gamma_smooth(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
 
 
 def _uniform(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    delta = (high - low) / b
+    delta = narrow(quotient(difference(wide(high), wide(low)), wide(b))).hi
+    infinite = delta.isinf()  # as is half of it, a part of the divergence
+    delta = torch.where(infinite, 1.0, delta)
     k = _truncated.log_mgf(delta)
     # half of delta cancels where that is large
     far = delta > 3
     edge = torch.where(far, delta, 3.0)
-    outer = (mu - low) / b - torch.log(edge) + _truncated.shortfall(edge)
-    w = torch.where(far, outer, k - 0.5 * ((low - mu) / b + (high - mu) / b))
-    exp_w = _exp(divide(exact_sum(mu, -low), b), -torch.expm1(-delta) / delta)
-    return _excess(w, exp_w) + (1 + k - torch.log(delta))
+    start = narrow(quotient(difference(wide(mu), wide(low)), wide(b)))
+    end = narrow(quotient(difference(wide(mu), wide(high)), wide(b)))
+    outer = start.hi - torch.log(edge) + _truncated.shortfall(edge)
+    w = torch.where(far, outer, k + 0.5 * (start.hi + end.hi))
+    tiny = delta < _LEAST
+    share = torch.where(tiny, 1.0, -torch.expm1(-delta) / torch.where(tiny, 1.0, delta))
+    width = difference(wide(high), wide(low))
+    log_delta = torch.where(tiny, log_quotient(width, wide(b)).hi, torch.log(delta))
+    return torch.where(infinite, torch.inf, _excess(w, _exp(start, share)) + (1 + k - log_delta))
 
 
 def _uniform_smooth(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..._bregman import log_quotient
 from ..._double import (
     Double,
     absolute,
@@ -62,7 +63,16 @@ from ..continuous_bernoulli import ContinuousBernoulli
 from ..pareto import Pareto
 from ..uniform import Uniform
 from . import _truncated
-from ._pieces import beta_unit, deviance, excess, lgamma_bregman, log_mean_gap, minus_log1pmx, remainders
+from ._pieces import (
+    beta_unit,
+    deviance,
+    excess,
+    lgamma_bregman,
+    log_mean_gap,
+    minus_log1pmx,
+    product_excess,
+    remainders,
+)
 from ._rule import register_pair, settled
 from .to_gamma import beta_excess
 
@@ -142,10 +152,10 @@ def _uniform_truncated(low: Tensor, high: Tensor, y: Tensor) -> Tensor:
     inside, low, high = _inside_unit(low, high)
     far = y.abs() > 3
     small, rate = torch.where(far, 0.0, y), torch.where(far, y, 3.0).abs()
-    centre = torch.where(y < 0, 0.5 * (low + high), 0.5 * ((1 - low) + (1 - high)))
+    twice = torch.where(y < 0, low + high, (1 - low) + (1 - high))
     near = _truncated.log_mgf(small) - _log_width(low, high) - small * (0.5 * (low - (1 - high)))
-    beyond = log_ratio_bregman(rate * centre, torch.ones_like(rate)) + _truncated.shortfall(rate)
-    beyond = beyond + (1 + torch.log(centre / (high - low)))
+    beyond = log_ratio_bregman(rate * twice, torch.full_like(rate, 2.0)) + _truncated.shortfall(rate)
+    beyond = beyond + (1 + torch.log(0.5 * (twice / (high - low))))
     return torch.where(inside, torch.where(far, beyond, near), torch.inf)
 
 
@@ -161,7 +171,9 @@ def _mean_log_plus_one(low: Tensor, high: Tensor) -> Tensor:
     wide = width > _WIDE * total_
     rest = torch.where(low > 0, low * torch.log(torch.where(low > 0, low, 1.0)), 0.0)
     return torch.where(
-        wide, (high * torch.log(high) - rest) / width, torch.log(0.5 * total_) - log_mean_gap(low, high - low) + 1
+        wide,
+        (high * torch.log(high) - rest) / width,
+        torch.log(total_) - math.log(2) - log_mean_gap(low, high - low) + 1,
     )
 
 
@@ -206,7 +218,8 @@ def _uniform_beta(low: Tensor, high: Tensor, a: Tensor, b: Tensor) -> Tensor:
     # quotients in an order that neither overflows nor underflows
     smaller, larger = torch.minimum(a, b), torch.maximum(a, b)
     root = torch.sqrt(n.hi / larger) / torch.sqrt(smaller)
-    logs = torch.log(math.sqrt(2 * math.pi) * root * (mean.hi * (other.hi / width)))
+    # the mean over the width, whose half may be no float
+    logs = torch.log(math.sqrt(0.5 * math.pi) * root * (other.hi * ((low + high) / width)))
     far = deviance(a, multiply(n, mean)) + deviance(b, multiply(n, other))
     far = far + ((a - 1) * gap_1 + (b - 1) * gap_0 + (r_a + r_b - r_n) + logs)
     return torch.where(inside, torch.where(modest, near, far), torch.inf)
@@ -229,8 +242,12 @@ def _uniform_pareto(low: Tensor, high: Tensor, scale: Tensor, alpha: Tensor) -> 
     inside = low >= scale
     low, high = torch.where(inside, low, scale), torch.where(inside, high, 2 * scale)
     width = (high - low) / scale
-    mean_log = torch.log1p((low - scale) / scale + 0.5 * width) - log_mean_gap(low, high - low)
-    kl = log_ratio_bregman(alpha * mean_log, torch.ones_like(alpha)) + (1 + mean_log + torch.log(mean_log / width))
+    huge = width.isinf() | (low / scale).isinf()
+    usual = torch.log1p(torch.where(huge, 1.0, (low - scale) / scale) + 0.5 * torch.where(huge, 1.0, width))
+    mean_log = torch.where(huge, log_quotient(0.5 * low + 0.5 * high, scale), usual) - log_mean_gap(low, high - low)
+    log_width = torch.where(huge, log_quotient(high - low, scale), torch.log(torch.where(huge, 1.0, width)))
+    last = torch.where(huge, torch.log(mean_log) - log_width, torch.log(mean_log / torch.where(huge, 1.0, width)))
+    kl = product_excess(mean_log, alpha) + (1 + mean_log + last)
     return torch.where(inside, kl, torch.inf)
 
 

@@ -40,6 +40,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..._bregman import log_quotient
 from ..._elementwise import elementwise, horner
 from ...special import log_ratio_bregman
 from ..continuous_bernoulli import ContinuousBernoulli
@@ -56,6 +57,7 @@ from ._rule import register_pair
 __all__: list[str] = []
 
 EULER = 0.5772156649015329
+_HUGE, _LARGEST = 1e300, 1.7976931348623157e308
 
 
 def _scaled(deviation: Tensor, b: Tensor) -> Tensor:
@@ -70,9 +72,10 @@ def _normal(m: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     # over sqrt(2/pi)
     over = torch.exp(-0.5 * u * u) + math.sqrt(math.pi / 2) * u * torch.erf(math.sqrt(0.5) * u)
     far = size > 40 * s
-    over = torch.where(far, math.sqrt(math.pi / 2) * (size / s), over)
     deviation = torch.where(far, size, math.sqrt(2 / math.pi) * s * over)
-    return _scaled(deviation, b) + (0.5 - math.log(math.pi / 2)) + torch.log(over)
+    distance = torch.where(far, size, s)
+    log = torch.where(far, 0.5 * math.log(math.pi / 2) + log_quotient(distance, s), torch.log(over))
+    return _scaled(deviation, b) + (0.5 - math.log(math.pi / 2)) + log
 
 
 def _back_to_back(t: Tensor) -> Tensor:
@@ -83,8 +86,13 @@ def _back_to_back(t: Tensor) -> Tensor:
 
 
 def _exponential(rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    x = _back_to_back(rate * mu)
-    return _scaled(x, rate * b) + torch.log(2 * x)
+    t = rate * mu
+    huge, fast = t.isinf(), rate > 1  # t overflows for large rates alone
+    x = _back_to_back(torch.where(huge, 1.0, t))
+    size = torch.where(huge, mu.abs(), 1.0)
+    deviation = torch.where(fast, torch.where(huge, size, x / rate), x)
+    log = torch.where(huge, torch.log(size) + torch.log(rate) + math.log(2), math.log(2) + torch.log(x))
+    return _scaled(deviation, torch.where(fast, b, rate * torch.where(fast, 1.0, b))) + log
 
 
 # ---- Gumbel -----------------------------------------------------------------------------------------------------
@@ -110,8 +118,13 @@ _gumbel_deviation = elementwise(_gumbel_deviation_value, lambda z: 1 - 2 * torch
 
 
 def _gumbel(loc: Tensor, s: Tensor, mu: Tensor, b: Tensor) -> Tensor:
-    x = _gumbel_deviation((loc - mu) / s)
-    return _scaled(x * s, b) + (torch.log(2 * x) - EULER)
+    d = (loc - mu).clamp(-_LARGEST, _LARGEST)
+    z = d / s
+    far = z.abs() > _HUGE  # then the deviation is the distance
+    x = _gumbel_deviation(torch.where(far, 1.0, z))
+    distance = torch.where(far, d.abs(), s)
+    deviation = torch.where(far, distance, x * s)
+    return _scaled(deviation, b) + (torch.where(far, log_quotient(distance, s), torch.log(x)) + (math.log(2) - EULER))
 
 
 # ---- Pareto, Uniform, ContinuousBernoulli -----------------------------------------------------------------------
@@ -121,24 +134,34 @@ def _pareto(scale: Tensor, alpha: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     finite = alpha > 1
     a = torch.where(finite, alpha, 2.0)
     beta = a - 1
-    t = (mu - scale) / scale
+    d = mu - scale
+    t = d / scale
+    # beyond, the deviation is the distance
+    huge = (t.abs() > _HUGE) | ((beta * t).abs() > _HUGE)
+    t = torch.where(huge, 1.0, t)
     inside = t > 0
     r = torch.where(inside, t, 1.0)
     x = torch.where(inside, beta * r - 1 + 2 * torch.exp(-beta * torch.log1p(r)), 1 - beta * t)
+    distance = torch.where(huge, d.abs().clamp(max=torch.finfo(d.dtype).max), 1.0)
+    log = torch.where(huge, log_quotient(distance, scale) + torch.log(beta) + math.log(2), torch.log(2 * x))
+    deviation = torch.where(huge, distance, torch.where(beta > 1, (x / beta) * scale, x * (scale / beta)))
     edge = a < 2
     high, low = torch.where(edge, 2.0, a), torch.where(edge, a, 2.0)
     # 1/a is rounded, a - 1 is not
     shape = torch.where(edge, torch.log(low) - torch.log(low - 1) - 1 / low, minus_log1pmx(-1 / high))
-    return torch.where(finite, _scaled(x * (scale / beta), b) + torch.log(2 * x) + shape, torch.inf)
+    return torch.where(finite, _scaled(deviation, b) + log + shape, torch.inf)
 
 
 def _uniform(low: Tensor, high: Tensor, mu: Tensor, b: Tensor) -> Tensor:
+    # smaller units where differences overflow
+    unit = torch.where(torch.maximum(torch.maximum(low.abs(), high.abs()), mu.abs()) > _HUGE, 2.0**-8, 1.0)
+    low, high, mu, b = (x * unit.to(x.dtype) for x in (low, high, mu, b))
     width, below, above = high - low, mu - low, high - mu
     inside = (below > 0) & (above > 0)
     squares = 0.5 * (below * (below / width) + above * (above / width))
     distance = torch.where(below < above, -below, -above) + 0.5 * width
     deviation = torch.where(inside, squares, distance)
-    return _scaled(deviation, b) + ((1 - math.log(2)) + torch.log(4 * (deviation / width)))
+    return _scaled(deviation, b) + ((1 + math.log(2)) + log_quotient(deviation, width))
 
 
 def _truncated_exponential(y: Tensor, mu: Tensor, b: Tensor) -> Tensor:
@@ -153,9 +176,9 @@ def _truncated_exponential(y: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     deviation = torch.where(inside, mean - c + 2 * _truncated.integral(rate, c), outside)
     far = rate > 3
     r = torch.where(far, rate, 3.0)
-    log_far = torch.log(2 * (r * torch.where(far, deviation, 1.0))) + _truncated.unit_negentropy(r)
+    log_far = math.log(2) + (torch.log(r) + torch.log(torch.where(far, deviation, 1.0))) + _truncated.unit_negentropy(r)
     small = torch.where(far, 0.0, y)
-    log_near = torch.log(2 * torch.where(far, 1.0, deviation)) + _truncated.negentropy(small)
+    log_near = math.log(2) + torch.log(torch.where(far, 1.0, deviation)) + _truncated.negentropy(small)
     return _scaled(deviation, b) + (1 + torch.where(far, log_far, log_near))
 
 

@@ -46,7 +46,6 @@ from ..._double import (
     Double,
     add,
     divide,
-    exact_product,
     exact_sum,
     log1p,
     multiply,
@@ -56,14 +55,15 @@ from ..._double import (
     total,
 )
 from ..._opaque import where_needed
-from ...special import log_ratio_bregman
+from ..._wide import difference, narrow, product, quotient, wide
+from ..._wide import total as total_of
 from ..beta import Beta
 from ..continuous_bernoulli import ContinuousBernoulli
 from ..exponential import Exponential
 from ..gamma import Gamma
 from ..gumbel import Gumbel
 from ..laplace import Laplace
-from ..normal import Normal
+from ..normal import Normal, normal_kl
 from ..pareto import Pareto
 from ..uniform import Uniform
 from . import _truncated
@@ -82,9 +82,7 @@ GUMBEL, UNIFORM = 0.5 * math.log(math.pi**3 * math.e / 3) - 1 - EULER, 0.5 * mat
 
 def _between(shift: Tensor, deviation: Tensor, mu_scale: Tensor) -> Tensor:
     """KL between normal distributions from the difference of their means; differentiable."""
-    r = (deviation - mu_scale) / mu_scale
-    t = shift / mu_scale
-    return 0.5 * t * t + (0.5 * r * r + log_ratio_bregman(deviation, mu_scale))
+    return normal_kl(shift, deviation, torch.zeros_like(shift), mu_scale)
 
 
 def _exponential(rate: Tensor, mu: Tensor, s: Tensor) -> Tensor:
@@ -132,9 +130,9 @@ def _textbook(entropy: Tensor, mean: Tensor, variance: Tensor, mu: Tensor, s: Te
 
 
 def _gamma(a: Tensor, rate: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-    scaled = exact_product(rate, s)
-    t = rounded(subtract(a, exact_product(rate, mu))) / scaled.hi
-    return gamma_shape(a) + 0.5 * t * t + 0.5 * excess(a, multiply(scaled, scaled))
+    scaled = product(wide(rate), wide(s))
+    t = narrow(quotient(difference(wide(a), product(wide(rate), wide(mu))), scaled)).hi
+    return gamma_shape(a) + 0.5 * t * t + 0.5 * excess(a, product(scaled, scaled))
 
 
 def _gamma_smooth(a: Tensor, rate: Tensor, mu: Tensor, s: Tensor) -> Tensor:
@@ -180,10 +178,11 @@ def _beta_shape(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _beta(a: Tensor, b: Tensor, mu: Tensor, s: Tensor) -> Tensor:
-    n = exact_sum(a, b)
-    scaled = multiply(n, s)
-    t = rounded(subtract(a, multiply(n, mu))) / scaled.hi
-    variances = excess(exact_product(a, b), multiply(multiply(scaled, scaled), add(n, 1.0)))
+    n = total_of(wide(a), wide(b))
+    scaled = product(n, wide(s))
+    t = narrow(quotient(difference(wide(a), product(n, wide(mu))), scaled)).hi
+    one = wide(torch.ones_like(a))
+    variances = excess(product(wide(a), wide(b)), product(scaled, scaled, total_of(n, one)))
     return _beta_shape(a, b) + 0.5 * t * t + 0.5 * variances
 
 

@@ -30,21 +30,22 @@ from torch.distributions import Exponential as TorchExponential
 from torch.distributions import Gamma as TorchGamma
 from torch.distributions import Weibull as TorchWeibull
 
-from ... import _bregman, _double
-from ..._autograd import masked_product
+from ... import _bregman, _double, _wide
+from ..._autograd import may_hold
 from ..._double import (
     EULER,
     HALF_LOG_TAU,
     Double,
     add,
     divide,
-    exact_product,
     log,
     multiply,
     negative,
     select,
     subtract,
 )
+from ..._scaled import scaled
+from ..._wide import Wide, difference, narrow, product, wide
 from ...registry import register_hardened
 from ...special import bd0, expm1mx_value
 from .._scalar import attached, scalar_rule
@@ -52,7 +53,7 @@ from ..exponential import Exponential
 from ..gamma import Gamma
 from ..gumbel import extreme_value, slopes
 from ..weibull import Weibull
-from ._pieces import deviance, lgamma_bregman
+from ._pieces import deviance, lgamma_bregman, remainders
 from ._rule import register_pair
 
 __all__ = ["kl_exponential_weibull", "kl_gamma_weibull", "kl_weibull_exponential", "kl_weibull_gamma"]
@@ -63,35 +64,36 @@ _LESS_EULER: Any = Double(0.42278433509846713, 4.942915152430645e-18)  # type: i
 # ---- Weibull and exponential --------------------------------------------------------------------------------------
 
 
-def _shift(x: Tensor, y: Tensor) -> Double:
+def _shift(x: Tensor, y: Tensor) -> Wide:
     """The logarithm of a product, to its relative accuracy where that is 1."""
-    return log(exact_product(x, y))
+    return wide(_wide.log(product(wide(x), wide(y))))
 
 
 def _weibull_exponential_value(s: Tensor, k: Tensor, rate: Tensor) -> Tensor:
-    return extreme_value(_shift(s, rate), torch.ones_like(k), k)
+    return extreme_value(narrow(_shift(s, rate)), torch.ones_like(k), k)
 
 
 def _weibull_exponential_gradient(s: Tensor, k: Tensor, rate: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        z = _shift(s, rate)
-    at = slopes(Double(attached(z.hi, torch.log(s) + torch.log(rate)), z.lo), torch.ones_like(k), k)
-    by_t = masked_product(at.power, at.next_digamma) + at.digamma
-    return at.power / s, -by_t / k / k, at.power / rate
+        z = narrow(_shift(s, rate))
+    at = slopes(z, attached(z.hi, torch.log(s) + torch.log(rate)), torch.ones_like(k), k)
+    by_t = at.by_ratio / scaled(k) / scaled(k)
+    return (at.power / scaled(s)).rounded(), -by_t.rounded(), (at.power / scaled(rate)).rounded()
 
 
 def _exponential_weibull_value(rate: Tensor, s: Tensor, k: Tensor) -> Tensor:
-    return extreme_value(multiply(_shift(s, rate), -k), k, torch.ones_like(k))
+    return extreme_value(narrow(product(_shift(s, rate), wide(-k))), k, torch.ones_like(k))
 
 
 def _exponential_weibull_gradient(rate: Tensor, s: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
         level = _shift(s, rate)
-        z = multiply(level, -k)
-    smooth = attached(level.hi, torch.log(s) + torch.log(rate))
-    at = slopes(Double(attached(z.hi, -k * smooth), z.lo), k, torch.ones_like(k))
-    by_k = masked_product(at.power, at.next_digamma - smooth) + at.digamma
-    return -k * at.power / rate, -k * at.power / s, by_k
+        z = narrow(product(level, wide(-k)))
+    smooth = attached(narrow(level).hi, torch.log(s) + torch.log(rate))
+    at = slopes(z, -k * smooth, k, torch.ones_like(k))
+    by_k = at.by_ratio - at.power * scaled(smooth)
+    power = -scaled(k) * at.power
+    return (power / scaled(rate)).rounded(), (power / scaled(s)).rounded(), by_k.rounded()
 
 
 _weibull_exponential = scalar_rule(_weibull_exponential_value, _weibull_exponential_gradient)
@@ -113,6 +115,7 @@ def kl_exponential_weibull(p: TorchExponential, q: TorchWeibull) -> Tensor:
 # ---- both concentrations near 1 -----------------------------------------------------------------------------------
 
 _NEAR = 1e-6
+_ENDLESS, _SHORT, _LEAST, _FAR, _HUGE = 1e-4, 1e-8, 1e-290, 1e12, 2.5e305
 # Coefficients of x^2, y^2 less 1/(4 _SQUARE), of log Gamma(1 + x) and log Gamma(2 + x) from x^2 on, and of the Omega
 # from y^3, x y^2, ... on, by mpmath's derivatives at 0.
 _SQUARE, _REST = 0.32246703342411322, 0.047193985058898003
@@ -145,26 +148,28 @@ def _total(*terms: Double | Tensor) -> Tensor:
 
 
 def _weibull_gamma(s: Tensor, k: Tensor, c: Tensor, r: Tensor) -> Tensor:
+    # for small k the mean is beyond any float, whatever it is multiplied by
+    endless = k < _ENDLESS
+    k = torch.where(endless, 1.0, k)
     t, x, y = divide(1.0, k), c - 1, divide(1 - k, k)
     level = y.hi.abs() < _NEAR
     small = torch.where(level, y.hi, 0.0)
     # log Gamma(1 + t), which vanishes at 1
     gain = select(level, add(multiply(y, _LESS_EULER), _series(small, _TWO)), _double.lgamma(add(t, 1.0)))
+    # of short t the first order cancels
+    short = t.hi < _SHORT
+    bend = product(wide(torch.where(short, t.hi * (_ONE[0] + t.hi * _ONE[1]), 1.0)), wide(t))
+    gain = select(short, subtract(narrow(bend), multiply(t, EULER)), gain)
 
     near = level & (x.abs() < _NEAR)
     inner = _near_exponential(torch.where(near, x, 0.0), small, 1.0, _OMEGA)
     remainder = _double.stirling(c).lgamma
     constant = subtract(subtract(HALF_LOG_TAU, EULER), 1.0)
-    bulk = multiply(add(gain, multiply(t, EULER)), c)
+    bulk = select(short, narrow(product(bend, wide(c))), multiply(add(gain, multiply(t, EULER)), c))
     outer = _total(add(remainder, constant), multiply(log(c), -0.5), log(k), bulk)
 
-    half = _double.exp(multiply(gain, 0.5))
-    product = exact_product(s, r)
-    size = (product.hi * half.hi) * half.hi
-    large = ~(size < 1e280)
-    half = select(large, torch.ones_like(k), half)
-    mean = deviance(c, multiply(multiply(product, half), half))
-    return torch.where(large, size, mean) + torch.where(near, inner, outer)
+    mean = product(_wide.exp(gain), wide(s), wide(r))
+    return torch.where(endless, torch.inf, deviance(c, mean) + torch.where(near, inner, outer))
 
 
 def _weibull_gamma_smooth(s: Tensor, k: Tensor, c: Tensor, r: Tensor) -> Tensor:
@@ -188,21 +193,50 @@ def _log_moment(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Double:
     inside = _series(torch.where(near, x + y, 0.0), _TWO) - _series(torch.where(near, x, 0.0), _ONE)
     inner = add(add(multiply(y, _LESS_EULER), x), inside)
     outer = subtract(_double.lgamma(_double.exact_sum(a, k)), _double.lgamma(a))
-    return subtract(select(near, inner, outer), multiply(_shift(b, s), k))
+    return subtract(select(near, inner, outer), narrow(product(_shift(b, s), wide(k))))
+
+
+def _large_shape(a: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Of large a: log Gamma(a + k) - log Gamma(a) - k digamma(a), and Omega', where nothing cancels any more."""
+    gap = _bregman.lgamma_bregman(a + k, a, k)
+    r, s = remainders(a)
+    # log(a/k^2)/2 of numbers whose square may overflow
+    logs = 0.5 * torch.log(a) - torch.log(k) - HALF_LOG_TAU.hi
+    return gap, 0.5 + gap + logs - a * s - r
 
 
 def _gamma_weibull_value(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:
-    x, y, w = a - 1, k - 1, _log_moment(a, b, s, k)
+    far, endless = a > _FAR, (a <= _FAR) & (k > _HUGE)  # log Gamma(a + k), a part of the divergence, overflows
+    k = torch.where(endless, 1.0, k)
+    if not may_hold(far | endless):
+        return _gamma_weibull_near(a, b, s, k)
+    one = torch.ones_like(a)
+    a_far, k_far = torch.where(far, a, _FAR), torch.where(far, k, one)
+    gap, omega = _large_shape(a_far, k_far)
+    level = difference(wide(_double.digamma(a_far)), _shift(torch.where(far, b, one), torch.where(far, s, one)))
+    beyond = _moment(add(narrow(product(level, wide(k_far))), gap)) + omega
+    beyond = torch.where(gap.isinf(), gap, beyond)
+    near = _gamma_weibull_near(*(torch.where(far, one, v) for v in (a, b, s, k)))
+    return torch.where(endless, torch.inf, torch.where(far, beyond, near))
+
+
+def _moment(w: Double) -> Tensor:
+    """E(M) for M = e^w."""
     large = w.hi > 1
     power = torch.exp(w.hi) * (1 + torch.where(w.hi < 800, w.lo, 0.0))
-    moment = torch.where(large, power - 1 - w.hi.clamp(max=1e4), expm1mx_value(torch.where(large, 0.0, w.hi)))
+    return torch.where(large, power - 1 - w.hi.clamp(max=1e4), expm1mx_value(torch.where(large, 0.0, w.hi)))
 
+
+def _gamma_weibull_near(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:
+    x, y, w = a - 1, k - 1, _log_moment(a, b, s, k)
     near = (x.abs() < _NEAR) & (y.abs() < _NEAR)
     inner = _near_exponential(torch.where(near, x, 0.0), torch.where(near, y, 0.0), -1.0, _OMEGA_PRIME)
     apart = _double.exact_sum(a, -k)
     logs = subtract(_double.lgamma(_double.exact_sum(a, k)), multiply(_double.lgamma(a), 2.0))
-    outer = _total(logs, multiply(apart, _double.digamma(a)), subtract(1.0, a), negative(log(k)))
-    return moment + torch.where(near, inner, outer)
+    tiny = a < _LEAST
+    moved = multiply(apart, _double.digamma(torch.where(tiny, 1.0, a)))
+    outer = _total(logs, select(tiny, (k - a) / a, moved), subtract(1.0, a), negative(log(k)))
+    return _moment(w) + torch.where(near, inner, outer)
 
 
 def _gamma_weibull_gradient(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> tuple[Tensor, ...]:
@@ -213,7 +247,7 @@ def _gamma_weibull_gradient(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> tuple
     finite = w < 709
     excess = torch.expm1(torch.where(finite, w, 0.0))  # M - 1
     ratio = k / a
-    step = torch.log1p(ratio) + k * _bregman.lgamma_slope(a + k, a, k)  # digamma(a + k) - digamma(a)
+    step = torch.log1p(ratio) + _bregman.lgamma_change(a + k, a, k)  # digamma(a + k) - digamma(a)
     curvature = _bregman.lgamma_curvature(a)
     by_a = excess * step + (step - ratio - k * curvature) + a * curvature
     by_k = excess * (torch.digamma(a + k) - level) + (step - 1 / k)

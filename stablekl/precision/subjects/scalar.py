@@ -50,9 +50,11 @@ LIMITS: dict[str, dict[torch.dtype, str]] = {
     },
     **{
         name: {torch.float64: _CANCELS}
-        for name in ("Gamma", "InverseGamma", "Laplace", "LogNormal", "Pareto", "VonMises")
+        for name in (
+            *("Beta", "Cauchy", "Gamma", "Gumbel", "InverseGamma"),
+            *("Laplace", "LogNormal", "Pareto", "VonMises", "Weibull"),
+        )
     },
-    **{name: {torch.float32: _CANCELS, torch.float64: _CANCELS} for name in ("Beta", "Cauchy", "Gumbel", "Weibull")},
 }
 # The largest error of a family's rule that the project aims at; of one between two families.
 _SHAPES = ("Beta", "Chi2", "Gamma", "InverseGamma", "NegativeBinomial", "StudentT", "VonMises", "Weibull")

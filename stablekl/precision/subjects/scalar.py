@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.distributions import kl as torch_kl
 
 from ... import distributions, registry
-from ..batches import RELATIONS, Batch, Expand, Plan, plans, related, scalars
+from ..batches import RELATIONS, Batch, Expand, Plan, narrowed, plans, related, scalars
 from ..references import FAMILIES
 from ..references.context import Number, mp
 from ..references.family import Family, kl
-from ..subject import Rule, Subject, differentiated, divergence_of, gradient_of, settled
+from ..references.student_t import kl_gradient_at as student_t_gradient_at
+from ..subject import Rule, Subject, differentiated, divergence_of, gradient_from, gradient_of, settled
 
 __all__ = ["subjects"]
 
@@ -42,6 +43,9 @@ ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential"
 UNSAMPLED = ("VonMises",)
 # Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.
 EXCLUDED = {"ContinuousBernoulli": (True, True), "Geometric": (True, False), "NegativeBinomial": (False, True)}
+# Milliseconds of references that are integrals, and gradients that have one of their own.
+COSTS = {"StudentT": 300.0}
+GRADIENTS = {"StudentT": student_t_gradient_at}
 _CANCELS = "a derivative changes sign, or is small beside the other parameter's, where terms of it cancel"
 # Of gradients.
 LIMITS: dict[str, dict[torch.dtype, str]] = {
@@ -155,6 +159,8 @@ def expansion(p: str, q: str) -> Expand:
     """From a plan to a batch for a pair of families: all parameters of p, then all of q."""
 
     def expand(plan: Plan, dtype: torch.dtype) -> Batch:
+        if p in COSTS:
+            plan = narrowed(plan, dtype)
         rng = plan.generator()
         b = _single(q, p, plan, dtype, rng)
         same = p == q and p != "Uniform"
@@ -163,7 +169,7 @@ def expansion(p: str, q: str) -> Expand:
         if p == q == "Uniform" and plan.relation == "equal":
             a = dict(b)
         _inside(p, q, a, b, rng)
-        return (*a.values(), *b.values())
+        return tuple(x[: 256 if p in COSTS else COUNT] for x in (*a.values(), *b.values()))
 
     return expand
 
@@ -216,6 +222,8 @@ def divergence(p: str, q: str) -> Subject:
         draw=plans(relations),
         expand=expansion(p, q),
         valid=validity(*families),
+        elementwise=p not in COSTS,
+        cost=COSTS.get(p, 0.5),
         bars=bars(_CROSS if p != q else _SHAPE if p in _SHAPES else _SELF),
     )
 
@@ -241,12 +249,12 @@ def gradient(value: Subject, p: str, q: str) -> Subject:
         name=f"gradient {value.name}",
         rules={name: differentiated(rule) for name, rule in value.rules.items()},
         limit=LIMITS.get(p, {}),
-        reference=gradient_of(_reference(FAMILIES[p], FAMILIES[q])),
+        reference=gradient_from(GRADIENTS[p]) if p in GRADIENTS else gradient_of(_reference(FAMILIES[p], FAMILIES[q])),
         expand=expand,
         valid=valid,
         draw=plans(("near", "ratio", "apart")),
         divergence=False,
-        cost=10,
+        cost=max(10.0, 2 * value.cost),
         bars={dtype: 2 * bar for dtype, bar in value.bars.items()},
     )
 

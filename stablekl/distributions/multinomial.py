@@ -15,8 +15,13 @@ from torch import Tensor
 from torch.distributions import Multinomial as TorchMultinomial
 from torch.types import _size
 
+from .._autograd import masked_product
+from .._deviance import binomial_deviance, binomial_rest, deviance, poisson_rest
+from .._double import Double
 from ..registry import register_hardened
-from ._base import Checked, check_batch_shapes, common_dtype, moved, widened
+from ._base import Checked, check_batch_shapes, common_dtype, given, moved, widened
+from ._density import checked
+from ._outcomes import log_of, log_weights_kl, weights_kl
 from .categorical import Categorical, categories_kl
 
 __all__ = ["Multinomial"]
@@ -58,6 +63,37 @@ class Multinomial(TorchMultinomial, Checked):
         new = self._get_checked_instance(Multinomial, _instance)  # type: ignore[no-untyped-call]
         expanded: Multinomial = super().expand(batch_shape, new)  # type: ignore[no-untyped-call]
         return expanded
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the probability, of the weights given: with x of n draws, minus n KL(x/n || p), and what Stirling's
+        formula leaves of the factorials. Their logarithms, of the size of n log n, would cancel.
+        """  # fmt: skip
+        name, x = given(self._categorical)
+        dtype = common_dtype(checked(self, value), x)
+        counts, w = torch.broadcast_tensors(widened(value), widened(x))
+        n = counts.sum(-1)
+        drawn = torch.where((n > 0).unsqueeze(-1), counts, 1.0)
+        if name == "probs":
+            one = weights_kl(drawn, w)
+        else:
+            one = log_weights_kl(log_of(drawn), Double(w, torch.zeros_like(w)))
+        rests = poisson_rest(n) - poisson_rest(counts).sum(-1)
+        return torch.where(n > 0, rests - masked_product(n, one), 0.0).to(dtype)
+
+    def entropy(self) -> Tensor:
+        """The entropy: with m = n p, the sum over categories of E[log x! - x log m + m], less the same of all draws."""
+        one = widened(self._categorical.entropy())
+        n = self.total_count
+        if n < 2:
+            return (n * one).to(self._categorical.given_value.dtype)
+        p = torch.exp(self._categorical._log_probabilities())
+        k = torch.arange(n + 1, dtype=p.dtype, device=p.device).reshape(-1, *(1,) * p.ndim)
+        size = torch.full_like(k, n)
+        # as a sum of n x, so that no term is larger than the entropy of a category
+        rest = poisson_rest(k) + deviance(k, n * p - k, n * p, torch.log(n * p))
+        mass = binomial_rest(k, size - k) - binomial_deviance(k, size - k, p, 1 - p, torch.log(p), torch.log1p(-p))
+        total = masked_product(torch.exp(mass), rest).sum(0).sum(-1) - poisson_rest(size[0]).squeeze()
+        return total.to(self._categorical.given_value.dtype)
 
 
 @register_hardened(Multinomial, Multinomial)

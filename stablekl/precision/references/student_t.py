@@ -86,14 +86,16 @@ def kl_gradient_at(
     with mp.workprec(mp.prec + room(*theta, power=1)):
         widths = [scale * mp.sqrt(6 * df / (df + 6)) for df, _, scale in theta]
         # in units of the root of df, from either centre
-        found = []
+        ends = []
         for (df, _, scale), own, other, shift in zip(
             theta, widths, reversed(widths), (loc_q - loc_p, loc_p - loc_q), strict=True
         ):
             root = mp.sqrt(df) * scale
-            found.append(_ends(shift / root, other / root, own / root, df))
+            ends.append(_ends(shift / root, other / root, own / root, df))
         # an end is that of a sum of two asinh, the same from both
-        end = max(end for end, _ in found)
-        last = max(last for _, last in found)
+        end = max(end for end, _ in ends)
+        last = max(last for _, last in ends)
         points = nodes(loc_q - loc_p, *widths, end, last)
-        return gradient_at(points, _density(df_p, scale_p, False), _density(df_q, scale_q, True))
+        found = gradient_at(points, _density(df_p, scale_p, False), _density(df_q, scale_q, True))
+        # by symmetry, which no precision shows
+        return [[mp.mpf(0)] if loc_p == loc_q and i in (1, 4) else x for i, x in enumerate(found)]

@@ -91,7 +91,7 @@ def subjects() -> Iterator[Subject]:
         build = partial(distributions.LKJCholesky, dim, validate_args=False)
         at = partial(lkj_cholesky.kl_at, dim)
         yield from _pair(
-            f"LKJCholesky-LKJCholesky D={dim}",
+            f"LKJCholesky({dim})-LKJCholesky({dim})",
             {"concentration": "positive"},
             build,
             at,

@@ -8,6 +8,7 @@ counts sum to that number: infinite. torch has no rule.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -55,8 +56,17 @@ class Multinomial(TorchMultinomial, Checked):
         validate_args: bool | None = None,
     ) -> None:
         """Keep what was given besides torch's normalised version of it."""
-        super().__init__(total_count, probs, logits, validate_args=validate_args)
+        if not isinstance(total_count, int):
+            raise NotImplementedError(
+                f"total_count of Multinomial must be one int for the whole batch, but is {total_count!r:.60}"
+            )
+        self.total_count = total_count
         self._categorical = Categorical(probs, logits, validate_args=validate_args)
+        # not torch's constructor, which would want probabilities to sum to 1 to six digits
+        Checked.__init__(self, self._categorical.batch_shape, self._categorical.param_shape[-1:], validate_args=False)
+        self._validate_args = self._categorical._validate_args
+        if self._validate_args and total_count < 0:
+            raise ValueError(f"total_count of Multinomial must be 0 or more, but is {total_count}")
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> Multinomial:
         """Return this distribution with its batch shape expanded; no memory is allocated."""
@@ -65,35 +75,39 @@ class Multinomial(TorchMultinomial, Checked):
         return expanded
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log of the probability, of the weights given: with x of n draws, minus n KL(x/n || p), and what Stirling's
-        formula leaves of the factorials. Their logarithms, of the size of n log n, would cancel.
-        """  # fmt: skip
+        """Log of the probability, of the weights given: -n KL(x/n || p), and what Stirling leaves of factorials.
+
+        Logarithms of the factorials, of the size of n log n, would cancel.
+        """
         name, x = given(self._categorical)
         dtype = common_dtype(checked(self, value), x)
         counts, w = torch.broadcast_tensors(widened(value), widened(x))
         n = counts.sum(-1)
         drawn = torch.where((n > 0).unsqueeze(-1), counts, 1.0)
-        if name == "probs":
-            one = weights_kl(drawn, w)
-        else:
-            one = log_weights_kl(log_of(drawn), Double(w, torch.zeros_like(w)))
+        one = weights_kl(drawn, w) if name == "probs" else log_weights_kl(log_of(drawn), Double(w, torch.zeros_like(w)))
         rests = poisson_rest(n) - poisson_rest(counts).sum(-1)
         return torch.where(n > 0, rests - masked_product(n, one), 0.0).to(dtype)
 
     def entropy(self) -> Tensor:
-        """The entropy: with m = n p, the sum over categories of E[log x! - x log m + m], less the same of all draws."""
+        """The entropy, the sum over categories of E[log x! - x log(n p) + n p], less the same of all draws.
+
+        torch's takes the logarithms of factorials in float32, and cancels for many draws.
+        """
         one = widened(self._categorical.entropy())
         n = self.total_count
         if n < 2:
             return (n * one).to(self._categorical.given_value.dtype)
         p = torch.exp(self._categorical._log_probabilities())
+        possible, certain = p > 0, p == 1
+        p = torch.where(possible & ~certain, p, 0.5)
         k = torch.arange(n + 1, dtype=p.dtype, device=p.device).reshape(-1, *(1,) * p.ndim)
-        size = torch.full_like(k, n)
-        # as a sum of n x, so that no term is larger than the entropy of a category
-        rest = poisson_rest(k) + deviance(k, n * p - k, n * p, torch.log(n * p))
-        mass = binomial_rest(k, size - k) - binomial_deviance(k, size - k, p, 1 - p, torch.log(p), torch.log1p(-p))
-        total = masked_product(torch.exp(mass), rest).sum(0).sum(-1) - poisson_rest(size[0]).squeeze()
-        return total.to(self._categorical.given_value.dtype)
+        j = n - k
+        log_p, log_q = torch.log(p), torch.log1p(-p)
+        mass = torch.exp(binomial_rest(k, j) - binomial_deviance(k, j, p, 1 - p, log_p, log_q))
+        each = (mass * (poisson_rest(k) + deviance(k, n * p - k, n * p, log_p + math.log(n)))).sum(0)
+        of_all = poisson_rest(k[-1])
+        each = torch.where(certain, of_all, torch.where(possible, each, 0.0))
+        return (each.sum(-1) - of_all.squeeze(-1)).to(self._categorical.given_value.dtype)
 
 
 @register_hardened(Multinomial, Multinomial)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from .context import Number, mp
+from .context import Number, agreed, mp
 from .family import ONE, POSITIVE, REAL, Family, Statistic, Support
 from .integral import Density, Node, gradient_at, nodes
 from .room import room
 
-__all__ = ["StudentT", "kl_gradient_at"]
+__all__ = ["StudentT", "kl_gradient", "kl_gradient_at"]
 
 
 class StudentT(Family):
@@ -96,6 +96,14 @@ def kl_gradient_at(
         end = max(end for end, _ in ends)
         last = max(last for _, last in ends)
         points = nodes(loc_q - loc_p, *widths, end, last)
-        found = gradient_at(points, _density(df_p, scale_p, False), _density(df_q, scale_q, True))
-        # by symmetry, which no precision shows
-        return [[mp.mpf(0)] if loc_p == loc_q and i in (1, 4) else x for i, x in enumerate(found)]
+        return gradient_at(points, _density(df_p, scale_p, False), _density(df_q, scale_q, True))
+
+
+def kl_gradient(*theta: Number) -> list[list[Number]]:
+    """The same at two precisions that agree."""
+    if theta[:3] == theta[3:]:
+        return [[mp.mpf(0)] for _ in theta]
+    # those by loc of equal ones are 0 by symmetry, which no precision shows
+    known = (1, 4) if theta[1] == theta[4] else ()
+    found = iter(agreed(lambda: [x for i, x in enumerate(kl_gradient_at(*theta)) if i not in known]))
+    return [[mp.mpf(0)] if i in known else next(found) for i in range(len(theta))]

@@ -16,8 +16,8 @@ from ..batches import RELATIONS, Batch, Expand, Plan, narrowed, plans, related, 
 from ..references import FAMILIES
 from ..references.context import Number, mp
 from ..references.family import Family, kl
-from ..references.student_t import kl_gradient_at as student_t_gradient_at
-from ..subject import Rule, Subject, differentiated, divergence_of, gradient_from, gradient_of, settled
+from ..references.student_t import kl_gradient as student_t_gradient
+from ..subject import Rule, Subject, differentiated, divergence_of, gradient_of, settled
 
 __all__ = ["subjects"]
 
@@ -45,7 +45,7 @@ UNSAMPLED = ("VonMises",)
 EXCLUDED = {"ContinuousBernoulli": (True, True), "Geometric": (True, False), "NegativeBinomial": (False, True)}
 # Milliseconds of references that are integrals, and gradients that have one of their own.
 COSTS = {"StudentT": 300.0}
-GRADIENTS = {"StudentT": student_t_gradient_at}
+GRADIENTS = {"StudentT": student_t_gradient}
 _CANCELS = "a derivative changes sign, or is small beside the other parameter's, where terms of it cancel"
 # Of gradients.
 LIMITS: dict[str, dict[torch.dtype, str]] = {
@@ -249,7 +249,7 @@ def gradient(value: Subject, p: str, q: str) -> Subject:
         name=f"gradient {value.name}",
         rules={name: differentiated(rule) for name, rule in value.rules.items()},
         limit=LIMITS.get(p, {}),
-        reference=gradient_from(GRADIENTS[p]) if p in GRADIENTS else gradient_of(_reference(FAMILIES[p], FAMILIES[q])),
+        reference=GRADIENTS.get(p) or gradient_of(_reference(FAMILIES[p], FAMILIES[q])),
         expand=expand,
         valid=valid,
         draw=plans(("near", "ratio", "apart")),

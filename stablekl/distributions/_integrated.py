@@ -33,7 +33,7 @@ from torch import Tensor
 from .._autograd import is_plain
 from ..special import expm1_value, expm1mx_value
 
-__all__ = ["Comparison", "Points", "chunked", "compared", "placed", "points"]
+__all__ = ["Comparison", "Points", "Sum", "chunked", "compared", "placed", "points", "summed", "surest"]
 
 Tensors = tuple[Tensor, ...]
 
@@ -153,3 +153,23 @@ def compared(log_p: Tensor, log_q: Tensor, v: Tensor) -> Comparison:
     near = torch.where(small, u, 0.0)
     gain = torch.where(small, -p * expm1_value(-near), p - q)
     return Comparison(p, gain, u, torch.where(small, p * expm1mx_value(-near), p * u - gain))
+
+
+class Sum(NamedTuple):
+    """A sum, and that of the absolute values of its terms, of which rounding takes a part."""
+
+    value: Tensor
+    size: Tensor
+
+
+def summed(terms: Tensor) -> Sum:
+    """The sum over the points."""
+    return Sum(terms.sum(-1), terms.detach().abs().sum(-1))
+
+
+def surest(first: Sum, *others: Sum) -> Sum:
+    """Of equal sums the one that cancels least: derivatives have several forms, each of which fails somewhere."""
+    for other in others:
+        less = other.size < first.size
+        first = Sum(torch.where(less, other.value, first.value), torch.where(less, other.size, first.size))
+    return first

@@ -28,8 +28,8 @@ from ..registry import register_hardened
 from ..special import log1pmx
 from ._base import Checked
 from ._density import checked, evaluated
-from ._integrated import Comparison, Points, chunked, compared, points
-from ._scalar import scalar_rule
+from ._integrated import Comparison, Points, Sum, chunked, compared, points, summed, surest
+from ._scalar import attached, scalar_rule
 
 __all__ = ["StudentT"]
 
@@ -193,21 +193,43 @@ def _value(*parameters: Tensor) -> Tensor:
     return chunked(lambda *x: (_integrated(*x)[0].terms.sum(-1),), *parameters)[0]
 
 
-def _scores(side: _Side, df: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Derivatives of the log-density by df, loc and scale, up to what does not depend on x."""
+def _by_df(side: _Side, df: Tensor) -> Tensor:
+    """The derivative of the log-density by df, up to what does not depend on x."""
     square = side.tangent * side.tangent
     inner = square < 0.5
     bend = torch.where(inner, log1pmx(-torch.where(inner, square, 0.0)), square - side.log)
-    by_df = 0.5 * (bend + square / df)
-    return by_df, (df + 1) * side.tangent * side.secant / side.root, (df + 1) * square / scale
+    return 0.5 * (bend + square / df)
 
 
 def _gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """By the scores at the points; what else equals a derivative may cancel less.
+
+    The divergence does not change with both locations, nor with the scales and the distance in proportion; the mean of
+    a score under its own density is 0; and a constant may be added to a score.
+    """
     found, p, q = _integrated(*parameters)
-    df_p, _, scale_p, df_q, _, scale_q = (x.unsqueeze(-1) for x in parameters)
+    df_p, loc_p, scale_p, df_q, loc_q, scale_q = (x.unsqueeze(-1) for x in parameters)
     weight = found.p * (found.u - found.terms.sum(-1, keepdim=True))
-    by_p = tuple((weight * score).sum(-1) for score in _scores(p, df_p, scale_p))
-    return *by_p, *(-(found.gain * score).sum(-1) for score in _scores(q, df_q, scale_q))
+    sides = (p, df_p, scale_p), (q, df_q, scale_q)
+    by_loc_p, by_loc_q = ((df + 1) * x.tangent * x.secant / x.root for x, df, _ in sides)
+    # up to a constant, nothing at the centre, or nothing in the tails
+    rise_p, rise_q = ((df + 1) / scale * x.tangent * x.tangent for x, df, scale in sides)
+    fall_p, fall_q = (-(df + 1) / scale * x.secant * x.secant for x, df, scale in sides)
+    score_q = (df_q * q.tangent * q.tangent - q.secant * q.secant) / scale_q
+
+    loc = surest(summed(weight * by_loc_p), summed(found.gain * by_loc_q), summed(found.p * by_loc_q))
+    shift = (loc_p - loc_q).squeeze(-1)
+    by_loc = attached(torch.where(shift == 0, 0.0, loc.value), loc.value)  # 0 by symmetry
+
+    minus = surest(*(summed(x) for x in (found.gain * rise_q, found.gain * fall_q, found.p * score_q)))
+    plus = surest(summed(weight * rise_p), summed(weight * fall_p))
+    s_p, s_q = scale_p.squeeze(-1), scale_q.squeeze(-1)
+    of_q = Sum((s_q * minus.value - shift * by_loc) / s_p, (s_q * minus.size + shift.abs() * loc.size) / s_p)
+    of_p = Sum((s_p * plus.value + shift * by_loc) / s_q, (s_p * plus.size + shift.abs() * loc.size) / s_q)
+    by_scale_p, by_scale_q = surest(plus, of_q).value, -surest(minus, of_p).value
+
+    by_df_p, by_df_q = (weight * _by_df(p, df_p)).sum(-1), -(found.gain * _by_df(q, df_q)).sum(-1)
+    return by_df_p, by_loc, by_scale_p, by_df_q, -by_loc, by_scale_q
 
 
 _kl = scalar_rule(_value, lambda *parameters: chunked(_gradients, *parameters))

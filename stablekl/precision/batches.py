@@ -82,7 +82,7 @@ def plans(relations: tuple[str, ...] = RELATIONS, sizes: tuple[int, ...] = (1,))
 
 def narrowed(plan: Plan, dtype: torch.dtype, reach: float = 40.0) -> Plan:
     """The plan with scales of no more than 2^+-reach: for references whose time grows with the digits they need."""
-    part = min(1.0, reach / REACH[dtype])
+    part = min(1.0, 0.5 * reach / REACH[dtype])
     return replace(plan, centre=part * plan.centre, spread=part * plan.spread)
 
 

@@ -121,7 +121,7 @@ def _within(name: str, drawn: dict[str, Tensor], dtype: torch.dtype) -> dict[str
     return drawn
 
 
-def _single(name: str, partner: str, plan: Plan, dtype: torch.dtype, rng: np.random.Generator) -> dict[str, Tensor]:
+def single(name: str, partner: str, plan: Plan, dtype: torch.dtype, rng: np.random.Generator) -> dict[str, Tensor]:
     """Parameters of one family, such that it can lie inside the support of its partner."""
     family = FAMILIES[name]
     if name != "Uniform":
@@ -162,9 +162,9 @@ def expansion(p: str, q: str) -> Expand:
         if p in COSTS:
             plan = narrowed(plan, dtype)
         rng = plan.generator()
-        b = _single(q, p, plan, dtype, rng)
+        b = single(q, p, plan, dtype, rng)
         same = p == q and p != "Uniform"
-        a = related(FAMILIES[p].parameters, b, plan, dtype, rng) if same else _single(p, q, plan, dtype, rng)
+        a = related(FAMILIES[p].parameters, b, plan, dtype, rng) if same else single(p, q, plan, dtype, rng)
         a = _within(p, a, dtype)
         if p == q == "Uniform" and plan.relation == "equal":
             a = dict(b)
@@ -288,7 +288,7 @@ def log_density(name: str) -> Subject:
 
     def expand(plan: Plan, dtype: torch.dtype) -> Batch:
         rng = plan.generator()
-        theta = _single(name, "", plan, dtype, rng)
+        theta = single(name, "", plan, dtype, rng)
         torch.manual_seed(plan.seed)
         # torch has no sampler of half precision for some
         wide = {name: x.double() for name, x in theta.items()}

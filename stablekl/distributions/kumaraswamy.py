@@ -175,7 +175,7 @@ def _gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
     The divergence does not change with both powers of x in proportion.
     """
     found, p, q = _integrated(*parameters)
-    a_p, b_p, a_q, b_q = (x.unsqueeze(-1) for x in parameters)
+    _, b_p, _, b_q = (x.unsqueeze(-1) for x in parameters)
     weight = found.p * (found.u - found.terms.sum(-1, keepdim=True))
     by_p, by_q = (b * side.share - side.tau + side.rise for side, b in ((p, b_p), (q, b_q)))
     power = surest(summed(weight * by_p), summed(found.gain * by_q), summed(found.p * by_q)).value

@@ -48,6 +48,8 @@ class Multinomial(TorchMultinomial, Checked):
         tensor(1.5325)
     """
 
+    _categorical: Categorical
+
     def __init__(
         self,
         total_count: int = 1,

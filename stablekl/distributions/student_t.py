@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import StudentT as TorchStudentT
 
+from .._bregman import lgamma_slope
 from .._deviance import gamma_scale
 from ..registry import register_hardened
 from ..special import log1pmx
@@ -69,19 +70,33 @@ class StudentT(TorchStudentT, Checked):
         """Log of the density, without a difference of two lgammas of many degrees of freedom."""
         return evaluated(_log_density, checked(self, value), self.df, self.loc, self.scale)
 
+    def entropy(self) -> Tensor:
+        """The entropy, without differences of digammas and of lgammas of many degrees of freedom."""
+        return evaluated(_entropy, self.df, self.scale)
 
-def _log_density(x: Tensor, df: Tensor, m: Tensor, s: Tensor) -> Tensor:
-    half = 0.5 * df
+
+def _level(half: Tensor) -> Tensor:
+    """The difference log Gamma(h + 1/2) - log Gamma(h) - log(h)/2."""
     far = half >= _GAUSSIAN
     large, small = torch.where(far, half, _GAUSSIAN), torch.where(far, 1.0, half)
-    # log Gamma(df/2 + 1/2) - log Gamma(df/2) - log(df/2)/2
     series = large * log1pmx(0.5 / large) + (gamma_scale(large + 0.5)[1] - gamma_scale(large)[1])
     direct = torch.lgamma(small + 0.5) - torch.lgamma(small) - 0.5 * torch.log(small)
+    return torch.where(far, series, direct)
+
+
+def _entropy(df: Tensor, s: Tensor) -> Tensor:
+    half, step = 0.5 * df, torch.full_like(df, 0.5)
+    # digamma(h + 1/2) - digamma(h)
+    rise = torch.log1p(0.5 / half) + 0.5 * lgamma_slope(half + 0.5, half, step)
+    return (half + 0.5) * rise - _level(half) + torch.log(s * math.sqrt(2 * math.pi))
+
+
+def _log_density(x: Tensor, df: Tensor, m: Tensor, s: Tensor) -> Tensor:
     z = ((x - m) / s).abs()
     huge = z > 1e100
     near = torch.where(huge, 0.0, z)
     log = torch.where(huge, 2 * torch.log(torch.where(huge, z, 1.0)) - torch.log(df), torch.log1p(near / df * near))
-    return torch.where(far, series, direct) - torch.log(s * math.sqrt(2 * math.pi)) - 0.5 * (df + 1) * log
+    return _level(0.5 * df) - torch.log(s * math.sqrt(2 * math.pi)) - 0.5 * (df + 1) * log
 
 
 class _Side(NamedTuple):

@@ -12,14 +12,18 @@ from torch.distributions import Weibull as TorchWeibull
 
 from .. import _double
 from .._autograd import masked_product
+from .._bregman import log_quotient
 from .._double import Double
 from ..registry import register_hardened
 from ._base import Checked
-from ._density import checked, evaluated, log1mexp
+from ._density import checked, evaluated, exponential, log1mexp
 from ._scalar import attached, scalar_rule
 from .gumbel import extreme_value, slopes
 
 __all__ = ["Weibull"]
+
+# Logarithm of the hazard below which log(1 - e^-hazard) is that.
+_UNDERFLOW = -600.0
 
 
 class Weibull(TorchWeibull, Checked):
@@ -50,29 +54,41 @@ class Weibull(TorchWeibull, Checked):
 
     def sf(self, value: Tensor) -> Tensor:
         """P(X > value), which 1 - cdf loses in the upper tail."""
-        return evaluated(lambda *x: torch.exp(-_hazard(*x)[0]), checked(self, value), self.scale, self.concentration)
+        return evaluated(_upper_tail, checked(self, value), self.scale, self.concentration)
 
     def log_cdf(self, value: Tensor) -> Tensor:
         """Log of P(X <= value)."""
-        return evaluated(lambda *x: log1mexp(_hazard(*x)[0]), checked(self, value), self.scale, self.concentration)
+        return evaluated(_log_lower_tail, checked(self, value), self.scale, self.concentration)
 
     def log_sf(self, value: Tensor) -> Tensor:
         """Log of P(X > value), finite where that underflows."""
         return evaluated(lambda *x: -_hazard(*x)[0], checked(self, value), self.scale, self.concentration)
 
 
-def _hazard(x: Tensor, scale: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """(x/scale)^k and its logarithm, which is taken to twice the digits: pow is off by its exponent in ulps."""
+def _hazard(x: Tensor, scale: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x/scale)^k, what is lost of it, and its logarithm, to twice the digits: pow is off by its exponent in ulps."""
     smooth = k * (torch.log(x) - torch.log(scale))
     with torch.no_grad():
         z = _double.multiply(_double.log_quotient(x, scale), k)
-    log = attached(z.hi, smooth)
-    return torch.exp(log) * (1 + z.lo), log
+        fits = z.lo.isfinite()
+    log = torch.where(fits, attached(z.hi, torch.where(fits, smooth, 0.0)), smooth)
+    return *exponential(log, torch.where(fits, z.lo, 0.0)), log
+
+
+def _upper_tail(x: Tensor, scale: Tensor, k: Tensor) -> Tensor:
+    h, lost, _ = _hazard(x, scale, k)
+    return torch.exp(-h) * (1 - lost)
+
+
+def _log_lower_tail(x: Tensor, scale: Tensor, k: Tensor) -> Tensor:
+    h, lost, log = _hazard(x, scale, k)
+    far = log < _UNDERFLOW
+    return torch.where(far, log, log1mexp(torch.where(far, 1.0, h), lost))
 
 
 def _log_density(x: Tensor, scale: Tensor, k: Tensor) -> Tensor:
-    hazard, log = _hazard(x, scale, k)
-    return torch.log(k / x) + log - hazard
+    hazard, lost, log = _hazard(x, scale, k)
+    return log_quotient(k, x) + log - (hazard + lost)
 
 
 def _shift(s_p: Tensor, k_q: Tensor, s_q: Tensor) -> Double:

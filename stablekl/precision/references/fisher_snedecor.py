@@ -45,7 +45,7 @@ def _compared(p: tuple[Number, Number], q: tuple[Number, Number]) -> tuple[Itera
     shift = _centre(c, d) - _centre(a, b)
     reach = abs(shift) + mp.prec * (1 / min(a, b, c, d) + sum(widths))
     end = sum(mp.asinh(reach / w) for w in widths) + 1
-    return nodes(shift, *widths, end), _density(a, b, False), _density(c, d, True)
+    return nodes(shift, widths[0], widths[1], end), _density(a, b, False), _density(c, d, True)
 
 
 def kl_at(df1_p: Number, df2_p: Number, df1_q: Number, df2_q: Number) -> Number:

@@ -48,7 +48,7 @@ def _compared(p: tuple[Number, Number], q: tuple[Number, Number]) -> tuple[Itera
     # T from which on neither has mass: exp(-aT) would need as many digits as T has
     most = (4 * mp.prec + 4 * mp.log1p(b) + 4 * mp.log1p(d)) / min(a, c)
     last = mp.log(most * a / _size(b))
-    points = itertools.takewhile(lambda node: node.one < last, nodes(shift, *widths, end))
+    points = itertools.takewhile(lambda node: node.one < last, nodes(shift, widths[0], widths[1], end))
     return points, _density(a, b, False), _density(c, d, True)
 
 

@@ -95,7 +95,7 @@ def kl_gradient_at(
         # an end is that of a sum of two asinh, the same from both
         end = max(end for end, _ in ends)
         last = max(last for _, last in ends)
-        points = nodes(loc_q - loc_p, *widths, end, last)
+        points = nodes(loc_q - loc_p, widths[0], widths[1], end, last)
         return gradient_at(points, _density(df_p, scale_p, False), _density(df_q, scale_q, True))
 
 

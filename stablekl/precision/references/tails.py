@@ -106,4 +106,5 @@ def entropy_at(family: Family, *theta: Number) -> Number:
     """-E[log p] at the current precision."""
     with mp.workprec(mp.prec + room(theta, power=1)):
         terms = family.terms(*theta).items()
-        return -mp.fsum(c * (1 if t == ONE else family.expectation(t, *theta)) for t, c in terms if c)
+        means = ((c, mp.mpf(1) if t == ONE else family.expectation(t, *theta)) for t, c in terms if c)
+        return -mp.fsum(c * mean for c, mean in means if mean)  # 0 log 0 = 0

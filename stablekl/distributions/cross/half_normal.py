@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._double import Double, add, divide, exact_product, multiply
+from ..._double import Double, add, divide, exact_product, multiply, select
 from ...special import bd0, log_ratio_bregman
 from ..exponential import Exponential
 from ..gamma import Gamma
@@ -36,6 +36,7 @@ __all__ = ["kl_exponential_half_normal", "kl_gamma_half_normal", "kl_half_normal
 # both means equal; those for c = 1.
 _MEAN: Any = Double(0.7978845608028654, -4.98465440455546e-17)  # type: ignore[arg-type]
 _NEAREST, _AT_NEAREST = 1.363952374040108982, 0.02128945464553587370
+_LARGE = 1e280  # 1 and the logarithm do not show, and numbers of two parts may overflow to NaN
 _TO_EXPONENTIAL, _FROM_EXPONENTIAL = 0.04841729471054513527, 0.07236494292470008709
 
 
@@ -65,7 +66,10 @@ def _square(c: Tensor, r: Tensor, s: Tensor) -> Double:
 
 def _gamma_half_normal(c: Tensor, r: Tensor, s: Tensor) -> Tensor:
     shape = gamma_shape(c) + 0.5 * torch.log((1 + c) / 4)
-    return 0.5 * excess(_square(c, r, s), torch.ones_like(c)) + shape
+    z, one = r * s, torch.ones_like(c)
+    plain = (c / z) * ((c + 1) / z)
+    large = ~(plain < _LARGE)
+    return 0.5 * torch.where(large, plain, excess(select(large, one, _square(c, r, s)), one)) + shape
 
 
 def _gamma_half_normal_smooth(c: Tensor, r: Tensor, s: Tensor) -> Tensor:

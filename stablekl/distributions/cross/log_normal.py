@@ -62,7 +62,8 @@ __all__ = [
 
 _EULER = 0.57721566490153286
 _EDGE = 0.3
-_LARGE = 1e280
+_LARGE, _SMALL = 1e280, 1e-280
+_LOG_SMALL = -640.0
 # R(1) = 1 - log(2 pi)/2, and log(2 pi)/2 - 1/2
 _REMAINDER, _CONSTANT = 0.081061466795327258220, 0.41893853320467274178
 # the variance of a Gumbel of scale 1, pi^2/6, and the bracket at c = 1, log(pi^3/3)/2 - 1/2 - euler
@@ -75,11 +76,14 @@ _FROM_GUMBEL = 0.090573019538512554911
 
 def _log_normal_gamma(mu: Tensor, s: Tensor, c: Tensor, r: Tensor) -> Tensor:
     square = exact_product(s, s)
-    half = exp(multiply(subtract(multiply(square, 0.5), -mu), 0.5))
+    exponent = subtract(multiply(square, 0.5), -mu)
+    half = exp(multiply(exponent, 0.5))
     size = (half.hi * r) * half.hi
-    large = ~(size < _LARGE)
-    half = select(large, torch.ones_like(mu), half)
+    large, small = ~(size < _LARGE), size < _SMALL
+    half = select(large | small, torch.ones_like(mu), half)
     mean = deviance(c, multiply(multiply(half, r), half))
+    # a mean that is no float still has a logarithm
+    mean = torch.where(small, (size - c) + c * (torch.log(c) - (torch.log(r) + exponent.hi)), mean)
     shape = 0.5 * excess(multiply(square, c), torch.ones_like(c)) + remainders(c)[0]
     return torch.where(large, size, mean) + shape
 
@@ -88,7 +92,12 @@ def _log_normal_gamma_smooth(mu: Tensor, s: Tensor, c: Tensor, r: Tensor) -> Ten
     # R(c) as a divergence from 1, its slope there apart
     one, square = torch.ones_like(c), s * s
     shape = lgamma_bregman(c, one, c - 1) + (0.5 - _EULER) * (c - 1) - 0.5 * (c - 1 - torch.log(c))
-    return bd0(c, r * torch.exp(mu + 0.5 * square)) + 0.5 * log_ratio_bregman(c * square, one) + shape
+    exponent = mu + 0.5 * square
+    log_mean = torch.log(r) + exponent
+    small = log_mean < _LOG_SMALL
+    near = bd0(torch.where(small, 1.0, c), torch.where(small, 1.0, r * torch.exp(exponent)))
+    mean = torch.where(small, c * (torch.log(c) - log_mean) - c, near)
+    return mean + 0.5 * log_ratio_bregman(c * square, one) + shape
 
 
 def _log_normal_exponential(mu: Tensor, s: Tensor, r: Tensor) -> Tensor:

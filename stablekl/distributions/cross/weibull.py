@@ -178,7 +178,16 @@ def _weibull_gamma_smooth(s: Tensor, k: Tensor, c: Tensor, r: Tensor) -> Tensor:
 kl_weibull_gamma = register_pair(Weibull, Gamma, _weibull_gamma, _weibull_gamma_smooth, (1.0, 1.0, 1.0, 1.0))
 
 
+# From here on Stirling's series is its first term, and lgammas are so large that of twice the digits none is left.
+_STIRLING = 1e17
+
 # ---- Gamma against Weibull ----------------------------------------------------------------------------------------
+
+
+def _bend(a: Tensor, k: Tensor) -> Double:
+    """The difference log Gamma(a + k) - log Gamma(a) - k log a for a > _STIRLING."""
+    total = add(_double.exact_sum(a, k), -0.5)
+    return subtract(multiply(total, _double.log1p(divide(k, a))), k)
 
 
 def _log_moment(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Double:
@@ -188,6 +197,7 @@ def _log_moment(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Double:
     inside = _series(torch.where(near, x + y, 0.0), _TWO) - _series(torch.where(near, x, 0.0), _ONE)
     inner = add(add(multiply(y, _LESS_EULER), x), inside)
     outer = subtract(_double.lgamma(_double.exact_sum(a, k)), _double.lgamma(a))
+    outer = select(a > _STIRLING, add(_bend(a, k), multiply(log(a), k)), outer)
     return subtract(select(near, inner, outer), multiply(_shift(b, s), k))
 
 
@@ -202,6 +212,8 @@ def _gamma_weibull_value(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:
     apart = _double.exact_sum(a, -k)
     logs = subtract(_double.lgamma(_double.exact_sum(a, k)), multiply(_double.lgamma(a), 2.0))
     outer = _total(logs, multiply(apart, _double.digamma(a)), subtract(1.0, a), negative(log(k)))
+    level = subtract(multiply(log(a), 0.5), HALF_LOG_TAU)
+    outer = torch.where(a > _STIRLING, _total(_bend(a, k), level, add(0.5 * (k / a), 0.5), negative(log(k))), outer)
     return moment + torch.where(near, inner, outer)
 
 

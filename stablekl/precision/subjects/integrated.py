@@ -14,7 +14,7 @@ from ..batches import Batch, Plan, narrowed, plans, related, scalars
 from ..references import fisher_snedecor, kumaraswamy, lkj_cholesky
 from ..references.context import Number
 from ..subject import Rule, Subject, differentiated, divergence_of, gradient_from, gradient_of
-from .scalar import bars
+from .scalar import CANCELS, bars
 
 __all__ = ["subjects"]
 
@@ -69,6 +69,7 @@ def _pair(
         rules={n: differentiated(r) for n, r in rules.items()},
         reference=gradient_reference,
         draw=plans(("near", "ratio", "apart")),
+        limit={torch.float64: CANCELS},
         divergence=False,
         cost=2 * cost,
         bars=bars(2 * bar),

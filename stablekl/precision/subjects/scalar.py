@@ -46,17 +46,17 @@ EXCLUDED = {"ContinuousBernoulli": (True, True), "Geometric": (True, False), "Ne
 # Milliseconds of references that are integrals, and gradients that have one of their own.
 COSTS = {"StudentT": 300.0}
 GRADIENTS = {"StudentT": student_t_gradient}
-_CANCELS = "a derivative changes sign, or is small beside the other parameter's, where terms of it cancel"
+CANCELS = "a derivative changes sign, or is small beside the other parameter's, where terms of it cancel"
 # Of gradients.
 LIMITS: dict[str, dict[torch.dtype, str]] = {
     "Normal": {
         torch.float64: "twice the digits are not enough for q's scale where all but 2^-56 of its two terms cancels"
     },
     **{
-        name: {torch.float64: _CANCELS}
-        for name in ("Gamma", "InverseGamma", "Laplace", "LogNormal", "Pareto", "VonMises")
+        name: {torch.float64: CANCELS}
+        for name in ("Gamma", "InverseGamma", "Laplace", "LogNormal", "Pareto", "StudentT", "VonMises")
     },
-    **{name: {torch.float32: _CANCELS, torch.float64: _CANCELS} for name in ("Beta", "Cauchy", "Gumbel", "Weibull")},
+    **{name: {torch.float32: CANCELS, torch.float64: CANCELS} for name in ("Beta", "Cauchy", "Gumbel", "Weibull")},
 }
 # The largest error of a family's rule that the project aims at; of one between two families.
 _SHAPES = ("Beta", "Chi2", "Gamma", "InverseGamma", "NegativeBinomial", "StudentT", "VonMises", "Weibull")

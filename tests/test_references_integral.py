@@ -120,7 +120,7 @@ def test_tails_are_integrals_of_the_density(name):
     x, *theta = numbers(*AT[name])
     family = FAMILIES[name]
     low = theta[0] - 6 * theta[1] if name == "Gumbel" else family.support(*theta).low  # e^-e^400 takes forever
-    edges = [low, *(m for m in numbers(-2, 0.1, 0.5, 1) if low < m < x), x]
+    edges = [low, *(m for m in numbers(-2, 0.1, 0.25, 0.5, 1) if low < m < x), x]
     below = mp.quad(lambda t: mp.exp(family.log_density(t, *theta)), edges)
     found = [function_at(name, f, x, *theta) for f in FUNCTIONS]
     for value, truth in zip(found, (below, 1 - below, mp.log(below), mp.log1p(-below)), strict=True):
@@ -154,7 +154,7 @@ def worst(name, implementation, dtype=F64, rows=12):
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_tails_and_entropies(name):
-    assert worst(name, "stablekl") <= 16
+    assert worst(name, "stablekl") <= 32
     assert worst(name, "stablekl", torch.float32) <= 0.51
 
 

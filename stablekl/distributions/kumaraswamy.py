@@ -11,7 +11,8 @@ power tails at x = 1 are exponential and those at x = 0 exponential twice. torch
 distribution from itself. For small b nearly all mass is where tau is below any float, and the divergence is of the
 order of b: there x is :math:`\tau/2 - \tau^2/24 + \ldots`, and so is its difference.
 
-Accuracy, float64: 5 ulp at most in 57 parameter sets between 1e-6 and 1e6, most of them next to each other.
+Accuracy, float64: 11 ulp at most in searches of 16,000 parameter sets between 1e-12 and 1e12, of which mpmath judged
+160; gradients 51. float32: correctly rounded.
 """
 
 from __future__ import annotations

@@ -12,6 +12,13 @@ part is split off, and with :math:`L(y) = y - \log(1 + y)`
 
 .. math:: v = \tfrac12 (t_q^2 - t_p^2) + \tfrac12 (y_q - y_p)
     - \tfrac12 [(\nu_q + 1)(y_p z + L(z)) - (\nu_p - \nu_q) L(y_p)].
+
+A derivative has several equal forms; the one is taken whose terms cancel least (`surest`): the covariance with a score
+alone has no digit left where p is narrow and q wide.
+
+Accuracy, float64: 7 ulp at most, at the worst input of searches of 12,000 parameter sets between 1e-12 and 1e12, of
+which mpmath judged 100. Gradients have no bound where they change sign, and by tiny degrees of freedom that are nearly
+equal (1e11 ulp at 1e-12). float32: both are correctly rounded.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ part is split off, and with :math:`L(y) = y - \log(1 + y)`
 A derivative has several equal forms; the one is taken whose terms cancel least (`surest`): the covariance with a score
 alone has no digit left where p is narrow and q wide.
 
-Accuracy, float64: 6 ulp at the worst input (97, before it was mended) of searches of 12,000 parameter sets between 1e-12 and 1e12, of
-which mpmath judged 100. Gradients have no bound where they change sign, and by tiny degrees of freedom that are nearly
-equal (1e11 ulp at 1e-12). float32: both are correctly rounded.
+Accuracy, float64: 6 ulp at the worst input (97, before it was mended) of searches of 12,000 parameter sets between
+1e-12 and 1e12, of which mpmath judged 100. Gradients have no bound where they change sign, and by tiny degrees of
+freedom that are nearly equal (1e11 ulp at 1e-12). float32: both are correctly rounded.
 """
 
 from __future__ import annotations

@@ -96,8 +96,10 @@ def _log_normal_gamma_smooth(mu: Tensor, s: Tensor, c: Tensor, r: Tensor) -> Ten
     log_mean = torch.log(r) + exponent
     small = log_mean < _LOG_SMALL
     near = bd0(torch.where(small, 1.0, c), torch.where(small, 1.0, r * torch.exp(exponent)))
-    mean = torch.where(small, c * (torch.log(c) - log_mean) - c, near)
-    return mean + 0.5 * log_ratio_bregman(c * square, one) + shape
+    # there c s^2/2 of both terms is left out, since it cancels
+    mean = torch.where(small, c * (torch.log(c) - torch.log(r) - mu) - c, near)
+    gap = torch.where(small, -torch.log(c * square), log_ratio_bregman(torch.where(small, one, c * square), one))
+    return mean + 0.5 * gap + shape
 
 
 def _log_normal_exponential(mu: Tensor, s: Tensor, r: Tensor) -> Tensor:

@@ -51,9 +51,6 @@ ELSEWHERE = {
     ("TransformedDistribution", "TransformedDistribution"): "that of the bases",
     ("ExponentialFamily", "ExponentialFamily"): "tests/test_exponential_family.py",
     ("LogisticNormal", "LogisticNormal"): "that of Independent",
-    ("LKJCholesky", "LKJCholesky"): "tests/test_pairs_torch_lacks.py",
-    ("Kumaraswamy", "Kumaraswamy"): "tests/test_pairs_torch_lacks.py",
-    ("FisherSnedecor", "FisherSnedecor"): "tests/test_more_pairs.py",
     **dict.fromkeys(
         (("Categorical", "OneHotCategorical"), ("OneHotCategorical", "Categorical")), "that of Categorical"
     ),

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _double
+from .._double import Double
 from .._elementwise import product_error, sum_error
+from .._normal_tail import normal_cdf, normal_log_cdf
 from .._scaled import split
 from ._base import common_dtype, given, widened
 
@@ -19,9 +22,13 @@ __all__ = [
     "cauchy_log_density",
     "checked",
     "evaluated",
+    "exponential",
     "log1mexp",
     "normal_log_density",
+    "normal_log_tail",
+    "normal_tail",
     "outcomes",
+    "product",
     "standardised",
 ]
 
@@ -42,11 +49,35 @@ def evaluated(f: Callable[..., Tensor], *inputs: Tensor | float) -> Tensor:
     return f(*torch.broadcast_tensors(*wide)).to(dtype)
 
 
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^-x) for x >= 0, to its relative accuracy."""
+def log1mexp(x: Tensor, lost: Tensor | float = 0.0) -> Tensor:
+    """log(1 - e^-x) for x >= 0, to its relative accuracy; what rounding took from x matters where that is large."""
     near = x < 0.7
     low, high = torch.where(near, x, 0.5), torch.where(near, 1.0, x)
-    return torch.where(near, torch.log(-torch.expm1(-low)), torch.log1p(-torch.exp(-high)))
+    return torch.where(near, torch.log(-torch.expm1(-low)), torch.log1p(-torch.exp(-high) * (1 - lost)))
+
+
+def product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A product, and what rounding took from it, without derivatives."""
+    p = a * b
+    with torch.no_grad():
+        lost = product_error(a, b, p)
+        lost = torch.where(lost.isfinite(), lost, 0.0)
+    return p, lost
+
+
+def exponential(z: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+    """e^(z + lost), and what rounding took from it, without derivatives: e to the minus that would magnify it."""
+    smooth = torch.exp(z.clamp(max=710.0))  # infinite, and flat, from there on
+    with torch.no_grad():
+        fits = z.abs() < 708
+        found = _double.exp(Double(torch.where(fits, z, 0.0), torch.where(fits, lost, 0.0)))
+    close = torch.where(fits, smooth, 0.0)
+    return torch.where(fits, found.hi + (close - close.detach()), smooth), torch.where(fits, found.lo, 0.0)
+
+
+def normal_tail(z: Tensor, lost: Tensor) -> Tensor:
+    """The standard normal distribution function at z + lost; in the tail an ulp of z is z^2 of the result."""
+    return normal_cdf(z) + (lost * torch.exp(-0.5 * z * z) / _SQRT_TAU).detach()
 
 
 def standardised(x: Tensor, m: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,6 +113,13 @@ def normal_log_density(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
         rest = sum_error(level, -square, leading) - product_error(half, z, square)
         rest = torch.where(rest.isfinite(), rest, 0.0)
     return leading + (rest - z * lost - k * LOG_2_LOW - torch.log(mantissa * _SQRT_TAU))
+
+
+def normal_log_tail(z: Tensor, lost: Tensor) -> Tensor:
+    """The logarithm of `normal_tail`: of an upper tail, minus the lower one."""
+    high = z > 0
+    change = lost * torch.exp(-0.5 * z * z) / _SQRT_TAU / normal_cdf(torch.where(high, z, 0.0))
+    return normal_log_cdf(z) + torch.where(high, change, 0.0).detach()
 
 
 def cauchy_log_density(x: Tensor, m: Tensor, s: Tensor) -> Tensor:

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from .. import _double
 from .._autograd import rowwise
-from .._bregman import remainder_of_log
+from .._bregman import log_quotient, remainder_of_log
 from .._double import Double
 from .._elementwise import product_error, sum_error
 from ..special import expm1_value, expm1mx_value
 from ._scalar import attached
 
-__all__ = ["Outcomes", "log_weights_kl", "of_log_weights", "of_weights", "weights_kl"]
+__all__ = ["Outcomes", "log_probabilities", "log_weights_kl", "of_log_weights", "of_weights", "weights_kl"]
 
 # The largest |t| for which a term is p E(-t).
 _NEAR = 1.0
@@ -139,6 +139,22 @@ def _scaled(a: Double) -> _Scaled:
     others = torch.where(torch.arange(hi.shape[-1], device=hi.device) == index, 0.0, weight).sum(-1, keepdim=True)
     largest = weight.gather(-1, index)  # 1, but for the second part of its logarithm
     return _Scaled(log, weight, others + largest, torch.log1p(others + (largest - 1)))
+
+
+def log_probabilities(name: str, x: Tensor) -> Tensor:
+    """Logarithms of probabilities, from "probs", weights of any sum, or "logits"; -inf for an impossible outcome.
+
+    A log-softmax, of rounded probabilities or logits, gives 0 for an outcome that is all but certain: its log is that
+    of 1 minus the others, which are summed by themselves.
+    """
+    if name == "logits":
+        s = _scaled(Double(x, torch.zeros_like(x)))
+        return torch.where(x > -torch.inf, s.log.hi - s.log_sum, -torch.inf)
+    top, index = x.max(-1, keepdim=True)
+    largest = torch.arange(x.shape[-1], device=x.device) == index
+    others = torch.where(largest, 0.0, x).sum(-1, keepdim=True)
+    some = x > 0
+    return torch.where(some, log_quotient(torch.where(some, x, 1.0), top) - torch.log1p(others / top), -torch.inf)
 
 
 def of_log_weights(a: Double, b: Double) -> Outcomes:

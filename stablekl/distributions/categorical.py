@@ -19,7 +19,7 @@ from ..parameterizations import holds_data, raise_outside
 from ..registry import register_hardened
 from ._base import Checked, Given, common_dtype, given, widened
 from ._density import checked
-from ._outcomes import log_of, log_weights_kl, weights_kl
+from ._outcomes import log_of, log_probabilities, log_weights_kl, weights_kl
 
 __all__ = ["Categorical", "categories_kl"]
 
@@ -72,14 +72,10 @@ class Categorical(Given, TorchCategorical, Checked):
     def entropy(self) -> Tensor:
         """The entropy; a category that does not occur adds nothing."""
         logs = self._log_probabilities()
-        return -masked_product(torch.exp(logs), logs).sum(-1).to(self.given_value.dtype)
+        return masked_product(torch.exp(logs), -logs).sum(-1).to(self.given_value.dtype)
 
     def _log_probabilities(self) -> Tensor:
-        w = widened(self.given_value)
-        if self.given_as == "logits":
-            return torch.log_softmax(w, -1)
-        some = w > 0
-        return torch.where(some, torch.log(torch.where(some, w, 1.0) / w.sum(-1, keepdim=True)), -torch.inf)
+        return log_probabilities(self.given_as, widened(self.given_value))
 
 
 def _check_weights(owner: str, probs: Tensor | None, logits: Tensor | None) -> None:

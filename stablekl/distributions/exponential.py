@@ -16,7 +16,7 @@ from torch.distributions import Exponential as TorchExponential
 from ..registry import register_hardened
 from ..special import log_ratio_bregman
 from ._base import Checked
-from ._density import checked, evaluated, log1mexp
+from ._density import checked, evaluated, log1mexp, product
 from ._scalar import scalar_rule
 
 __all__ = ["Exponential"]
@@ -49,15 +49,19 @@ class Exponential(TorchExponential, Checked):
 
     def sf(self, value: Tensor) -> Tensor:
         """P(X > value)."""
-        return evaluated(lambda x, rate: torch.exp(-rate * x), checked(self, value), self.rate)
+        return evaluated(lambda *x: _tail(*product(*x)), checked(self, value), self.rate)
 
     def log_cdf(self, value: Tensor) -> Tensor:
         """Log of P(X <= value)."""
-        return evaluated(lambda x, rate: log1mexp(rate * x), checked(self, value), self.rate)
+        return evaluated(lambda *x: log1mexp(*product(*x)), checked(self, value), self.rate)
 
     def log_sf(self, value: Tensor) -> Tensor:
         """Log of P(X > value)."""
         return evaluated(lambda x, rate: -rate * x, checked(self, value), self.rate)
+
+
+def _tail(h: Tensor, lost: Tensor) -> Tensor:
+    return torch.exp(-h) * (1 - lost)
 
 
 _kl = scalar_rule(lambda rate_p, rate_q: log_ratio_bregman(rate_q, rate_p))

@@ -13,7 +13,9 @@ all have their mode at 0, where Q is of second order. With :math:`G = (e^h - 1)/
 whose L, of second order too, are not differences of terms of first order, as n_q Q_q - n_p Q_p would be. The sum is
 that of `_integrated`. torch has no rule for the pair, and :math:`E_p \log(1 + d_1 x/d_2)` no closed form.
 
-Accuracy, float64: 8 ulp at most in 120 parameter sets between 1e-3 and 1e3, most of them next to each other.
+Accuracy, float64: 15 ulp at the worst input of searches of 12,000 parameter sets between 1e-12 and 1e12, of which
+mpmath judged 120; the first of them found 31, and the points were mended. Gradients 18, but for one that cancels: 8e6.
+float32: correctly rounded.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ import torch
 from torch import Tensor
 from torch.distributions import FisherSnedecor as TorchFisherSnedecor
 
-from .._bregman import product_difference
+from .._bregman import log_quotient, product_difference
+from .._deviance import deviance, gamma_scale
 from ..registry import register_hardened
 from ..special import expm1mx, log1pmx
 from ._base import Checked
+from ._density import checked, evaluated
 from ._integrated import Comparison, chunked, compared, placed, points
 from ._scalar import attached, scalar_rule
 
@@ -56,6 +60,24 @@ class FisherSnedecor(TorchFisherSnedecor, Checked):
         >>> print(f"{torch.distributions.kl_divergence(p, q):.3e}")
         1.413e-02
     """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log of the density, by a deviance in place of differences of lgammas (see `_deviance`)."""
+        return evaluated(_log_density, checked(self, value), self.df1, self.df2)
+
+
+def _log_density(x: Tensor, df1: Tensor, df2: Tensor) -> Tensor:
+    """That of Beta at u = ax/(ax + b), whose b u - a (1 - u) is a (1 - u) (x - 1)."""
+    a, b = 0.5 * df1, 0.5 * df2
+    n, m = a + b, a * x + b
+    u, w = a * x / m, b / m
+    (of_a, rest_a), (of_b, rest_b), (of_n, rest_n) = gamma_scale(a), gamma_scale(b), gamma_scale(n)
+    size = torch.minimum(of_a, of_b) * (torch.maximum(of_a, of_b) / of_n)
+    t = a * w * (x - 1)
+    log_m, log_n = torch.log(m), torch.log(n)
+    gap = deviance(a, t, n * u, log_n + torch.log(a) + torch.log(x) - log_m)
+    gap = gap + deviance(b, -t, n * w, log_n + torch.log(b) - log_m)
+    return log_quotient(size, x) - (rest_a + rest_b - rest_n) - gap
 
 
 class _Side(NamedTuple):

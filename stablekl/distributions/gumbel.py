@@ -34,7 +34,7 @@ from .._wide import quotient as wide_quotient
 from ..registry import register_hardened
 from ..special import expm1_value, expm1mx_value, log_ratio_bregman_value
 from ._base import Checked
-from ._density import checked, evaluated, log1mexp, standardised
+from ._density import checked, evaluated, exponential, log1mexp, standardised
 from ._scalar import attached, scalar_rule
 
 __all__ = ["Gumbel", "Slopes", "extreme_value", "slopes"]
@@ -46,6 +46,8 @@ _LARGE = 1.0
 _BEYOND = 1e5
 # Ratios of the scales beyond which lgamma, or digamma, is the leading term of its expansion to all digits.
 _TINY, _HUGE = 2.0**-64, 2.0**100
+# z from which on log(1 - e^-h), h = e^-z, is -z; that h is still a normal number.
+_UNDERFLOW = 600.0
 
 
 class Gumbel(TorchGumbel, Checked):
@@ -66,29 +68,39 @@ class Gumbel(TorchGumbel, Checked):
 
     def cdf(self, value: Tensor) -> Tensor:
         """P(X <= value)."""
-        return evaluated(lambda *x: torch.exp(-_hazard(*x)), checked(self, value), self.loc, self.scale)
+        return evaluated(lambda *x: _tail(*_hazard(*x)), checked(self, value), self.loc, self.scale)
 
     def sf(self, value: Tensor) -> Tensor:
         """P(X > value), which 1 - cdf loses in the upper tail."""
-        return evaluated(lambda *x: -torch.expm1(-_hazard(*x)), checked(self, value), self.loc, self.scale)
+        return evaluated(lambda *x: -torch.expm1(-_hazard(*x)[0]), checked(self, value), self.loc, self.scale)
 
     def log_cdf(self, value: Tensor) -> Tensor:
         """Log of P(X <= value), finite where that underflows."""
-        return evaluated(lambda *x: -_hazard(*x), checked(self, value), self.loc, self.scale)
+        return evaluated(lambda *x: -_hazard(*x)[0], checked(self, value), self.loc, self.scale)
 
     def log_sf(self, value: Tensor) -> Tensor:
-        """Log of P(X > value), while that itself does not underflow."""
-        return evaluated(lambda *x: log1mexp(_hazard(*x)), checked(self, value), self.loc, self.scale)
+        """Log of P(X > value), finite where that underflows."""
+        return evaluated(_log_upper_tail, checked(self, value), self.loc, self.scale)
 
 
-def _hazard(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
-    """e^-z, z = (x - m)/b, which would be off by the rounding of z times z."""
-    z, lost = standardised(x, m, b)
-    return torch.exp(-z) * (1 - lost)
+def _hazard(x: Tensor, m: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """e^-z, z = (x - m)/b, and what is lost of it: as an exponent it is off by the rounding of z times z times e^-z."""
+    return exponential(*standardised(-x, -m, b))
+
+
+def _tail(h: Tensor, lost: Tensor) -> Tensor:
+    return torch.exp(-h) * (1 - lost)
+
+
+def _log_upper_tail(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
+    z = (x - m) / b
+    far = z > _UNDERFLOW
+    h, lost = _hazard(torch.where(far, m, x), m, b)
+    return torch.where(far, -z, log1mexp(h, lost))
 
 
 def _log_density(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
-    return -(x - m) / b - _hazard(x, m, b) - torch.log(b)
+    return -(x - m) / b - _hazard(x, m, b)[0] - torch.log(b)
 
 
 def _next_lgamma(r: Tensor, d: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import InverseGamma as TorchInverseGamma
 
 from .._bregman import log_quotient
-from .._deviance import gamma_scale, quotient_deviance
+from .._deviance import digamma, gamma_entropy, gamma_scale, quotient_deviance
 from ..registry import register_hardened
 from ._base import Checked
 from ._density import checked, evaluated
@@ -31,6 +31,14 @@ class InverseGamma(TorchInverseGamma, Checked):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log of the density, by a deviance (see `_deviance`)."""
         return evaluated(_log_density, checked(self, value), self.concentration, self.rate)
+
+    def entropy(self) -> Tensor:
+        """The entropy, by that of a Gamma (see `Gamma.entropy`), whose terms do not cancel."""
+        return evaluated(_entropy, self.concentration, self.rate)
+
+
+def _entropy(a: Tensor, b: Tensor) -> Tensor:
+    return gamma_entropy(a) - 2 * digamma(a) + torch.log(b)
 
 
 def _log_density(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

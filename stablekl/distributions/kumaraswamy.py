@@ -11,7 +11,8 @@ power tails at x = 1 are exponential and those at x = 0 exponential twice. torch
 distribution from itself. For small b nearly all mass is where tau is below any float, and the divergence is of the
 order of b: there x is :math:`\tau/2 - \tau^2/24 + \ldots`, and so is its difference.
 
-Accuracy, float64: 5 ulp at most in 57 parameter sets between 1e-6 and 1e6, most of them next to each other.
+Accuracy, float64: 11 ulp at most in searches of 16,000 parameter sets between 1e-12 and 1e12, of which mpmath judged
+160, and at their worst inputs (40, before it was mended); gradients 51. float32: correctly rounded.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Kumaraswamy as TorchKumaraswamy
 
+from .._bregman import log_quotient
 from ..registry import register_hardened
 from ..special import expm1_value, expm1mx_value
 from ._base import Checked
 from ._density import checked, evaluated, log1mexp
-from ._integrated import Comparison, chunked, compared, placed, points
+from ._integrated import Comparison, chunked, compared, placed, points, summed, surest
 from ._scalar import scalar_rule
 
 __all__ = ["Kumaraswamy"]
@@ -136,18 +138,18 @@ def _integrated(*parameters: Tensor) -> tuple[Comparison, _Side, _Side]:
     a_p, b_p, a_q, b_q = (x.unsqueeze(-1) for x in parameters)
     still = a_p.detach()
     (centre, width), (centre_q, width_q) = _centre(b_p.detach()), _centre(b_q.detach())
-    apart = torch.log(a_q.detach()) - torch.log(still)
+    apart = log_quotient(a_q.detach(), still)  # logarithms of either would cost their size in ulps
     shift = centre - (centre_q - apart)
     reach = _NOTHING / torch.minimum(b_p, b_q) + 6
     at = points(shift, width, width_q, None, torch.log(reach))
     base, log_step = placed(at, centre, width, centre_q - apart, width_q)
     p = _side(base + (torch.log(a_p) - torch.log(still)))
-    q = _side(base + (torch.log(a_q) - torch.log(still)))
+    q = _side(base + log_quotient(a_q, still))
 
     change = (a_q - a_p) / a_p
     close = change.abs() < 0.5
     near = torch.where(close, change, 0.0)
-    ratio = torch.where(close, torch.log1p(near), torch.log(a_q) - torch.log(a_p))
+    ratio = torch.where(close, torch.log1p(near), log_quotient(a_q, a_p))
     tau = p.tau.clamp(max=_MOST)
     shift = torch.log1p(-expm1_value(-near * tau) / torch.where(p.log > _LEAST, torch.expm1(tau), tau))
     low = torch.maximum(p.tau, q.tau) < _LOW
@@ -169,13 +171,17 @@ def _value(*parameters: Tensor) -> Tensor:
 
 
 def _gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """By the scores at the points, whose means under their own density are 0.
+
+    The divergence does not change with both powers of x in proportion.
+    """
     found, p, q = _integrated(*parameters)
-    a_p, b_p, a_q, b_q = (x.unsqueeze(-1) for x in parameters)
+    _, b_p, _, b_q = (x.unsqueeze(-1) for x in parameters)
     weight = found.p * (found.u - found.terms.sum(-1, keepdim=True))
-    by_a, by_b = (b_p * p.share - p.tau + p.rise) / a_p, p.fall
-    by_a_q, by_b_q = (b_q * q.share - q.tau + q.rise) / a_q, q.fall
-    of_p = ((weight * score).sum(-1) for score in (by_a, by_b))
-    return *of_p, *(-(found.gain * score).sum(-1) for score in (by_a_q, by_b_q))
+    by_p, by_q = (b * side.share - side.tau + side.rise for side, b in ((p, b_p), (q, b_q)))
+    power = surest(summed(weight * by_p), summed(found.gain * by_q), summed(found.p * by_q)).value
+    by_b_q = surest(summed(found.gain * q.fall), summed(found.p * (q.fall + 1 / b_q))).value
+    return power / parameters[0], (weight * p.fall).sum(-1), -power / parameters[2], -by_b_q
 
 
 _kl = scalar_rule(_value, lambda *parameters: chunked(_gradients, *parameters))

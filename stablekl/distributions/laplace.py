@@ -57,19 +57,21 @@ class Laplace(TorchLaplace, Checked):
 
     def cdf(self, value: Tensor) -> Tensor:
         """P(X <= value), to its relative accuracy in the lower tail, where torch's 1/2 - 1/2 expm1 cancels."""
-        return evaluated(lambda x, m, b: _tail((x - m) / b), checked(self, value), self.loc, self.scale)
+        return evaluated(lambda *x: _tail(*standardised(*x)), checked(self, value), self.loc, self.scale)
 
     def sf(self, value: Tensor) -> Tensor:
         """P(X > value), which 1 - cdf loses in the upper tail."""
-        return evaluated(lambda x, m, b: _tail((m - x) / b), checked(self, value), self.loc, self.scale)
+        return evaluated(lambda x, m, b: _tail(*standardised(-x, -m, b)), checked(self, value), self.loc, self.scale)
 
     def log_cdf(self, value: Tensor) -> Tensor:
         """Log of P(X <= value), finite where that underflows."""
-        return evaluated(lambda x, m, b: _log_tail((x - m) / b), checked(self, value), self.loc, self.scale)
+        return evaluated(lambda *x: _log_tail(*standardised(*x)), checked(self, value), self.loc, self.scale)
 
     def log_sf(self, value: Tensor) -> Tensor:
         """Log of P(X > value), finite where that underflows."""
-        return evaluated(lambda x, m, b: _log_tail((m - x) / b), checked(self, value), self.loc, self.scale)
+        return evaluated(
+            lambda x, m, b: _log_tail(*standardised(-x, -m, b)), checked(self, value), self.loc, self.scale
+        )
 
     def icdf(self, value: Tensor) -> Tensor:
         """The quantile, to its accuracy for small probabilities, which torch subtracts from 1/2."""
@@ -87,14 +89,19 @@ def _log_density(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
     return leading + (rest - k * LOG_2_LOW - torch.log(2 * mantissa))
 
 
-def _tail(z: Tensor) -> Tensor:
-    half = 0.5 * torch.exp(-z.abs())
+def _half(z: Tensor, lost: Tensor) -> Tensor:
+    """The smaller tail: an ulp of z is z ulps of its exponential."""
+    return 0.5 * torch.exp(-z.abs()) * torch.where(z < 0, 1 + lost, 1 - lost)
+
+
+def _tail(z: Tensor, lost: Tensor) -> Tensor:
+    half = _half(z, lost)
     return torch.where(z < 0, half, 1 - half)
 
 
-def _log_tail(z: Tensor) -> Tensor:
+def _log_tail(z: Tensor, lost: Tensor) -> Tensor:
     low = z < 0
-    return torch.where(low, z - math.log(2), torch.log1p(-0.5 * torch.exp(-torch.where(low, 0.0, z))))
+    return torch.where(low, z - math.log(2), torch.log1p(-_half(torch.where(low, 0.0, z), lost)))
 
 
 def _quantile(u: Tensor, m: Tensor, b: Tensor) -> Tensor:

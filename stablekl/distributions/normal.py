@@ -26,12 +26,11 @@ from torch.types import _size
 from .. import _fused
 from .._autograd import blockwise, rowwise
 from .._elementwise import product_error, sum_error
-from .._normal_tail import normal_cdf, normal_log_cdf
 from ..parameterizations import check_positive
 from ..registry import register_hardened
 from ..special import log_ratio_bregman_value
 from ._base import Movable, common_dtype, widened
-from ._density import checked, evaluated, normal_log_density
+from ._density import checked, evaluated, normal_log_density, normal_log_tail, normal_tail, standardised
 
 __all__ = ["Normal", "normal_kl"]
 
@@ -72,19 +71,23 @@ class Normal(Movable, TorchNormal):
 
     def cdf(self, value: Tensor) -> Tensor:
         """P(X <= value), to its relative accuracy in the lower tail too, where torch's 1 + erf is 0."""
-        return evaluated(lambda x, m, s: normal_cdf((x - m) / s), checked(self, value), self.loc, self.scale)
+        return evaluated(lambda *x: normal_tail(*standardised(*x)), checked(self, value), self.loc, self.scale)
 
     def sf(self, value: Tensor) -> Tensor:
         """P(X > value), which 1 - cdf loses in the upper tail."""
-        return evaluated(lambda x, m, s: normal_cdf((m - x) / s), checked(self, value), self.loc, self.scale)
+        return evaluated(
+            lambda x, m, s: normal_tail(*standardised(-x, -m, s)), checked(self, value), self.loc, self.scale
+        )
 
     def log_cdf(self, value: Tensor) -> Tensor:
         """Log of P(X <= value), finite where that underflows."""
-        return evaluated(lambda x, m, s: normal_log_cdf((x - m) / s), checked(self, value), self.loc, self.scale)
+        return evaluated(lambda *x: normal_log_tail(*standardised(*x)), checked(self, value), self.loc, self.scale)
 
     def log_sf(self, value: Tensor) -> Tensor:
         """Log of P(X > value), finite where that underflows."""
-        return evaluated(lambda x, m, s: normal_log_cdf((m - x) / s), checked(self, value), self.loc, self.scale)
+        return evaluated(
+            lambda x, m, s: normal_log_tail(*standardised(-x, -m, s)), checked(self, value), self.loc, self.scale
+        )
 
     def icdf(self, value: Tensor) -> Tensor:
         """The quantile, in the lower tail too, where torch's erfinv(2 u - 1) is of a rounded number, or of -1."""

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Pareto as TorchPareto
 
+from .. import _double
 from .._bregman import log_quotient
 from ..registry import register_hardened
 from ..special import log_ratio_bregman_value, log_ratio_value
 from ._base import Checked
-from ._density import checked, evaluated
-from ._scalar import scalar_rule
+from ._density import checked, evaluated, log1mexp
+from ._scalar import attached, scalar_rule
 
 __all__ = ["Pareto"]
 
@@ -39,6 +40,38 @@ class Pareto(TorchPareto, Checked):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log of the density, by log(value/scale), whose digits torch's difference of two logarithms loses."""
         return evaluated(_log_density, checked(self, value), self.scale, self.alpha)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value), to its relative accuracy next to the smallest, where torch's 1 - (scale/x)^alpha cancels."""
+        return evaluated(lambda *x: -torch.expm1(-_hazard(*x)[0]), checked(self, value), self.scale, self.alpha)
+
+    def sf(self, value: Tensor) -> Tensor:
+        """P(X > value)."""
+        return evaluated(_upper_tail, checked(self, value), self.scale, self.alpha)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """Log of P(X <= value)."""
+        return evaluated(lambda *x: log1mexp(*_hazard(*x)), checked(self, value), self.scale, self.alpha)
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        """Log of P(X > value), finite where that underflows."""
+        return evaluated(lambda *x: -_hazard(*x)[0], checked(self, value), self.scale, self.alpha)
+
+
+def _hazard(x: Tensor, m: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The exponent a log(x/m) of the upper tail, and what is lost of it."""
+    safe = torch.where(x > m, x, m)
+    smooth = a * log_ratio_value(safe, m)
+    with torch.no_grad():
+        h = _double.multiply(_double.log_quotient(safe, m), a)
+        fits = h.lo.isfinite()
+    close = torch.where(fits, smooth, 0.0)
+    return torch.where(fits, attached(h.hi, close), smooth), torch.where(fits, h.lo, 0.0)
+
+
+def _upper_tail(x: Tensor, m: Tensor, a: Tensor) -> Tensor:
+    h, lost = _hazard(x, m, a)
+    return torch.exp(-h) * (1 - lost)
 
 
 def _log_density(x: Tensor, m: Tensor, a: Tensor) -> Tensor:

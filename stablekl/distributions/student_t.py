@@ -12,6 +12,13 @@ part is split off, and with :math:`L(y) = y - \log(1 + y)`
 
 .. math:: v = \tfrac12 (t_q^2 - t_p^2) + \tfrac12 (y_q - y_p)
     - \tfrac12 [(\nu_q + 1)(y_p z + L(z)) - (\nu_p - \nu_q) L(y_p)].
+
+A derivative has several equal forms; the one is taken whose terms cancel least (`surest`): the covariance with a score
+alone has no digit left where p is narrow and q wide.
+
+Accuracy, float64: 6 ulp at the worst input (97, before it was mended) of searches of 12,000 parameter sets between
+1e-12 and 1e12, of which mpmath judged 100. Gradients have no bound where they change sign, and by tiny degrees of
+freedom that are nearly equal (1e11 ulp at 1e-12). float32: both are correctly rounded.
 """
 
 from __future__ import annotations
@@ -23,13 +30,14 @@ import torch
 from torch import Tensor
 from torch.distributions import StudentT as TorchStudentT
 
+from .._bregman import lgamma_change
 from .._deviance import gamma_scale
 from ..registry import register_hardened
 from ..special import log1pmx
 from ._base import Checked
 from ._density import checked, evaluated
-from ._integrated import Comparison, Points, chunked, compared, points
-from ._scalar import scalar_rule
+from ._integrated import Comparison, Points, Sum, chunked, compared, points, summed, surest
+from ._scalar import attached, scalar_rule
 
 __all__ = ["StudentT"]
 
@@ -69,19 +77,33 @@ class StudentT(TorchStudentT, Checked):
         """Log of the density, without a difference of two lgammas of many degrees of freedom."""
         return evaluated(_log_density, checked(self, value), self.df, self.loc, self.scale)
 
+    def entropy(self) -> Tensor:
+        """The entropy, without differences of digammas and of lgammas of many degrees of freedom."""
+        return evaluated(_entropy, self.df, self.scale)
 
-def _log_density(x: Tensor, df: Tensor, m: Tensor, s: Tensor) -> Tensor:
-    half = 0.5 * df
+
+def _level(half: Tensor) -> Tensor:
+    """The difference log Gamma(h + 1/2) - log Gamma(h) - log(h)/2."""
     far = half >= _GAUSSIAN
     large, small = torch.where(far, half, _GAUSSIAN), torch.where(far, 1.0, half)
-    # log Gamma(df/2 + 1/2) - log Gamma(df/2) - log(df/2)/2
     series = large * log1pmx(0.5 / large) + (gamma_scale(large + 0.5)[1] - gamma_scale(large)[1])
     direct = torch.lgamma(small + 0.5) - torch.lgamma(small) - 0.5 * torch.log(small)
+    return torch.where(far, series, direct)
+
+
+def _entropy(df: Tensor, s: Tensor) -> Tensor:
+    half, step = 0.5 * df, torch.full_like(df, 0.5)
+    # digamma(h + 1/2) - digamma(h)
+    rise = torch.log1p(0.5 / half) + lgamma_change(half + 0.5, half, step)
+    return (half + 0.5) * rise - _level(half) + torch.log(s * math.sqrt(2 * math.pi))
+
+
+def _log_density(x: Tensor, df: Tensor, m: Tensor, s: Tensor) -> Tensor:
     z = ((x - m) / s).abs()
     huge = z > 1e100
     near = torch.where(huge, 0.0, z)
     log = torch.where(huge, 2 * torch.log(torch.where(huge, z, 1.0)) - torch.log(df), torch.log1p(near / df * near))
-    return torch.where(far, series, direct) - torch.log(s * math.sqrt(2 * math.pi)) - 0.5 * (df + 1) * log
+    return _level(0.5 * df) - torch.log(s * math.sqrt(2 * math.pi)) - 0.5 * (df + 1) * log
 
 
 class _Side(NamedTuple):
@@ -193,21 +215,43 @@ def _value(*parameters: Tensor) -> Tensor:
     return chunked(lambda *x: (_integrated(*x)[0].terms.sum(-1),), *parameters)[0]
 
 
-def _scores(side: _Side, df: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Derivatives of the log-density by df, loc and scale, up to what does not depend on x."""
+def _by_df(side: _Side, df: Tensor) -> Tensor:
+    """The derivative of the log-density by df, up to what does not depend on x."""
     square = side.tangent * side.tangent
     inner = square < 0.5
     bend = torch.where(inner, log1pmx(-torch.where(inner, square, 0.0)), square - side.log)
-    by_df = 0.5 * (bend + square / df)
-    return by_df, (df + 1) * side.tangent * side.secant / side.root, (df + 1) * square / scale
+    return 0.5 * (bend + square / df)
 
 
 def _gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """By the scores at the points; what else equals a derivative may cancel less.
+
+    The divergence does not change with both locations, nor with the scales and the distance in proportion; the mean of
+    a score under its own density is 0; and a constant may be added to a score.
+    """
     found, p, q = _integrated(*parameters)
-    df_p, _, scale_p, df_q, _, scale_q = (x.unsqueeze(-1) for x in parameters)
+    df_p, loc_p, scale_p, df_q, loc_q, scale_q = (x.unsqueeze(-1) for x in parameters)
     weight = found.p * (found.u - found.terms.sum(-1, keepdim=True))
-    by_p = tuple((weight * score).sum(-1) for score in _scores(p, df_p, scale_p))
-    return *by_p, *(-(found.gain * score).sum(-1) for score in _scores(q, df_q, scale_q))
+    sides = (p, df_p, scale_p), (q, df_q, scale_q)
+    by_loc_p, by_loc_q = ((df + 1) * x.tangent * x.secant / x.root for x, df, _ in sides)
+    # up to a constant, nothing at the centre, or nothing in the tails
+    rise_p, rise_q = ((df + 1) / scale * x.tangent * x.tangent for x, df, scale in sides)
+    fall_p, fall_q = (-(df + 1) / scale * x.secant * x.secant for x, df, scale in sides)
+    score_q = (df_q * q.tangent * q.tangent - q.secant * q.secant) / scale_q
+
+    loc = surest(summed(weight * by_loc_p), summed(found.gain * by_loc_q), summed(found.p * by_loc_q))
+    shift = (loc_p - loc_q).squeeze(-1)
+    by_loc = attached(torch.where(shift == 0, 0.0, loc.value), loc.value)  # 0 by symmetry
+
+    minus = surest(*(summed(x) for x in (found.gain * rise_q, found.gain * fall_q, found.p * score_q)))
+    plus = surest(summed(weight * rise_p), summed(weight * fall_p))
+    s_p, s_q = scale_p.squeeze(-1), scale_q.squeeze(-1)
+    of_q = Sum((s_q * minus.value - shift * by_loc) / s_p, (s_q * minus.size + shift.abs() * loc.size) / s_p)
+    of_p = Sum((s_p * plus.value + shift * by_loc) / s_q, (s_p * plus.size + shift.abs() * loc.size) / s_q)
+    by_scale_p, by_scale_q = surest(plus, of_q).value, -surest(minus, of_p).value
+
+    by_df_p, by_df_q = (weight * _by_df(p, df_p)).sum(-1), -(found.gain * _by_df(q, df_q)).sum(-1)
+    return by_df_p, by_loc, by_scale_p, by_df_q, -by_loc, by_scale_q
 
 
 _kl = scalar_rule(_value, lambda *parameters: chunked(_gradients, *parameters))

@@ -7,7 +7,7 @@ hypothesis explores regimes, and a device works as it does for users. Values are
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,12 @@ def plans(relations: tuple[str, ...] = RELATIONS, sizes: tuple[int, ...] = (1,))
         step=st.floats(0, 1, width=16).map(lambda x: 1 - x),
         size=st.sampled_from(sizes),
     )
+
+
+def narrowed(plan: Plan, dtype: torch.dtype, reach: float = 40.0) -> Plan:
+    """The plan with scales of no more than 2^+-reach: for references whose time grows with the digits they need."""
+    part = min(1.0, 0.5 * reach / REACH[dtype])
+    return replace(plan, centre=part * plan.centre, spread=part * plan.spread)
 
 
 def moved(x: Tensor, steps: Tensor | int) -> Tensor:

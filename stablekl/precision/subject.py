@@ -125,6 +125,18 @@ def gradient_of(at: Callable[..., Number]) -> Callable[..., list[list[Number]]]:
     return partials
 
 
+def gradient_from(at: Callable[..., list[list[Number]]]) -> Callable[..., list[list[Number]]]:
+    """The same from a reference of the gradient itself."""
+
+    def partials(*row: Any) -> list[list[Number]]:
+        if _same(row):
+            return [[mp.mpf(0)] * len(_flat(x)) for x in row]
+        found: list[list[Number]] = agreed(lambda: at(*row))
+        return found
+
+    return partials
+
+
 def one_plus(top: Number, row: Sequence[Tensor]) -> Number:
     """The unit of results whose error is absolute: eps (1 + |truth|)."""
     return 1 + top

@@ -59,6 +59,7 @@ __all__ = [
 _EULER = 0.57721566490153286
 _EDGE = 0.3
 _LEAST, _DEEP = 1e-290, 6e4
+_LOG_SMALL = -640.0  # of a mean that the gradient takes by its logarithm
 # R(1) = 1 - log(2 pi)/2, and log(2 pi)/2 - 1/2
 _REMAINDER, _CONSTANT = 0.081061466795327258220, 0.41893853320467274178
 # the variance of a Gumbel of scale 1, pi^2/6, and the bracket at c = 1, log(pi^3/3)/2 - 1/2 - euler
@@ -82,7 +83,14 @@ def _log_normal_gamma_smooth(mu: Tensor, s: Tensor, c: Tensor, r: Tensor) -> Ten
     # R(c) as a divergence from 1, its slope there apart
     one, square = torch.ones_like(c), s * s
     shape = lgamma_bregman(c, one, c - 1) + (0.5 - _EULER) * (c - 1) - 0.5 * (c - 1 - torch.log(c))
-    return bd0(c, r * torch.exp(mu + 0.5 * square)) + 0.5 * log_ratio_bregman(c * square, one) + shape
+    exponent = mu + 0.5 * square
+    log_mean = torch.log(r) + exponent
+    small = log_mean < _LOG_SMALL
+    near = bd0(torch.where(small, 1.0, c), torch.where(small, 1.0, r * torch.exp(exponent)))
+    # there c s^2/2 of both terms is left out, since it cancels
+    mean = torch.where(small, c * (torch.log(c) - torch.log(r) - mu) - c, near)
+    gap = torch.where(small, -torch.log(c * square), log_ratio_bregman(torch.where(small, one, c * square), one))
+    return mean + 0.5 * gap + shape
 
 
 def _log_normal_exponential(mu: Tensor, s: Tensor, r: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.distributions import kl as torch_kl
 
 from ... import distributions, registry
-from ..batches import RELATIONS, Batch, Expand, Plan, plans, related, scalars
+from ..batches import RELATIONS, Batch, Expand, Plan, narrowed, plans, related, scalars
 from ..references import FAMILIES
 from ..references.context import Number, mp
 from ..references.family import Family, kl
+from ..references.student_t import kl_gradient as student_t_gradient
 from ..subject import Rule, Subject, differentiated, divergence_of, gradient_of, settled
 
 __all__ = ["subjects"]
@@ -42,17 +43,20 @@ ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential"
 UNSAMPLED = ("VonMises",)
 # Probabilities that torch's constructors or rules exclude, so that what is stored is what was passed.
 EXCLUDED = {"ContinuousBernoulli": (True, True), "Geometric": (True, False), "NegativeBinomial": (False, True)}
-_CANCELS = "a derivative changes sign, or is small beside the other parameter's, where terms of it cancel"
+# Milliseconds of references that are integrals, and gradients that have one of their own.
+COSTS = {"StudentT": 300.0}
+GRADIENTS = {"StudentT": student_t_gradient}
+CANCELS = "a derivative changes sign, or is small beside the other parameter's, where terms of it cancel"
 # Of gradients.
 LIMITS: dict[str, dict[torch.dtype, str]] = {
     "Normal": {
         torch.float64: "twice the digits are not enough for q's scale where all but 2^-56 of its two terms cancels"
     },
     **{
-        name: {torch.float64: _CANCELS}
+        name: {torch.float64: CANCELS}
         for name in (
             *("Beta", "Cauchy", "Gamma", "Gumbel", "InverseGamma"),
-            *("Laplace", "LogNormal", "Pareto", "VonMises", "Weibull"),
+            *("Laplace", "LogNormal", "Pareto", "StudentT", "VonMises", "Weibull"),
         )
     },
 }
@@ -119,7 +123,7 @@ def _within(name: str, drawn: dict[str, Tensor], dtype: torch.dtype) -> dict[str
     return drawn
 
 
-def _single(name: str, partner: str, plan: Plan, dtype: torch.dtype, rng: np.random.Generator) -> dict[str, Tensor]:
+def single(name: str, partner: str, plan: Plan, dtype: torch.dtype, rng: np.random.Generator) -> dict[str, Tensor]:
     """Parameters of one family, such that it can lie inside the support of its partner."""
     family = FAMILIES[name]
     if name != "Uniform":
@@ -157,15 +161,17 @@ def expansion(p: str, q: str) -> Expand:
     """From a plan to a batch for a pair of families: all parameters of p, then all of q."""
 
     def expand(plan: Plan, dtype: torch.dtype) -> Batch:
+        if p in COSTS:
+            plan = narrowed(plan, dtype)
         rng = plan.generator()
-        b = _single(q, p, plan, dtype, rng)
+        b = single(q, p, plan, dtype, rng)
         same = p == q and p != "Uniform"
-        a = related(FAMILIES[p].parameters, b, plan, dtype, rng) if same else _single(p, q, plan, dtype, rng)
+        a = related(FAMILIES[p].parameters, b, plan, dtype, rng) if same else single(p, q, plan, dtype, rng)
         a = _within(p, a, dtype)
         if p == q == "Uniform" and plan.relation == "equal":
             a = dict(b)
         _inside(p, q, a, b, rng)
-        return (*a.values(), *b.values())
+        return tuple(x[: 256 if p in COSTS else COUNT] for x in (*a.values(), *b.values()))
 
     return expand
 
@@ -218,6 +224,8 @@ def divergence(p: str, q: str) -> Subject:
         draw=plans(relations),
         expand=expansion(p, q),
         valid=validity(*families),
+        elementwise=p not in COSTS,
+        cost=COSTS.get(p, 0.5),
         bars=bars(_CROSS if p != q else _SHAPE if p in _SHAPES else _SELF),
     )
 
@@ -243,12 +251,12 @@ def gradient(value: Subject, p: str, q: str) -> Subject:
         name=f"gradient {value.name}",
         rules={name: differentiated(rule) for name, rule in value.rules.items()},
         limit=LIMITS.get(p, {}),
-        reference=gradient_of(_reference(FAMILIES[p], FAMILIES[q])),
+        reference=GRADIENTS.get(p) or gradient_of(_reference(FAMILIES[p], FAMILIES[q])),
         expand=expand,
         valid=valid,
         draw=plans(("near", "ratio", "apart")),
         divergence=False,
-        cost=10,
+        cost=max(10.0, 2 * value.cost),
         bars={dtype: 2 * bar for dtype, bar in value.bars.items()},
     )
 
@@ -282,7 +290,7 @@ def log_density(name: str) -> Subject:
 
     def expand(plan: Plan, dtype: torch.dtype) -> Batch:
         rng = plan.generator()
-        theta = _single(name, "", plan, dtype, rng)
+        theta = single(name, "", plan, dtype, rng)
         torch.manual_seed(plan.seed)
         # torch has no sampler of half precision for some
         wide = {name: x.double() for name, x in theta.items()}

@@ -30,12 +30,14 @@ INHERITED = (
 )
 # Pairs that torch lacks.
 ADDED = (
-    *((p, "Laplace") for p in ("ContinuousBernoulli", "Exponential", "Gumbel", "Pareto", "Uniform")),
+    *((p, "Laplace") for p in ("Beta", "ContinuousBernoulli", "Exponential", "Gamma", "Gumbel", "Pareto", "Uniform")),
     *((p, "Weibull") for p in ("Exponential", "Gamma", "Weibull")),
     *((p, q) for p in ("HalfNormal", "Weibull") for q in ("Exponential", "Gamma")),
     *((p, "HalfNormal") for p in ("Exponential", "Gamma")),
     *((p, "LogNormal") for p in ("Exponential", "Gamma", "Weibull")),
     *(("LogNormal", q) for q in ("Exponential", "Gamma", "Weibull")),
+    *(("InverseGamma", q) for q in ("Exponential", "Gamma")),
+    ("Gamma", "InverseGamma"),
 )
 ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential", "Gamma", "Pareto")
 # torch's sampler, which rejects, does not end at extreme concentrations.

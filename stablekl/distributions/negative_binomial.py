@@ -70,14 +70,16 @@ def _shape(r: Tensor, m: Tensor, s: Tensor, d: Tensor) -> Tensor:
     unequal = (d != 0) & (m > 0) & (r > 0) & (s > 0)
     if not may_hold(unequal):
         return torch.zeros_like(d)
-    return torch.where(unequal, count_gap(*(torch.where(unequal, x, 1.0) for x in (r, m, s)), d), 0.0)
+    r, m, s = (torch.where(unequal, x, 1.0) for x in (r, m, s))
+    return torch.where(unequal, count_gap(r, m, s, s - r), 0.0)
 
 
 def _shape_gradient(r: Tensor, m: Tensor, s: Tensor, d: Tensor) -> tuple[Tensor, ...]:
     inside = (m > 0) & (r > 0) & (s > 0)
     if not may_hold(inside & (d != 0)):
         return (torch.zeros_like(d),) * 3
-    partials = count_gap_gradient(*(torch.where(inside, x, 1.0) for x in (r, m, s)), torch.where(inside, d, 0.0))
+    r, m, s = (torch.where(inside, x, 1.0) for x in (r, m, s))
+    partials = count_gap_gradient(r, m, s, s - r)
     return tuple(torch.where(inside, x, 0.0) for x in partials)
 
 
@@ -163,8 +165,8 @@ def _means(r: Tensor, x: Double, s: Tensor, y: Double) -> tuple[Tensor, Tensor, 
 
 def _logits_value(r: Tensor, x: Tensor, x_low: Tensor, s: Tensor, y: Tensor, y_low: Tensor) -> Tensor:
     odds, q, rest, t = _means(r, Double(x, x_low), s, Double(y, y_low))
-    logs = (torch.nn.functional.logsigmoid(v) for v in (y, -y))
-    return _sum(r, r * odds, s, q, rest, *logs, t)
+    log_q, log_rest = torch.nn.functional.logsigmoid(y), torch.nn.functional.logsigmoid(-y)
+    return _sum(r, r * odds, s, q, rest, log_q, log_rest, t)
 
 
 def _logits_gradient(r: Tensor, x: Tensor, x_low: Tensor, s: Tensor, y: Tensor, y_low: Tensor) -> tuple[Tensor, ...]:

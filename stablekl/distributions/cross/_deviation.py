@@ -1,9 +1,9 @@
 r"""Mean absolute deviations of Gamma and Beta variables from any point, to a few ulps, with their derivatives.
 
-:math:`E|X - \mu| = |m - \mu| + 2 T`, m the mean and T the expectation of what X has beyond mu, on the side of mu that is
-away from m: no term is negative. In closed form T is a difference of incomplete gamma or beta functions, which cancels;
-torch has the first without a derivative by the shape, and the second not at all. Here it is an integral from mu on, in
-units of the density there. For a Gamma variable of rate 1 with z for mu, and :math:`D = z^a e^{-z}/\Gamma(a)`,
+:math:`E|X - \mu| = |m - \mu| + 2 T`, m the mean and T the expectation of what X has beyond mu, on the side of mu that
+is away from m: no term is negative. In closed form T is a difference of incomplete gamma or beta functions, which
+cancels; torch has the first without a derivative by the shape, and the second not at all. Here it is an integral from
+mu on, in units of the density there. For a Gamma variable of rate 1 with z for mu, :math:`D = z^a e^{-z}/\Gamma(a)`,
 
 .. math::
     T &= z D \int_0^\infty (1 - e^{-t})\, e^{-(a - z) t - z E(-t)}\, dt,
@@ -21,17 +21,20 @@ for a Beta variable with :math:`\mu \le 1/2` (else it is 1 - X), :math:`\kappa =
          e^{-(n \mu - a) \log(1 + w) - n [\log(1 + \mu w) - \mu \log(1 + w)]}\, dw.
 
 Exponents fall from 0 on, as sums of terms of one sign. The integrands are analytic around the half-line, whatever the
-parameters: the trapezoidal rule in log t (or w) converges exponentially. The second of the last two has a tail of power b,
-and is left to :math:`n \mu > 12`, where b is large; for smaller ones the first serves on both sides of the mean: T is
-then the larger tail, and :math:`2 T - |m - \mu|` at least T.
+parameters: the trapezoidal rule in log t (or w) converges exponentially. The second of the last two has a tail of power
+b, and is left to :math:`n \mu > 12`, where b is large; for smaller ones the first serves on both sides of the mean: T
+is then the larger tail, and :math:`2 T - |m - \mu|` at least T.
 
-D is by deviances, as densities are (see `_deviance`), from the difference of mu and m in twice the digits. The same sums
-without the factor of x - mu are distribution functions, the derivative by mu, and with :math:`\log x` the derivatives by
-shapes. All of it is differentiable, with the points held fixed.
+D is by deviances, as densities are (see `_deviance`), from the difference of mu and m in twice the digits. The same
+sums without the factor of x - mu are distribution functions, the derivative by mu, and with :math:`\log x` the
+derivatives by shapes. All of it is differentiable, with the points held fixed.
+
+Accuracy, float64: 4 ulp (Gamma) and 16 ulp (Beta, where the larger tail is taken) in 200 and 500 sets of parameters.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -88,6 +91,14 @@ def _columns(*x: Tensor) -> tuple[Tensor, ...]:
     return tuple(v.unsqueeze(-1) for v in x)
 
 
+def _gamma_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`_deviance.gamma_scale`, but by Stirling's remainder from 1 on: an error by lgamma would be 20 times it in KL."""
+    far = x >= 1
+    scale, rest = gamma_scale(torch.where(far, 0.5, x))
+    large = torch.where(far, x, 1.0)
+    return torch.where(far, torch.sqrt(large / (2 * math.pi)), scale), torch.where(far, remainders(large)[0], rest)
+
+
 def _log_less_digamma(x: Tensor) -> Tensor:
     return 0.5 / x + remainders(x)[1]
 
@@ -128,7 +139,7 @@ def gamma_deviation(a: Tensor, z: Tensor, d: Tensor) -> Deviation:
     below = _gamma_below(*(torch.where(low, x, y) for x, y in ((shape, one), (point, one), (shift, 0 * one))))
     above = _gamma_above(*(torch.where(low, y, x) for x, y in ((shape, one), (point, 2 * one), (shift, one))))
     tail, mass, by_shape = (torch.where(low, x, y) for x, y in zip(below, above, strict=True))
-    scale, rest = gamma_scale(shape)
+    scale, rest = _gamma_scale(shape)
     density = scale * torch.exp(-(rest + deviance(shape, shift, point, torch.log(point))))
     tail, mass, by_shape = point * density * tail, density * mass, point * density * by_shape
     by_shape = tail * (_log_ratio(shape, shift) + _log_less_digamma(shape)) + by_shape
@@ -188,7 +199,8 @@ def beta_deviation(a: Tensor, b: Tensor, mu: Tensor) -> Deviation:
     x, y, shift = (torch.where(inside, v, w) for v, w in ((first, 1.0), (second, 1.0), (d, 0.0)))
     at = torch.where(inside, point, 0.5)
     rest = torch.where(inside & mirrored, mu, 1 - at)
-    low = (shift >= 0) | ((x + y) * at <= _SPARSE)
+    n_inside = x + y
+    low = (shift >= 0) | (n_inside * at <= _SPARSE)
     one = torch.ones_like(a)
     inputs = (x, y, at, rest, shift)
     below = _beta_below(
@@ -201,15 +213,15 @@ def beta_deviation(a: Tensor, b: Tensor, mu: Tensor) -> Deviation:
         )
     )
     tail, mass, by_first, by_second = (torch.where(low, v, w) for v, w in zip(below, above, strict=True))
-    (of_x, rest_x), (of_y, rest_y), (of_n, rest_n) = gamma_scale(x), gamma_scale(y), gamma_scale(x + y)
+    (of_x, rest_x), (of_y, rest_y), (of_n, rest_n) = _gamma_scale(x), _gamma_scale(y), _gamma_scale(n_inside)
     size = torch.minimum(of_x, of_y) * (torch.maximum(of_x, of_y) / of_n)
     gap = binomial_deviance(x, y, at, rest, torch.log(at), torch.log(rest))
     density = size * torch.exp(-((rest_x + rest_y - rest_n) + gap))
     unit = at * rest * density
     tail, mass = unit * tail, density * mass
-    of_n = _log_less_digamma(x + y)
-    by_first = tail * (_log_ratio(x, -shift) + (_log_less_digamma(x) - of_n)) + unit * by_first
-    by_second = tail * (_log_ratio(y, shift) + (_log_less_digamma(y) - of_n)) + unit * by_second
+    gap_n = _log_less_digamma(n_inside)
+    by_first = tail * (_log_ratio(x, -shift) + (_log_less_digamma(x) - gap_n)) + unit * by_first
+    by_second = tail * (_log_ratio(y, shift) + (_log_less_digamma(y) - gap_n)) + unit * by_second
     # m - mu = d/n for the lower tail
     sign = torch.where(torch.where(inside, low, d >= 0), 1.0, -1.0)
     by_first = torch.where(inside, 2 * by_first, 0.0) + sign * (second / n / n)

@@ -1,14 +1,14 @@
 r"""KL from Gamma and Beta distributions to Laplace distributions, which torch lacks: `to_laplace`, by partial moments.
 
-With :math:`A = E_p|X - \mu|` by `_deviation`, sigma the standard deviation of p, :math:`G(x) = x - 1 - \log x`, and J the
-divergence of p from the normal distribution of its mean and variance (see `to_normal`),
+With :math:`A = E_p|X - \mu|` by `_deviation`, sigma the standard deviation of p, :math:`G(x) = x - 1 - \log x`, and J
+the divergence of p from the normal distribution of its mean and variance (see `to_normal`),
 
 .. math:: KL = G\!\left(\frac Ab\right) + J(p) + \log\left(\sqrt{\frac\pi 2}\,\frac A\sigma\right)
                + \frac12 - \log\frac\pi2 ,
 
 where all but G is the divergence from the Laplace distribution about mu of the best scale, A. It is 0.048 for a normal
-p and more for any other of these, so that an error of A costs twenty times itself in ulps. Entropies of the size of log a
-cancel between H(p) and log A where concentrations are large; J has none of it.
+p and more for any other of these, so that an error of A costs up to twenty times itself. Entropies of the size of
+log a would cancel between H(p) and log A where concentrations are large; J has none of it.
 
 Gradients are by hand: :math:`E|X - \mu|/b - H(p)` by the derivatives of the deviation.
 """

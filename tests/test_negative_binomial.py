@@ -173,6 +173,7 @@ def test_low_precision_is_rounded_once(dtype):
     assert torch.equal(ours(*x), ours(*(v.double() for v in x)).to(dtype))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while compiling
 def test_compiled():
     x = [v.requires_grad_() for v in columns(CASES[:1] + CASES[3:5])]
     for backward in (False, True):

@@ -189,7 +189,9 @@ def test_inverse_gamma_without_a_mean_is_infinitely_far(a):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while compiling
-@pytest.mark.parametrize("pair", ["Gamma-Laplace", "Beta-Laplace", "InverseGamma-Gamma"])
+@pytest.mark.parametrize(
+    "pair", ["Gamma-Laplace", pytest.param("Beta-Laplace", marks=pytest.mark.slow), "InverseGamma-Gamma"]
+)
 def test_compiled(pair):
     x = [v.requires_grad_() for v in columns(DERIVATIVES[pair])]
 

@@ -103,10 +103,10 @@ def _log_less_digamma(x: Tensor) -> Tensor:
     return 0.5 / x + remainders(x)[1]
 
 
-def _log_ratio(x: Tensor, d: Tensor) -> Tensor:
-    """log((x + d)/x)."""
+def _log_ratio(x: Tensor, d: Tensor, y: Tensor) -> Tensor:
+    """log(y/x), d = y - x."""
     near = d.abs() < 0.5 * x
-    far = torch.where(near, x, x + d)
+    far = torch.where(near, x, y)
     return torch.where(near, torch.log1p(torch.where(near, d, 0.0) / x), torch.log(far) - torch.log(x))
 
 
@@ -142,7 +142,7 @@ def gamma_deviation(a: Tensor, z: Tensor, d: Tensor) -> Deviation:
     scale, rest = _gamma_scale(shape)
     density = scale * torch.exp(-(rest + deviance(shape, shift, point, torch.log(point))))
     tail, mass, by_shape = point * density * tail, density * mass, point * density * by_shape
-    by_shape = tail * (_log_ratio(shape, shift) + _log_less_digamma(shape)) + by_shape
+    by_shape = tail * (_log_ratio(shape, shift, point) + _log_less_digamma(shape)) + by_shape
     sign = torch.where(low, -1.0, 1.0)
     return Deviation(
         sign * d + torch.where(inside, 2 * tail, 0.0),
@@ -220,8 +220,8 @@ def beta_deviation(a: Tensor, b: Tensor, mu: Tensor) -> Deviation:
     unit = at * rest * density
     tail, mass = unit * tail, density * mass
     gap_n = _log_less_digamma(n_inside)
-    by_first = tail * (_log_ratio(x, -shift) + (_log_less_digamma(x) - gap_n)) + unit * by_first
-    by_second = tail * (_log_ratio(y, shift) + (_log_less_digamma(y) - gap_n)) + unit * by_second
+    by_first = tail * (_log_ratio(x, -shift, n_inside * at) + (_log_less_digamma(x) - gap_n)) + unit * by_first
+    by_second = tail * (_log_ratio(y, shift, n_inside * rest) + (_log_less_digamma(y) - gap_n)) + unit * by_second
     # m - mu = d/n for the lower tail
     sign = torch.where(torch.where(inside, low, d >= 0), 1.0, -1.0)
     by_first = torch.where(inside, 2 * by_first, 0.0) + sign * (second / n / n)

@@ -57,7 +57,8 @@ def _mean_log_ways(n: Number, mean: Number, a: Number) -> Number:
         terms = []
         for i in range(steps + 1):
             t = mp.exp(low + i * h)
-            u = -mp.expm1(-t)
+            fall = mp.exp(-t)
+            u = 1 - fall if t > 1 else -mp.expm1(-t)
             generated = -mp.expm1(-n * mp.log1p(mean / n * u))
-            terms.append(generated * (mp.exp(-t) - mp.exp(-a * t)) / u)
+            terms.append(generated * (fall - mp.exp(-a * t)) / u)
         return h * mp.fsum(terms)

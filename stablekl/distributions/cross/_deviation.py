@@ -69,14 +69,13 @@ class Deviation(NamedTuple):
     by_shapes: tuple[Tensor, ...]
 
 
-def _points(d: Tensor, v: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """Points and weights up to the t at which d t + v t^2/(c + t) is large; d + v is positive."""
+def _points(d: Tensor, slope: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """The t at which d t + v t^2/(c + t) is large, and the points below it over it; ``slope`` is d + v, positive."""
     with torch.no_grad():
-        d, v = d.detach(), v.detach()
-        slope = c * d - _NOTHING
-        root = torch.hypot(slope, 2 * torch.sqrt((d + v) * (c * _NOTHING)))
-        rises = slope < 0
-        top = torch.where(rises, (root - slope) / (2 * (d + v)), 2 * c * _NOTHING / (root + slope.clamp(min=0.0)))
+        d, slope = d.detach(), slope.detach()
+        linear = c * d - _NOTHING
+        root = torch.hypot(linear, 2 * torch.sqrt(slope * (c * _NOTHING)))
+        top = torch.where(linear < 0, (root - linear) / (2 * slope), 2 * c * _NOTHING / (root + linear.clamp(min=0.0)))
         falls = torch.exp(-STEP * torch.arange(POINTS, dtype=d.dtype, device=d.device))
     return top, falls
 
@@ -116,7 +115,7 @@ def _log_ratio(x: Tensor, d: Tensor, y: Tensor) -> Tensor:
 def _gamma_below(a: Tensor, z: Tensor, d: Tensor) -> tuple[Tensor, ...]:
     """Integrals of T, of the mass and of T's derivative by a, over zD, D and zD; for d = z - a <= 0."""
     a, z, d = _columns(a, z, d)
-    top, falls = _points(-d, z, 2.0)
+    top, falls = _points(-d, a, 2.0)
     t = top * falls
     u = -torch.expm1(-t)
     return _sums(STEP * t, z * expm1mx(-t) - d * t, u, torch.ones_like(u), -t * u)
@@ -124,7 +123,7 @@ def _gamma_below(a: Tensor, z: Tensor, d: Tensor) -> tuple[Tensor, ...]:
 
 def _gamma_above(a: Tensor, z: Tensor, d: Tensor) -> tuple[Tensor, ...]:
     a, z, d = _columns(a, z, d)
-    top, falls = _points(d, 0.5 * a, 1.0)
+    top, falls = _points(d, d + 0.5 * a, 1.0)
     w = top * falls
     part = w / (1 + w)
     return _sums(STEP * w, d * w - a * log1pmx(w), part, 1 / (1 + w), torch.log1p(w) * part)
@@ -158,7 +157,7 @@ def _beta_below(a: Tensor, b: Tensor, mu: Tensor, kappa: Tensor, d: Tensor) -> t
     """Integrals of T, of the mass and of T's derivatives by a and b; d = a - n mu."""
     a, b, mu, kappa, d = _columns(a, b, mu, kappa, d)
     n = a + b
-    top, falls = _points(d, n * mu, 4.0)
+    top, falls = _points(d, a, 4.0)
     t = top * falls
     u = -torch.expm1(-t)
     v = mu * u
@@ -172,7 +171,7 @@ def _beta_below(a: Tensor, b: Tensor, mu: Tensor, kappa: Tensor, d: Tensor) -> t
 def _beta_above(a: Tensor, b: Tensor, mu: Tensor, kappa: Tensor, d: Tensor) -> tuple[Tensor, ...]:
     a, b, mu, kappa, d = _columns(a, b, mu, kappa, d)
     n = a + b
-    top, falls = _points(-d, n * mu * kappa, 2.0)
+    top, falls = _points(-d, n * mu * kappa - d, 2.0)
     w = torch.expm1(top) * falls
     log, slow = torch.log1p(w), torch.log1p(mu * w)
     exponent = n * (log1pmx(mu * w) - mu * log1pmx(w)) - d * log

@@ -9,8 +9,9 @@ the divergence between p and the distribution of its mean with q's count, a posi
 0 for equal counts, and the divergence of this one from q. E log Gamma(X + s) has no closed form, and the terms around
 it cancel; t takes twice the digits, since the means may agree to more digits than counts and probabilities.
 
-Accuracy: see the table of `precision`; Phi was seen up to 5 ulp from mpmath's integral, in 240 triples from 1e-12 to
-1e12, half of them with counts that differ by 1 to 1e-15 of themselves.
+Accuracy, float64: Phi was seen up to 5 ulp from mpmath's integral, in 240 triples from 1e-12 to 1e12, half of them with
+counts that differ by 1 to 1e-15 of themselves; the sum 6 ulp, and 10 for equal counts, where the precision suite judged
+4,500 sets of parameters.
 """
 
 from __future__ import annotations

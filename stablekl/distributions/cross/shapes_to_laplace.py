@@ -12,9 +12,10 @@ log a would cancel between H(p) and log A where concentrations are large; J has 
 
 Gradients are by hand: :math:`E|X - \mu|/b - H(p)` by the derivatives of the deviation.
 
-Accuracy, float64: 33 ulp at most (Gamma) and 41 (Beta), both near the closest q, where KL is 0.05 to 0.07, in 600 and
-350 sets of parameters, most of them next to it and with concentrations up to 1e12. float32: correctly rounded, as far
-as seen. NaN or negative: none in 40,000 sets between 1e-60 and 1e60, nor in their gradients. A row takes 0.1 ms.
+Accuracy, float64: 33 ulp at most (Gamma) and 41 (Beta), both near the closest q, where KL is 0.05 to 0.07, in 540 and
+650 sets of parameters, most of them next to it, with concentrations mostly between 1e-4 and 1e4, and up to 1e12 in 80
+and 61. float32: correctly rounded in 57 and 32 judged sets. NaN, infinite or negative: none in 40,000 sets of each
+between 1e-60 and 1e60, nor in their gradients. A row takes 0.1 to 0.2 ms.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ Accuracy, float64: 35 ulp at most (Gumbel and Normal, near the closest q, where 
 3,100 to 9,300 sets of parameters of every pair that the precision suite judged against mpmath, of 84,000 to 208,000.
 float32: correctly rounded in 3,100 to 4,500 judged sets.
 
-Beta and Gamma distributions are not here: their mean absolute deviations are incomplete beta and gamma functions, of
-which torch has no derivative by the shape, and the former not at all.
+Beta and Gamma distributions are in `shapes_to_laplace`: their mean absolute deviations are incomplete beta and gamma
+functions, of which torch has no derivative by the shape, and the former not at all.
 """
 
 from __future__ import annotations

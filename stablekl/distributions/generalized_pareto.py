@@ -160,10 +160,10 @@ def _difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rise(x: Tensor, m: Tensor, s: Tensor, xi: Tensor) -> Tensor:
     """1 + xi (x - m)/s, to its relative accuracy near 0 too."""
-    shift = x - m
+    plain = 1 + xi * ((x - m) / s)
     with torch.no_grad():
         exact = _distilled([s, *_products((xi,), _difference(x, m))]) / s
-    return attached(exact, 1 + xi * (shift / s))
+    return attached(torch.where(exact.isfinite(), exact, plain), plain)
 
 
 def _near(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,13 +188,12 @@ def _exponent(x: Tensor, m: Tensor, s: Tensor, xi: Tensor) -> Tensor:
 
 
 def _log_density(x: Tensor, m: Tensor, s: Tensor, xi: Tensor) -> Tensor:
-    inside = x >= m
-    e = _exponent(torch.where(inside, x, m), m, s, xi)
-    # of a uniform distribution the density is the same up to its end
-    slope, ended = 1 + xi, e.isinf()
-    fall = torch.where(slope == 0, 0.0, slope * torch.where(ended & (slope == 0), 0.0, e))
-    beyond = ended & (x > m - s / xi)
-    return torch.where(inside & ~beyond, -torch.log(s) - fall, -torch.inf)
+    x_inside = torch.maximum(x, m)
+    rise = _rise(x_inside, m, s, xi)
+    slope, e = 1 + xi, _accumulated((x_inside - m) / s, xi, rise)
+    flat = slope == 0  # a uniform distribution has its density at its end, too
+    fall = torch.where(flat, 0.0, slope * torch.where(flat, 0.0, e))
+    return torch.where((x >= m) & ~(rise < 0), -torch.log(s) - fall, -torch.inf)
 
 
 def _quantile(u: Tensor, m: Tensor, s: Tensor, xi: Tensor) -> Tensor:

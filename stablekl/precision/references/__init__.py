@@ -9,6 +9,7 @@ from .continuous_bernoulli import ContinuousBernoulli
 from .exponential import Exponential
 from .family import Family
 from .gamma import Chi2, Gamma, InverseGamma
+from .generalized_pareto import GeneralizedPareto
 from .gumbel import Gumbel
 from .laplace import Laplace
 from .negative_binomial import NegativeBinomial
@@ -31,6 +32,7 @@ _CLASSES: tuple[type[Family], ...] = (
     ContinuousBernoulli,
     Exponential,
     Gamma,
+    GeneralizedPareto,
     Geometric,
     Gumbel,
     HalfCauchy,

@@ -52,10 +52,11 @@ LIMITS: dict[str, dict[torch.dtype, str]] = {
         name: {torch.float64: _CANCELS}
         for name in ("Gamma", "InverseGamma", "Laplace", "LogNormal", "Pareto", "VonMises")
     },
-    **{name: {torch.float32: _CANCELS, torch.float64: _CANCELS} for name in ("Beta", "Cauchy", "Gumbel", "Weibull")},
+    **{name: {torch.float32: _CANCELS, torch.float64: _CANCELS} for name in ("Beta", "Cauchy", "GeneralizedPareto", "Gumbel", "Weibull")},
 }
 # The largest error of a family's rule that the project aims at; of one between two families.
 _SHAPES = ("Beta", "Chi2", "Gamma", "InverseGamma", "NegativeBinomial", "StudentT", "VonMises", "Weibull")
+_INTEGRALS = ("GeneralizedPareto",)
 _SELF, _SHAPE, _CROSS = 8.0, 16.0, 64.0
 _DENSITY = 4.0
 
@@ -137,6 +138,8 @@ def _single(name: str, partner: str, plan: Plan, dtype: torch.dtype, rng: np.ran
 def _inside(p: str, q: str, a: dict[str, Tensor], b: dict[str, Tensor], rng: np.random.Generator) -> None:
     """Move q's support out around p's, for most rows; where p sticks out, the divergence is infinite."""
     some = torch.from_numpy(rng.uniform(size=COUNT) < 0.9)
+    if p == q == "GeneralizedPareto":
+        _contain(a, b, some)
     start = {"Uniform": "low", "Pareto": "scale"}
     if q == "Pareto" and p in start:
         low = torch.where(some, torch.minimum(a[start[p]], b["scale"]), b["scale"])
@@ -146,6 +149,18 @@ def _inside(p: str, q: str, a: dict[str, Tensor], b: dict[str, Tensor], rng: np.
     elif q == "Uniform" and p == "Uniform":
         b["low"] = torch.where(some, torch.minimum(a["low"], b["low"]), b["low"])
         b["high"] = torch.where(some, torch.maximum(a["high"], b["high"]), b["high"])
+
+
+def _contain(a: dict[str, Tensor], b: dict[str, Tensor], some: Tensor) -> None:
+    """Of generalized Pareto distributions: some q that begin before p, and end, if at all, where p ends or later."""
+    b["loc"] = torch.where(some, torch.minimum(a["loc"], b["loc"]), b["loc"])
+    ends = some & (b["concentration"] < 0)
+    xi = a["concentration"]
+    a["concentration"] = torch.where(ends, -torch.where(xi == 0, 1, xi).abs(), xi)
+    x, y = a["concentration"].double(), b["concentration"].double()
+    least = (a["loc"].double() - b["loc"].double()) * -y + a["scale"].double() * (y / x)
+    below = ends & (b["scale"].double() < least)
+    b["scale"] = torch.where(below, least.to(b["scale"].dtype), b["scale"])
 
 
 _UNIT_BOUNDS: dict[str, Callable[[Tensor], Tensor]] = {"low": lambda x: -x.abs(), "high": lambda x: 1 + x.abs()}
@@ -172,6 +187,7 @@ def validity(*families: Family) -> Callable[..., Tensor]:
     """Which rows hold parameters of the families' domains."""
     checks: dict[str, Callable[[Tensor], Tensor]] = {
         "real": lambda x: x.isfinite(),
+        "signed": lambda x: x.isfinite(),
         "positive": lambda x: (x > 0) & x.isfinite(),
         "nonnegative": lambda x: (x >= 0) & x.isfinite(),
         "probability": lambda x: (x >= 0) & (x <= 1),
@@ -216,7 +232,7 @@ def divergence(p: str, q: str) -> Subject:
         draw=plans(relations),
         expand=expansion(p, q),
         valid=validity(*families),
-        bars=bars(_CROSS if p != q else _SHAPE if p in _SHAPES else _SELF),
+        bars=bars(_CROSS if p != q or p in _INTEGRALS else _SHAPE if p in _SHAPES else _SELF),
     )
 
 
@@ -229,6 +245,10 @@ def gradient(value: Subject, p: str, q: str) -> Subject:
         inside += [x > 0 for d, x in zip(domains, batch, strict=True) if d in ("probability", "nonnegative")]
         if p == "Pareto":  # the smallest value of p is an end of its range
             inside.append(batch[0] > batch[2])
+        if p == "GeneralizedPareto":  # so are that, where both supports end, and 0
+            loc_p, scale_p, xi_p, loc_q, scale_q, xi_q = (x.double() for x in batch)
+            beyond = xi_p * scale_q < xi_q * (scale_p + xi_p * (loc_q - loc_p)) * (1 + 1e-9)
+            inside.append((loc_p > loc_q) & (xi_p != 0) & ((xi_q > 0) | ((xi_p < 0) & beyond)))
         return value.valid(*batch) & torch.stack(inside).all(0)
 
     def expand(plan: Plan, dtype: torch.dtype) -> Batch:

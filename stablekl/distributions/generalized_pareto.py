@@ -163,7 +163,7 @@ def _rise(x: Tensor, m: Tensor, s: Tensor, xi: Tensor) -> Tensor:
     plain = 1 + xi * ((x - m) / s)
     with torch.no_grad():
         exact = _distilled([s, *_products((xi,), _difference(x, m))]) / s
-    return attached(torch.where(exact.isfinite(), exact, plain), plain)
+    return attached(torch.where(exact.isfinite(), exact, plain), torch.where(plain.isfinite(), plain, 0.0))
 
 
 def _near(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -339,7 +339,9 @@ def _integrated(parts: _Parts) -> _Terms:
     y = torch.where(near, y, 0.0)
     share = y / (1 + y)  # 1 - R
     # of large R and small masses the product is neither
-    flow = torch.where(weight > 1e-290, weight / inverse, step * torch.exp(torch.log(e) - e - log_inverse)) * other / total
+    flow = (
+        torch.where(weight > 1e-290, weight / inverse, step * torch.exp(torch.log(e) - e - log_inverse)) * other / total
+    )
     weight = weight / total
     log = torch.where(growing, span + log_inverse, log_inverse)
     terms = torch.where(near, -weight * log1pmx(-share), weight * (log - 1) + flow)
@@ -348,7 +350,9 @@ def _integrated(parts: _Parts) -> _Terms:
     return _Terms(weight, terms, pull, by_size, *_slopes(parts, e, z, span, by_size, inverse))
 
 
-def _slopes(parts: _Parts, e: Tensor, z: Tensor, span: Tensor, by_size: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+def _slopes(
+    parts: _Parts, e: Tensor, z: Tensor, span: Tensor, by_size: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
     """R times the derivatives of 1/R by xi_p and xi_q."""
     xi_p, xi_q = parts.xi_p, parts.xi_q
     by_q = z / inverse

@@ -52,7 +52,10 @@ LIMITS: dict[str, dict[torch.dtype, str]] = {
         name: {torch.float64: _CANCELS}
         for name in ("Gamma", "InverseGamma", "Laplace", "LogNormal", "Pareto", "VonMises")
     },
-    **{name: {torch.float32: _CANCELS, torch.float64: _CANCELS} for name in ("Beta", "Cauchy", "GeneralizedPareto", "Gumbel", "Weibull")},
+    **{
+        name: {torch.float32: _CANCELS, torch.float64: _CANCELS}
+        for name in ("Beta", "Cauchy", "GeneralizedPareto", "Gumbel", "Weibull")
+    },
 }
 # The largest error of a family's rule that the project aims at; of one between two families.
 _SHAPES = ("Beta", "Chi2", "Gamma", "InverseGamma", "NegativeBinomial", "StudentT", "VonMises", "Weibull")

@@ -11,6 +11,7 @@ from .family import Family
 from .gamma import Chi2, Gamma, InverseGamma
 from .generalized_pareto import GeneralizedPareto
 from .gumbel import Gumbel
+from .kumaraswamy import Kumaraswamy
 from .laplace import Laplace
 from .negative_binomial import NegativeBinomial
 from .normal import HalfNormal, LogNormal, Normal
@@ -38,6 +39,7 @@ _CLASSES: tuple[type[Family], ...] = (
     HalfCauchy,
     HalfNormal,
     InverseGamma,
+    Kumaraswamy,
     Laplace,
     LogNormal,
     NegativeBinomial,

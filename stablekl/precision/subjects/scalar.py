@@ -30,6 +30,7 @@ INHERITED = (
 )
 # Pairs that torch lacks.
 ADDED = (
+    ("Kumaraswamy", "Beta"),
     *((p, "Laplace") for p in ("ContinuousBernoulli", "Exponential", "Gumbel", "Pareto", "Uniform")),
     *((p, "Weibull") for p in ("Exponential", "Gamma", "Weibull")),
     *((p, q) for p in ("HalfNormal", "Weibull") for q in ("Exponential", "Gamma")),

@@ -1,0 +1,160 @@
+r"""KL of a Kumaraswamy distribution against a Beta, by a sum of non-negative terms at fixed points.
+
+For concentrations (a, b) of p and (c, d) of q, :math:`\tau = -a \log x`, t = tau/a and :math:`l(t) = \log(1 - e^{-t})`,
+the logarithm of the ratio of the densities is, but for a constant,
+
+.. math:: v = (\tfrac ca - 1)(\tau - \tau_0) + (b - d)[l(\tau) - l(\tau_0)] + (d - 1)[l(\tau) - l(\tau_0) - l(t) + l(t_0)],
+
+tau_0 the centre of p's mass: differences of the parameters, and of l, which vanish where the two are the same
+distribution (a = c = 1 and b = d; b = d = 1 and a = c). The sum is that of `_integrated`, on the axis of log tau, as
+in `..kumaraswamy`. A Beta too narrow to be near any Kumaraswamy distribution, whose own width on that axis is
+:math:`1/\log b` at the least, is not integrated: its normaliser and :math:`E_p \log q` are taken by Loader's
+deviances, as in `_deviance`. torch has no rule, and :math:`E_p \log(1 - x)` is an infinite series of beta functions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Beta as TorchBeta
+from torch.distributions import Kumaraswamy as TorchKumaraswamy
+
+from ..._deviance import binomial_deviance, digamma, gamma_scale
+from ...registry import register_hardened
+from ...special import expm1_value
+from .._integrated import Comparison, chunked, compared, placed, points
+from .._scalar import scalar_rule
+from ..beta import Beta
+from ..kumaraswamy import _LOW, _NOTHING, _WIDTH, Kumaraswamy, _centre, _excess_gap, _Side, _side
+
+__all__: list[str] = []
+
+# A Beta of this width, on the axis of log(-log x), is narrower than any Kumaraswamy distribution of b below 1e60.
+_NARROW = 0.01
+# Exponents that are left as they are.
+_MODERATE = 50.0
+
+
+def _placed(c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the mass of a Beta is on the axis of log(-log x), and its width."""
+    size = 1 / c + torch.log1p(d / c)
+    spread = torch.sqrt(1 / c / c + d / (c + d) / c)
+    return torch.log(size), _WIDTH * torch.minimum(spread / size, torch.ones_like(size))
+
+
+def _risen(side: _Side, start: _Side, h: Tensor) -> Tensor:
+    """l(t) - l(t_0) for t = t_0 e^h."""
+    rise = start.tau * expm1_value(h.clamp(max=600.0))
+    low = torch.maximum(side.tau, start.tau) < _LOW
+    at, to = torch.where(low, start.tau, 0.5), torch.where(low, side.tau, 0.5)
+    by_series = h - _excess_gap(at, to, torch.where(low, rise, 0.0))
+    share = -expm1_value(-rise) / torch.expm1(start.tau)
+    near = share.abs() < 0.5
+    by_share = torch.log1p(torch.where(near, share, 0.0))
+    return torch.where(low, by_series, torch.where(near, by_share, side.fall - start.fall))
+
+
+def _step(p: _Side, q: _Side, change: Tensor, log_ratio: Tensor) -> Tensor:
+    """l(t) - l(tau) for t = (1 + change) tau, change between -1/2 and 1."""
+    low = torch.maximum(p.tau, q.tau) < _LOW
+    small = torch.where(low, p.tau, 0.5)
+    by_series = log_ratio - _excess_gap(small, torch.where(low, q.tau, 0.5), change * small)
+    tau = torch.where(low, 1.0, p.tau).clamp(max=600.0)
+    return torch.where(low, by_series, torch.log1p(-expm1_value(-change * tau) / torch.expm1(tau)))
+
+
+class _Found(NamedTuple):
+    """The masses, the sum for a narrow q, and both sides at the points; tau of p moves with a, t of q does not."""
+
+    compared: Comparison
+    narrow: Tensor
+    direct: Tensor
+    p: _Side
+    q: _Side
+
+
+def _integrated(*parameters: Tensor) -> _Found:
+    a, b, c, d = (x.unsqueeze(-1) for x in parameters)
+    still = a.detach()
+    log_still = torch.log(still)
+    (centre, width), (centre_q, width_q) = _centre(b.detach()), _placed(c.detach(), d.detach())
+    narrow = width_q < _NARROW * _WIDTH
+    shift = torch.where(narrow, 0.0, centre - (centre_q + log_still))
+    width_q = torch.where(narrow, width, width_q)
+    reach = _NOTHING / torch.where(narrow, b, torch.minimum(b, d)).detach() + 6
+    at = points(shift, width, width_q, None, torch.log(reach))
+    h, log_step = placed(at, torch.zeros_like(centre), width, -shift, width_q)
+    log_a = torch.log(a) - log_still  # 0, with its derivative
+    p, q = _side(centre + h + log_a), _side(centre + h - log_still)
+    start, start_q = _side(centre + log_a), _side(centre - log_still)
+    moved = h.clamp(max=600.0)
+
+    change = (1 - a) / a
+    close = (change > -0.5) & (change < 1)
+    near = torch.where(close, change, 0.0)
+    log_ratio = torch.where(close, torch.log1p(near), -torch.log(a))
+    risen, risen_q = _risen(p, start, h), _risen(q, start_q, h)
+    apart = risen - risen_q
+    # of far left points both logarithms are large, and all but the same
+    low, both = torch.maximum(p.tau, q.tau) < _LOW, torch.maximum(start.tau, start_q.tau)
+    small = torch.where(low, p.tau, 0.5)
+    left = _excess_gap(small, torch.where(low, q.tau, 0.5), (change * small)) - log_ratio - (start.fall - start_q.fall)
+    apart = torch.where(low & (both >= _LOW), left, apart)
+    steps = torch.where(close, _step(start, start_q, near, log_ratio) - _step(p, q, near, log_ratio), apart)
+    v = (c - a) / a * start.tau * expm1_value(moved) + (b - d) * risen + (d - 1) * steps
+
+    log_p = log_step + b * p.fall - p.tau + p.excess
+    # relative to its value where p's centre is
+    rise_q = d * risen_q + (q.excess - start_q.excess) - c * start_q.tau * expm1_value(moved)
+    peak = torch.where(narrow, 0.0, rise_q).amax(-1, keepdim=True)
+    peak = torch.where(peak > _MODERATE, peak, 0.0).detach()
+    log_q = log_step + (b * start.fall - start.tau + start.excess) + (rise_q - peak)
+    found = compared(log_p, torch.where(narrow, log_p, log_q), torch.where(narrow, 0.0, v + peak))
+    return _Found(found, narrow, _direct(a, b, c, d, p, q, narrow), p, q)
+
+
+def _direct(a: Tensor, b: Tensor, c: Tensor, d: Tensor, p: _Side, q: _Side, narrow: Tensor) -> Tensor:
+    """log(p/q) at the points, from q's normaliser; 0 where q isn't narrow."""
+    c, d = torch.where(narrow, c, 1.0), torch.where(narrow, d, 1.0)
+    x, y = torch.exp(-q.tau), -expm1_value(-q.tau)
+    (of_c, rest_c), (of_d, rest_d), (of_n, rest_n) = gamma_scale(c), gamma_scale(d), gamma_scale(c + d)
+    size = torch.minimum(of_c, of_d) * (torch.maximum(of_c, of_d) / of_n)
+    rests = rest_c + rest_d - rest_n
+    log_q = torch.log(size) - rests - binomial_deviance(c, d, x, y, -q.tau, q.fall) + q.excess
+    log_p = torch.log(b) + b * p.fall - p.tau + p.excess
+    return torch.where(narrow, log_p - log_q, 0.0)
+
+
+def _value(*parameters: Tensor) -> Tensor:
+    def value(*x: Tensor) -> tuple[Tensor]:
+        found = _integrated(*x)
+        direct = (found.compared.p * found.direct).sum(-1)
+        return (torch.where(found.narrow.squeeze(-1), direct, found.compared.terms.sum(-1)),)
+
+    return chunked(value, *parameters)[0]
+
+
+def _gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
+    found = _integrated(*parameters)
+    a, b, c, d = (x.unsqueeze(-1) for x in parameters)
+    mass, p, q, narrow = found.compared.p, found.p, found.q, found.narrow.squeeze(-1)
+    u = torch.where(found.narrow, found.direct, found.compared.u)
+    weight = mass * (u - (mass * u).sum(-1, keepdim=True))
+    by_p = ((weight * x).sum(-1) for x in ((b * p.share - p.tau + p.rise) / a, p.fall))
+    c, d = (torch.where(narrow, x, 1.0) for x in parameters[2:])
+    of_n, by_q = digamma(c + d), []
+    for x, score in ((c, -q.tau), (d, q.fall)):
+        exact = digamma(x) - of_n - (mass * score).sum(-1)
+        by_q.append(torch.where(narrow, exact, -(found.compared.gain * score).sum(-1)))
+    return *by_p, *by_q
+
+
+_kl = scalar_rule(_value, lambda *parameters: chunked(_gradients, *parameters))
+
+
+@register_hardened(Kumaraswamy, Beta, torch_lacks_it=True)
+def kl_kumaraswamy_beta(p: TorchKumaraswamy, q: TorchBeta) -> Tensor:
+    """KL of a Kumaraswamy distribution against a Beta, elementwise; see the module."""
+    return _kl(p.concentration1, p.concentration0, q.concentration1, q.concentration0)

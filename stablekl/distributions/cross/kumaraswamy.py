@@ -27,12 +27,16 @@ from ...special import expm1_value
 from .._integrated import Comparison, chunked, compared, placed, points
 from .._scalar import scalar_rule
 from ..beta import Beta
-from ..kumaraswamy import _LOW, _NOTHING, _WIDTH, Kumaraswamy, _centre, _excess_gap, _Side, _side
+from ..kumaraswamy import _LEAST, _LOW, _NOTHING, _WIDTH, Kumaraswamy, _centre, _excess_gap, _Side, _side
 
 __all__: list[str] = []
 
 # A Beta of this width, on the axis of log(-log x), is narrower than any Kumaraswamy distribution of b below 1e60.
 _NARROW = 0.01
+# Distance of the centres on that axis from which on the divergence is no small one.
+_FAR = 6.0
+# d from which on the corner of the density for small c has a place of its own.
+_MANY = 10.0
 # Exponents that are left as they are.
 _MODERATE = 50.0
 
@@ -66,10 +70,10 @@ def _step(p: _Side, q: _Side, change: Tensor, log_ratio: Tensor) -> Tensor:
 
 
 class _Found(NamedTuple):
-    """The masses, the sum for a narrow q, and both sides at the points; tau of p moves with a, t of q does not."""
+    """The masses, log(p/q) of a q that is far, and both sides at the points; tau of p moves with a, t of q does not."""
 
     compared: Comparison
-    narrow: Tensor
+    far: Tensor
     direct: Tensor
     p: _Side
     q: _Side
@@ -80,10 +84,15 @@ def _integrated(*parameters: Tensor) -> _Found:
     still = a.detach()
     log_still = torch.log(still)
     (centre, width), (centre_q, width_q) = _centre(b.detach()), _placed(c.detach(), d.detach())
-    narrow = width_q < _NARROW * _WIDTH
-    shift = torch.where(narrow, 0.0, centre - (centre_q + log_still))
-    width_q = torch.where(narrow, width, width_q)
-    reach = _NOTHING / torch.where(narrow, b, torch.minimum(b, d)).detach() + 6
+    shift = centre - (centre_q + log_still)
+    far = (width_q < _NARROW * _WIDTH) | (shift.abs() > _FAR)
+    # of a small c the density turns twice: where it ends, and here
+    corner, bend = _centre(d.detach())
+    turns = (c < 1) & (d > _MANY) & ~far
+    shift = torch.where(turns, centre - (corner + log_still), shift)
+    width_q = torch.where(far, _WIDTH, torch.where(turns, bend, width_q))
+    # of a small c the tail towards 1 is that of t before it is that of t^d
+    reach = _NOTHING / torch.where(far, b, torch.minimum(b, d)).detach().clamp(max=1) + 6
     at = points(shift, width, width_q, None, torch.log(reach))
     h, log_step = placed(at, torch.zeros_like(centre), width, -shift, width_q)
     log_a = torch.log(a) - log_still  # 0, with its derivative
@@ -102,36 +111,42 @@ def _integrated(*parameters: Tensor) -> _Found:
     small = torch.where(low, p.tau, 0.5)
     left = _excess_gap(small, torch.where(low, q.tau, 0.5), (change * small)) - log_ratio - (start.fall - start_q.fall)
     apart = torch.where(low & (both >= _LOW), left, apart)
-    steps = torch.where(close, _step(start, start_q, near, log_ratio) - _step(p, q, near, log_ratio), apart)
-    v = (c - a) / a * start.tau * expm1_value(moved) + (b - d) * risen + (d - 1) * steps
+    apart = torch.where(close, _step(start, start_q, near, log_ratio) - _step(p, q, near, log_ratio), apart)
+    by_terms = (b - d) * risen + (d - 1) * apart
+    # of a tau and t that have nothing to do with each other their terms are not mixed
+    by_terms = torch.where(~close & (b > 0.5) & (d > 0.5), (b - 1) * risen - (d - 1) * risen_q, by_terms)
+    v = (c - a) / a * start.tau * expm1_value(moved) + by_terms
 
-    log_p = log_step + b * p.fall - p.tau + p.excess
-    # relative to its value where p's centre is
+    # relative to their values at p's centre
+    rise_p = b * risen + (p.excess - start.excess) - start.tau * expm1_value(moved)
     rise_q = d * risen_q + (q.excess - start_q.excess) - c * start_q.tau * expm1_value(moved)
-    peak = torch.where(narrow, 0.0, rise_q).amax(-1, keepdim=True)
+    peak = torch.where(far, 0.0, rise_q).amax(-1, keepdim=True)
     peak = torch.where(peak > _MODERATE, peak, 0.0).detach()
-    log_q = log_step + (b * start.fall - start.tau + start.excess) + (rise_q - peak)
-    found = compared(log_p, torch.where(narrow, log_p, log_q), torch.where(narrow, 0.0, v + peak))
-    return _Found(found, narrow, _direct(a, b, c, d, p, q, narrow), p, q)
+    log_p, log_q = log_step + rise_p, log_step + (rise_q - peak)
+    found = compared(log_p, torch.where(far, log_p, log_q), torch.where(far, 0.0, v + peak))
+    return _Found(found, far, _direct(a, b, c, d, p, q, far), p, q)
 
 
-def _direct(a: Tensor, b: Tensor, c: Tensor, d: Tensor, p: _Side, q: _Side, narrow: Tensor) -> Tensor:
-    """log(p/q) at the points, from q's normaliser; 0 where q isn't narrow."""
-    c, d = torch.where(narrow, c, 1.0), torch.where(narrow, d, 1.0)
-    x, y = torch.exp(-q.tau), -expm1_value(-q.tau)
+def _direct(a: Tensor, b: Tensor, c: Tensor, d: Tensor, p: _Side, q: _Side, far: Tensor) -> Tensor:
+    """log(p/q) at the points, from q's normaliser; 0 where q isn't far."""
+    c, d = torch.where(far, c, 1.0), torch.where(far, d, 1.0)
+    # where x or y is no float, what is left of the deviance is linear in its logarithm
+    tau, fall = q.tau.clamp(max=600.0), q.fall.clamp(min=_LEAST)
+    x, y = torch.exp(-tau), -expm1_value(-tau)
     (of_c, rest_c), (of_d, rest_d), (of_n, rest_n) = gamma_scale(c), gamma_scale(d), gamma_scale(c + d)
     size = torch.minimum(of_c, of_d) * (torch.maximum(of_c, of_d) / of_n)
     rests = rest_c + rest_d - rest_n
-    log_q = torch.log(size) - rests - binomial_deviance(c, d, x, y, -q.tau, q.fall) + q.excess
+    deviance = binomial_deviance(c, d, x, y, -tau, fall) + d * (fall - q.fall) + c * (q.tau - tau)
+    log_q = torch.log(size) - rests - deviance + q.excess
     log_p = torch.log(b) + b * p.fall - p.tau + p.excess
-    return torch.where(narrow, log_p - log_q, 0.0)
+    return torch.where(far, log_p - log_q, 0.0)
 
 
 def _value(*parameters: Tensor) -> Tensor:
     def value(*x: Tensor) -> tuple[Tensor]:
         found = _integrated(*x)
         direct = (found.compared.p * found.direct).sum(-1)
-        return (torch.where(found.narrow.squeeze(-1), direct, found.compared.terms.sum(-1)),)
+        return (torch.where(found.far.squeeze(-1), direct, found.compared.terms.sum(-1)),)
 
     return chunked(value, *parameters)[0]
 
@@ -139,15 +154,15 @@ def _value(*parameters: Tensor) -> Tensor:
 def _gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
     found = _integrated(*parameters)
     a, b, c, d = (x.unsqueeze(-1) for x in parameters)
-    mass, p, q, narrow = found.compared.p, found.p, found.q, found.narrow.squeeze(-1)
-    u = torch.where(found.narrow, found.direct, found.compared.u)
+    mass, p, q, far = found.compared.p, found.p, found.q, found.far.squeeze(-1)
+    u = torch.where(found.far, found.direct, found.compared.u)
     weight = mass * (u - (mass * u).sum(-1, keepdim=True))
     by_p = ((weight * x).sum(-1) for x in ((b * p.share - p.tau + p.rise) / a, p.fall))
-    c, d = (torch.where(narrow, x, 1.0) for x in parameters[2:])
+    c, d = (torch.where(far, x, 1.0) for x in parameters[2:])
     of_n, by_q = digamma(c + d), []
     for x, score in ((c, -q.tau), (d, q.fall)):
         exact = digamma(x) - of_n - (mass * score).sum(-1)
-        by_q.append(torch.where(narrow, exact, -(found.compared.gain * score).sum(-1)))
+        by_q.append(torch.where(far, exact, -(found.compared.gain * score).sum(-1)))
     return *by_p, *by_q
 
 

@@ -54,7 +54,7 @@ def _risen(side: _Side, start: _Side, h: Tensor) -> Tensor:
     low = torch.maximum(side.tau, start.tau) < _LOW
     at, to = torch.where(low, start.tau, 0.5), torch.where(low, side.tau, 0.5)
     by_series = h - _excess_gap(at, to, torch.where(low, rise, 0.0))
-    share = -expm1_value(-rise) / torch.expm1(start.tau)
+    share = -expm1_value(-rise.clamp(max=60.0)) / torch.expm1(start.tau)
     near = share.abs() < 0.5
     by_share = torch.log1p(torch.where(near, share, 0.0))
     return torch.where(low, by_series, torch.where(near, by_share, side.fall - start.fall))
@@ -94,10 +94,13 @@ def _integrated(*parameters: Tensor) -> _Found:
     # of a small c the tail towards 1 is that of t before it is that of t^d
     reach = _NOTHING / torch.where(far, b, torch.minimum(b, d)).detach().clamp(max=1) + 6
     at = points(shift, width, width_q, None, torch.log(reach))
-    h, log_step = placed(at, torch.zeros_like(centre), width, -shift, width_q)
+    h, _ = placed(at, torch.zeros_like(centre), width, -shift, width_q)
+    # the step from where h is: neighbours would share the roundings of logarithms of the map
+    log_step = at.log_step - torch.log(1 / torch.hypot(h, width) + 1 / torch.hypot(h + shift, width_q))
     log_a = torch.log(a) - log_still  # 0, with its derivative
     p, q = _side(centre + h + log_a), _side(centre + h - log_still)
-    start, start_q = _side(centre + log_a), _side(centre - log_still)
+    start = _side(centre + log_a)
+    start_q = _side(centre - log_still)._replace(tau=start.tau.detach() / still)  # without the rounding of log a
     moved = h.clamp(max=600.0)
 
     change = (1 - a) / a

@@ -51,7 +51,6 @@ ELSEWHERE = {
     ("TransformedDistribution", "TransformedDistribution"): "that of the bases",
     ("LogisticNormal", "LogisticNormal"): "that of Independent",
     ("LKJCholesky", "LKJCholesky"): "tests/test_pairs_torch_lacks.py",
-    ("Kumaraswamy", "Kumaraswamy"): "tests/test_pairs_torch_lacks.py",
     ("FisherSnedecor", "FisherSnedecor"): "tests/test_more_pairs.py",
     **dict.fromkeys(
         (("Categorical", "OneHotCategorical"), ("OneHotCategorical", "Categorical")), "that of Categorical"

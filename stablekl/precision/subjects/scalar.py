@@ -55,12 +55,12 @@ LIMITS: dict[str, dict[torch.dtype, str]] = {
     },
     **{
         name: {torch.float32: _CANCELS, torch.float64: _CANCELS}
-        for name in ("Beta", "Cauchy", "GeneralizedPareto", "Gumbel", "Weibull")
+        for name in ("Beta", "Cauchy", "GeneralizedPareto", "Gumbel", "Kumaraswamy", "Weibull")
     },
 }
 # The largest error of a family's rule that the project aims at; of one between two families.
 _SHAPES = ("Beta", "Chi2", "Gamma", "InverseGamma", "NegativeBinomial", "StudentT", "VonMises", "Weibull")
-_INTEGRALS = ("GeneralizedPareto",)
+_INTEGRALS = ("GeneralizedPareto", "Kumaraswamy")
 _SELF, _SHAPE, _CROSS = 8.0, 16.0, 64.0
 _DENSITY = 4.0
 

@@ -6,8 +6,8 @@ products, rounded once, and its sign decides whether x is beyond the end. torch 
 for 0, has an exp of a logarithm of 1 - S for its ``cdf``, and no log-density in float64 (2.13: "Double did not match
 Float").
 
-Accuracy of log-densities in units of eps max(1, abs(log p)), the largest seen in 4,000 sets that mpmath judged, of
-200,000 at parameters up to 1e60: float32 0.50, float64 LOGP.
+Accuracy of log-densities in units of eps max(1, abs(log p)): 0.50 at most in 3,900 float32 sets that mpmath judged, of
+205,000 up to 2^40; 4 in the float64 tests.
 """
 
 from __future__ import annotations

@@ -3,13 +3,17 @@ r"""KL of a Kumaraswamy distribution against a Beta, by a sum of non-negative te
 For concentrations (a, b) of p and (c, d) of q, :math:`\tau = -a \log x`, t = tau/a and :math:`l(t) = \log(1 - e^{-t})`,
 the logarithm of the ratio of the densities is, but for a constant,
 
-.. math:: v = (\tfrac ca - 1)(\tau - \tau_0) + (b - d)[l(\tau) - l(\tau_0)] + (d - 1)[l(\tau) - l(\tau_0) - l(t) + l(t_0)],
+.. math:: v = (\tfrac ca - 1)(\tau - \tau_0) + (b - d)[l(\tau) - l(\tau_0)]
+    + (d - 1)[l(\tau) - l(\tau_0) - l(t) + l(t_0)],
 
 tau_0 the centre of p's mass: differences of the parameters, and of l, which vanish where the two are the same
 distribution (a = c = 1 and b = d; b = d = 1 and a = c). The sum is that of `_integrated`, on the axis of log tau, as
 in `..kumaraswamy`. A Beta too narrow to be near any Kumaraswamy distribution, whose own width on that axis is
 :math:`1/\log b` at the least, is not integrated: its normaliser and :math:`E_p \log q` are taken by Loader's
 deviances, as in `_deviance`. torch has no rule, and :math:`E_p \log(1 - x)` is an infinite series of beta functions.
+
+Accuracy, float64, concentrations between 1e-12 and 1e12: 83 ulp at a = c (1 + 1e-14) = 1e-6, b = 1 + 3 eps,
+d = 1 - 3e-8, and 15 at most in the other 100 sets, most of them next to each other or to the closest q.
 """
 
 from __future__ import annotations

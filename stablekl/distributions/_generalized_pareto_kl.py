@@ -7,7 +7,8 @@ A distribution with hazard h is one whose survival function falls like :math:`S'
 
 two terms that are never negative. The hazard of a generalized Pareto distribution is the reciprocal of the linear
 function :math:`\sigma + \xi(x - \mu)`, whatever the sign of the concentration :math:`\xi`, 0 included. With
-:math:`e = -\log S_p(x)`, which is exponentially distributed, and :math:`s = [\sigma_q + \xi_q(\mu_p - \mu_q)]/\sigma_p`,
+:math:`e = -\log S_p(x)`, which is exponentially distributed, and
+:math:`s = [\sigma_q + \xi_q(\mu_p - \mu_q)]/\sigma_p`,
 
 .. math:: R^{-1} = 1 + (s - 1) + (\xi_q - \xi_p s)\,g
                  = 1 + \frac{\xi_q - \xi_p - (\xi_q - \xi_p s)\,e^{-\xi_p e}}{\xi_p}, \qquad

@@ -166,7 +166,7 @@ def double_log(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def double_stirling(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """`_double.stirling` of two float64 tensors of one shape: the two parts of either result."""
+    """`_double_gamma.stirling` of two float64 tensors of one shape: the two parts of either result."""
     return _parts(_library.stablekl_double_stirling, inputs, 4)
 
 

@@ -1,6 +1,6 @@
 /* The logarithm, and what Stirling's formulas leave of log Gamma and digamma, in twice the digits of float64.
  *
- * The algorithms are those of _double.py, step by step, a tile of elements at a time, so that every step is a loop of
+ * The algorithms are those of _double.py and _double_gamma.py, step by step, a tile of elements at a time, so that every step is a loop of
  * vector instructions; see _fused.h for why contraction is off. A product's
  * error is one fused multiply-add here, where torch's operations need seventeen.
  */

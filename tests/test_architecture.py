@@ -26,6 +26,7 @@ FLOORS = {
     "_bregman": 0,
     "_deviance": 0,
     "_double": 0,
+    "_double_gamma": 0,
     "_elementwise": 0,
     "_fused": 0,
     "_opaque": 0,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Gumbel as TorchGumbel
 
-from .. import _double
+from .. import _double, _double_gamma
 from .._bregman import lgamma_bregman_value, lgamma_change, log_quotient, remainder_of_log
 from .._double import Double
 from .._opaque import where_needed
@@ -143,7 +143,7 @@ def _exp_less(x: Double, k: Tensor) -> Tensor:
 
 @where_needed
 def _precise_mantissa(z_hi: Tensor, z_lo: Tensor, up: Tensor, down: Tensor, k: Tensor) -> Tensor:
-    lgamma = _double.lgamma(_double.add(narrow(wide_quotient(wide(up), wide(down))), 1.0))
+    lgamma = _double_gamma.lgamma(_double.add(narrow(wide_quotient(wide(up), wide(down))), 1.0))
     return _exp_less(_double.add(Double(z_hi, z_lo), lgamma), k)
 
 

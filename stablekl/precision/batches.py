@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .references.family import COUNT, NONNEGATIVE, POSITIVE, PROBABILITY, REAL
+from .references.family import COUNT, NONNEGATIVE, POSITIVE, PROBABILITY, REAL, SIGNED
 
 __all__ = ["INTEGER", "REACH", "Plan", "moved", "pairs", "plans", "scalars"]
 
@@ -110,6 +110,10 @@ def values(
         return np.exp2(logs)
     if domain == NONNEGATIVE:
         return np.where(rng.uniform(size=shape) < 0.05, 0.0, np.exp2(logs))
+    if domain == SIGNED:
+        signs = rng.choice((-1, 0, 1), shape, p=(0.45, 0.1, 0.45))
+        # powers of 2 to the 40th, and ordinary ones; nobody has those of the scales
+        return signs * np.exp2(np.where(rng.uniform(size=shape) < 0.5, logs / 5, rng.uniform(-4, 4, shape)))
     if domain == COUNT:
         return np.floor(np.exp2(rng.uniform(0, 7, shape)))
     if domain == PROBABILITY:
@@ -179,7 +183,8 @@ def pairs(
         dtype: of the tensors.
         count: the number of parameter sets in a batch.
         domains: the parameters' names in order and their domains: ``"real"`` (drawn in units of the parameter called
-            ``scale``, where there is one), ``"positive"``, ``"nonnegative"``, ``"probability"``, ``"count"``.
+            ``scale``, where there is one), ``"signed"``, ``"positive"``, ``"nonnegative"``, ``"probability"``,
+            ``"count"``.
 
     Returns:
         A hypothesis strategy of tuples of tensors of shape ``(count,)``: apart, within a factor of a few, or 1, 2,

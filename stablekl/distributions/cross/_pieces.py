@@ -5,7 +5,7 @@ All are elementwise functions. Those that say so can be differentiated; the othe
 
 * ``excess(x, y)``: :math:`x/y - 1 - \log(x/y)`, and ``deviance(x, y)``: :math:`x \log(x/y) + y - x`, of Doubles: of a
   product and a quotient the difference is known to all its digits, of their roundings it is not;
-* ``remainders(x)``: what Stirling's formulas leave of lgamma and digamma, R and S of `_double.stirling`;
+* ``remainders(x)``: what Stirling's formulas leave of lgamma and digamma, R and S of `_double_gamma.stirling`;
 * ``gamma_shape(x)``: :math:`T = 1/(2x) - R - (x - 1) S`, the KL of a Gamma of concentration x against the normal
   distribution of its mean and variance;
 * ``lgamma_bregman(y, x, d)``: :math:`g(y) - g(x) - g'(x) d` with :math:`g(x) = \log\Gamma(x) - x \log x + x` and

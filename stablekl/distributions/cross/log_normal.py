@@ -29,15 +29,8 @@ from torch import Tensor
 
 from ... import _bregman, _wide
 from ..._autograd import may_hold
-from ..._double import (
-    EULER,
-    Double,
-    add,
-    digamma,
-    negative,
-    select,
-    subtract,
-)
+from ..._double import EULER, Double, add, negative, select, subtract
+from ..._double_gamma import digamma
 from ..._wide import difference, half, narrow, product, quotient, total, wide
 from ...special import bd0, expm1mx, expm1mx_value, log_ratio_bregman
 from ..exponential import Exponential

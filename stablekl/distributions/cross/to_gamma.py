@@ -55,10 +55,10 @@ from ..._double import (
     negative,
     rounded,
     select,
-    stirling,
     subtract,
     total,
 )
+from ..._double_gamma import stirling
 from ..._opaque import where_needed
 from ..._scaled import lgamma_change, scaled
 from ..._wide import half, product, quotient, wide

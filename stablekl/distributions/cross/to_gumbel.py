@@ -32,20 +32,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..._double import (
-    PI,
-    Double,
-    divide,
-    log,
-    log1p,
-    multiply,
-    negative,
-    rounded,
-    select,
-    stirling,
-    subtract,
-    total,
-)
+from ..._double import PI, Double, divide, log, log1p, multiply, negative, rounded, select, subtract, total
+from ..._double_gamma import stirling
 from ..._opaque import where_needed
 from ..._scaled import shifted
 from ..._wide import Wide, difference, half, log_quotient, narrow, product, quotient, wide

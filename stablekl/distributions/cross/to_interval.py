@@ -43,11 +43,9 @@ from ..._bregman import log_quotient
 from ..._double import (
     Double,
     absolute,
-    digamma,
     divide,
     exact_sum,
     expm1,
-    lgamma,
     log,
     multiply,
     negative,
@@ -56,6 +54,7 @@ from ..._double import (
     subtract,
     total,
 )
+from ..._double_gamma import digamma, lgamma
 from ..._opaque import where_needed
 from ...special import log_ratio_bregman
 from ..beta import Beta

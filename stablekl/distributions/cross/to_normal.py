@@ -42,18 +42,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..._double import (
-    Double,
-    add,
-    divide,
-    exact_sum,
-    log1p,
-    multiply,
-    rounded,
-    stirling,
-    subtract,
-    total,
-)
+from ..._double import Double, add, divide, exact_sum, log1p, multiply, rounded, subtract, total
+from ..._double_gamma import stirling
 from ..._opaque import where_needed
 from ..._wide import difference, narrow, product, quotient, wide
 from ..._wide import total as total_of

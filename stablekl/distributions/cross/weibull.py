@@ -30,7 +30,7 @@ from torch.distributions import Exponential as TorchExponential
 from torch.distributions import Gamma as TorchGamma
 from torch.distributions import Weibull as TorchWeibull
 
-from ... import _bregman, _double, _wide
+from ... import _bregman, _double, _double_gamma, _wide
 from ..._autograd import may_hold
 from ..._double import (
     EULER,
@@ -155,7 +155,7 @@ def _weibull_gamma(s: Tensor, k: Tensor, c: Tensor, r: Tensor) -> Tensor:
     level = y.hi.abs() < _NEAR
     small = torch.where(level, y.hi, 0.0)
     # log Gamma(1 + t), which vanishes at 1
-    gain = select(level, add(multiply(y, _LESS_EULER), _series(small, _TWO)), _double.lgamma(add(t, 1.0)))
+    gain = select(level, add(multiply(y, _LESS_EULER), _series(small, _TWO)), _double_gamma.lgamma(add(t, 1.0)))
     # of short t the first order cancels
     short = t.hi < _SHORT
     bend = product(wide(torch.where(short, t.hi * (_ONE[0] + t.hi * _ONE[1]), 1.0)), wide(t))
@@ -163,7 +163,7 @@ def _weibull_gamma(s: Tensor, k: Tensor, c: Tensor, r: Tensor) -> Tensor:
 
     near = level & (x.abs() < _NEAR)
     inner = _near_exponential(torch.where(near, x, 0.0), small, 1.0, _OMEGA)
-    remainder = _double.stirling(c).lgamma
+    remainder = _double_gamma.stirling(c).lgamma
     constant = subtract(subtract(HALF_LOG_TAU, EULER), 1.0)
     bulk = select(short, narrow(product(bend, wide(c))), multiply(add(gain, multiply(t, EULER)), c))
     outer = _total(add(remainder, constant), multiply(log(c), -0.5), log(k), bulk)
@@ -192,7 +192,7 @@ def _log_moment(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Double:
     near = (x.abs() < _NEAR) & (y.abs() < _NEAR)
     inside = _series(torch.where(near, x + y, 0.0), _TWO) - _series(torch.where(near, x, 0.0), _ONE)
     inner = add(add(multiply(y, _LESS_EULER), x), inside)
-    outer = subtract(_double.lgamma(_double.exact_sum(a, k)), _double.lgamma(a))
+    outer = subtract(_double_gamma.lgamma(_double.exact_sum(a, k)), _double_gamma.lgamma(a))
     return subtract(select(near, inner, outer), narrow(product(_shift(b, s), wide(k))))
 
 
@@ -213,7 +213,7 @@ def _gamma_weibull_value(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:
     one = torch.ones_like(a)
     a_far, k_far = torch.where(far, a, _FAR), torch.where(far, k, one)
     gap, omega = _large_shape(a_far, k_far)
-    level = difference(wide(_double.digamma(a_far)), _shift(torch.where(far, b, one), torch.where(far, s, one)))
+    level = difference(wide(_double_gamma.digamma(a_far)), _shift(torch.where(far, b, one), torch.where(far, s, one)))
     beyond = _moment(add(narrow(product(level, wide(k_far))), gap)) + omega
     beyond = torch.where(gap.isinf(), gap, beyond)
     near = _gamma_weibull_near(*(torch.where(far, one, v) for v in (a, b, s, k)))
@@ -232,9 +232,9 @@ def _gamma_weibull_near(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:
     near = (x.abs() < _NEAR) & (y.abs() < _NEAR)
     inner = _near_exponential(torch.where(near, x, 0.0), torch.where(near, y, 0.0), -1.0, _OMEGA_PRIME)
     apart = _double.exact_sum(a, -k)
-    logs = subtract(_double.lgamma(_double.exact_sum(a, k)), multiply(_double.lgamma(a), 2.0))
+    logs = subtract(_double_gamma.lgamma(_double.exact_sum(a, k)), multiply(_double_gamma.lgamma(a), 2.0))
     tiny = a < _LEAST
-    moved = multiply(apart, _double.digamma(torch.where(tiny, 1.0, a)))
+    moved = multiply(apart, _double_gamma.digamma(torch.where(tiny, 1.0, a)))
     outer = _total(logs, select(tiny, (k - a) / a, moved), subtract(1.0, a), negative(log(k)))
     return _moment(w) + torch.where(near, inner, outer)
 

@@ -9,7 +9,9 @@ from .continuous_bernoulli import ContinuousBernoulli
 from .exponential import Exponential
 from .family import Family
 from .gamma import Chi2, Gamma, InverseGamma
+from .generalized_pareto import GeneralizedPareto
 from .gumbel import Gumbel
+from .kumaraswamy import Kumaraswamy
 from .laplace import Laplace
 from .negative_binomial import NegativeBinomial
 from .normal import HalfNormal, LogNormal, Normal
@@ -31,11 +33,13 @@ _CLASSES: tuple[type[Family], ...] = (
     ContinuousBernoulli,
     Exponential,
     Gamma,
+    GeneralizedPareto,
     Geometric,
     Gumbel,
     HalfCauchy,
     HalfNormal,
     InverseGamma,
+    Kumaraswamy,
     Laplace,
     LogNormal,
     NegativeBinomial,

@@ -20,6 +20,7 @@ __all__ = ["Family", "Statistic", "Support", "divergence", "kl"]
 
 # The domains of parameters.
 REAL, POSITIVE, NONNEGATIVE, PROBABILITY, COUNT = "real", "positive", "nonnegative", "probability", "count"
+SIGNED = "signed"  # of either sign, and no unit
 
 
 class Statistic(NamedTuple):
@@ -47,6 +48,8 @@ _VALUES: dict[str, Callable[[Number, Any], Number]] = {
     "abs": lambda x, m: abs(x - m),
     "exp": lambda x, t: mp.exp(t * x),
     "cos": lambda x, m: mp.cos(x - m),
+    "log1m power": lambda x, k: mp.log(-mp.expm1(k * mp.log(x))),
+    "exponent": lambda x, a: mp.log1p(a[2] * (x - a[0]) / a[1]) / a[2] if a[2] else (x - a[0]) / a[1],
     "log quadratic": lambda x, ms: mp.log((x - ms[0]) ** 2 + ms[1] ** 2),
     "log factorial": lambda x, _: mp.loggamma(x + 1),
     "log rising": lambda x, n: mp.loggamma(x + n) - mp.loggamma(n) - mp.loggamma(x + 1),

@@ -31,6 +31,7 @@ INHERITED = (
 )
 # Pairs that torch lacks.
 ADDED = (
+    ("Kumaraswamy", "Beta"),
     *((p, "Laplace") for p in ("Beta", "ContinuousBernoulli", "Exponential", "Gamma", "Gumbel", "Pareto", "Uniform")),
     *((p, "Weibull") for p in ("Exponential", "Gamma", "Weibull")),
     *((p, q) for p in ("HalfNormal", "Weibull") for q in ("Exponential", "Gamma")),
@@ -40,6 +41,7 @@ ADDED = (
     *(("InverseGamma", q) for q in ("Exponential", "Gamma")),
     ("Gamma", "InverseGamma"),
 )
+ELSEWHERE = {("Kumaraswamy", "Kumaraswamy")}  # in `integrated`
 ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential", "Gamma", "Pareto")
 # torch's sampler, which rejects, does not end at extreme concentrations.
 UNSAMPLED = ("VonMises",)
@@ -57,7 +59,7 @@ LIMITS: dict[str, dict[torch.dtype, str]] = {
     **{
         name: {torch.float64: CANCELS}
         for name in (
-            *("Beta", "Cauchy", "Gamma", "Gumbel", "InverseGamma"),
+            *("Beta", "Cauchy", "Gamma", "GeneralizedPareto", "Gumbel", "InverseGamma", "Kumaraswamy"),
             *("Laplace", "LogNormal", "Pareto", "StudentT", "VonMises", "Weibull"),
         )
     },
@@ -81,7 +83,7 @@ def torch_class(name: str) -> Any:
 def registered_pairs() -> list[tuple[str, str]]:
     """The pairs of these families that torch has a rule for, by name, and some that it lacks."""
     names = {(p.__name__, q.__name__) for p, q in torch_kl._KL_REGISTRY if p.__module__.startswith("torch.")}
-    known = {pair for pair in names if pair[0] in FAMILIES and pair[1] in FAMILIES}
+    known = {pair for pair in names - ELSEWHERE if pair[0] in FAMILIES and pair[1] in FAMILIES}
     return sorted(known | set(INHERITED) | set(ADDED))
 
 
@@ -145,6 +147,8 @@ def single(name: str, partner: str, plan: Plan, dtype: torch.dtype, rng: np.rand
 def _inside(p: str, q: str, a: dict[str, Tensor], b: dict[str, Tensor], rng: np.random.Generator) -> None:
     """Move q's support out around p's, for most rows; where p sticks out, the divergence is infinite."""
     some = torch.from_numpy(rng.uniform(size=COUNT) < 0.9)
+    if p == q == "GeneralizedPareto":
+        _contain(a, b, some)
     start = {"Uniform": "low", "Pareto": "scale"}
     if q == "Pareto" and p in start:
         low = torch.where(some, torch.minimum(a[start[p]], b["scale"]), b["scale"])
@@ -154,6 +158,18 @@ def _inside(p: str, q: str, a: dict[str, Tensor], b: dict[str, Tensor], rng: np.
     elif q == "Uniform" and p == "Uniform":
         b["low"] = torch.where(some, torch.minimum(a["low"], b["low"]), b["low"])
         b["high"] = torch.where(some, torch.maximum(a["high"], b["high"]), b["high"])
+
+
+def _contain(a: dict[str, Tensor], b: dict[str, Tensor], some: Tensor) -> None:
+    """Of generalized Pareto distributions: some q that begin before p, and end, if at all, where p ends or later."""
+    b["loc"] = torch.where(some, torch.minimum(a["loc"], b["loc"]), b["loc"])
+    ends = some & (b["concentration"] < 0)
+    xi = a["concentration"]
+    a["concentration"] = torch.where(ends, -torch.where(xi == 0, 1, xi).abs(), xi)
+    x, y = a["concentration"].double(), b["concentration"].double()
+    least = (a["loc"].double() - b["loc"].double()) * -y + a["scale"].double() * (y / x)
+    below = ends & (b["scale"].double() < least)
+    b["scale"] = torch.where(below, least.to(b["scale"].dtype), b["scale"])
 
 
 _UNIT_BOUNDS: dict[str, Callable[[Tensor], Tensor]] = {"low": lambda x: -x.abs(), "high": lambda x: 1 + x.abs()}
@@ -182,6 +198,7 @@ def validity(*families: Family) -> Callable[..., Tensor]:
     """Which rows hold parameters of the families' domains."""
     checks: dict[str, Callable[[Tensor], Tensor]] = {
         "real": lambda x: x.isfinite(),
+        "signed": lambda x: x.isfinite(),
         "positive": lambda x: (x > 0) & x.isfinite(),
         "nonnegative": lambda x: (x >= 0) & x.isfinite(),
         "probability": lambda x: (x >= 0) & (x <= 1),
@@ -228,7 +245,7 @@ def divergence(p: str, q: str) -> Subject:
         valid=validity(*families),
         elementwise=p not in COSTS,
         cost=COSTS.get(p, 0.5),
-        bars=bars(_CROSS if p != q else _SHAPE if p in _SHAPES else _SELF),
+        bars=bars(_CROSS if p != q or p == "GeneralizedPareto" else _SHAPE if p in _SHAPES else _SELF),
     )
 
 
@@ -241,6 +258,10 @@ def gradient(value: Subject, p: str, q: str) -> Subject:
         inside += [x > 0 for d, x in zip(domains, batch, strict=True) if d in ("probability", "nonnegative")]
         if p == "Pareto":  # the smallest value of p is an end of its range
             inside.append(batch[0] > batch[2])
+        if p == "GeneralizedPareto":  # so are that, where both supports end, and 0
+            loc_p, scale_p, xi_p, loc_q, scale_q, xi_q = (x.double() for x in batch)
+            beyond = xi_p * scale_q < xi_q * (scale_p + xi_p * (loc_q - loc_p)) * (1 + 1e-9)
+            inside.append((loc_p > loc_q) & (xi_p != 0) & ((xi_q > 0) | ((xi_p < 0) & beyond)))
         return value.valid(*batch) & torch.stack(inside).all(0)
 
     def expand(plan: Plan, dtype: torch.dtype) -> Batch:

@@ -150,6 +150,9 @@ def absolute(x: Double) -> Double:
 def add(x: Number, y: Number) -> Double:
     """The sum x + y, to its relative accuracy where it cancels."""
     x, y = double(x), double(y)
+    parts = _fused.double_arithmetic("add", (*x, *y))
+    if parts:
+        return Double(*parts)
     s, t = exact_sum(x.hi, y.hi), exact_sum(x.lo, y.lo)
     v = _normal(s.hi, s.lo + t.hi)
     return _normal(v.hi, t.lo + v.lo)
@@ -173,6 +176,9 @@ def multiply(x: Number, y: Number) -> Double:
     if not isinstance(x, Double) and not isinstance(y, Double) and isinstance(x, Tensor):
         return exact_product(x, torch.as_tensor(y, dtype=x.dtype, device=x.device))
     x, y = double(x), double(y)
+    parts = _fused.double_arithmetic("multiply", (*x, *y))
+    if parts:
+        return Double(*parts)
     p = exact_product(x.hi, y.hi)
     return _normal(p.hi, p.lo + (x.hi * y.lo + (x.lo * y.hi + x.lo * y.lo)))
 
@@ -180,11 +186,14 @@ def multiply(x: Number, y: Number) -> Double:
 def divide(x: Number, y: Number) -> Double:
     """The quotient x/y."""
     x, y = double(x), double(y)
+    parts = _fused.double_arithmetic("divide", (*x, *y))
+    if parts:
+        return Double(*parts)
     q = x.hi / y.hi
     p = exact_product(q, y.hi)
     # x - q y, whose leading parts are the same number or neighbours
     rest = ((x.hi - p.hi) - p.lo) + (x.lo - q * y.lo)
-    return _normal(q, rest / y.hi)
+    return _normal(q, _kept(rest / y.hi))
 
 
 # ---- exponential and logarithm ----------------------------------------------------------------------------------

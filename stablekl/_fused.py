@@ -23,6 +23,7 @@ from ._autograd import is_dual, is_plain
 __all__ = [
     "available",
     "beta_kl",
+    "double_arithmetic",
     "double_log",
     "double_stirling",
     "fused",
@@ -40,8 +41,9 @@ __all__ = [
 _PER_THREAD = 2**17
 _FEW = 2**12  # of those that take a hundred times as long
 _SPECIAL = ("expm1mx", "log1pmx", "log_ratio_bregman", "remainder_of_log")  # elementwise, of one result
+_ARITHMETIC = ("add", "multiply", "divide")  # of numbers in twice the digits
 _FUSED: set[Callable[..., Tensor]] = set()
-_VERSION = 7  # of the functions' arguments: that of the C file
+_VERSION = 8  # of the functions' arguments: that of the C file
 
 
 def _load() -> Any:
@@ -57,7 +59,7 @@ def _load() -> Any:
     names = [f"stablekl_{rule}_kl{what}" for rule in ("normal", "gaussian") for what in ("", "_gradient")]
     names += [f"stablekl_{name}" for name in ("lgamma_bregman", "beta_kl", "remainders")]
     names += [f"stablekl_{name}" for name in (*_SPECIAL, "polynomial")]
-    names += [f"stablekl_double_{name}" for name in ("log", "stirling")]
+    names += [f"stablekl_double_{name}" for name in ("log", "stirling", *_ARITHMETIC)]
     for kernel in (getattr(library, name) for name in names):
         addresses, size = ctypes.POINTER(ctypes.c_void_p), ctypes.c_int64
         kernel.argtypes = [addresses, ctypes.POINTER(size), size, size, ctypes.c_int, ctypes.c_void_p]
@@ -158,6 +160,18 @@ def polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     strides = (ctypes.c_int64 * 2)(1, len(coefficients))
     _library.stablekl_polynomial(addresses, strides, 0, x.numel(), 1, ctypes.c_void_p(out.data_ptr()))
     return out
+
+
+def double_arithmetic(name: str, parts: Sequence[Tensor | float]) -> tuple[Tensor, ...] | None:
+    """`_double`'s operation of that name, of two numbers of two parts each; None where no kernel can take them."""
+    tensors = [x for x in parts if isinstance(x, Tensor)]
+    if not tensors or not available(tensors) or any(x.dtype != torch.float64 for x in tensors):
+        return None
+    all_tensors = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu") for x in parts]
+    shape = tensors[0].shape
+    if any(x.shape != shape for x in all_tensors):
+        all_tensors = list(torch.broadcast_tensors(*all_tensors))
+    return _parts(getattr(_library, f"stablekl_double_{name}"), all_tensors, 2)
 
 
 def double_log(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

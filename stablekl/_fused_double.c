@@ -83,6 +83,18 @@ INLINE dd normal(double hi, double lo)
     return (dd){s, lo - (s - hi)};
 }
 
+/* A second part, 0 where the first has overflowed or nearly. */
+INLINE double kept(double lo)
+{
+    return lo - lo == 0.0 ? lo : 0.0;
+}
+
+INLINE dd kept_normal(double hi, double lo)
+{
+    dd x = normal(hi, lo);
+    return (dd){x.hi, kept(x.lo)};
+}
+
 INLINE dd exact_sum(double a, double b)
 {
     double s = a + b, c = s - a;
@@ -282,3 +294,59 @@ CLONES PUBLIC void stablekl_double_stirling(
         store(results[3], digamma.lo, start, count, wide);
     }
 }
+
+#define BINARY(name, evaluated)                                                                                      \
+    /* Elements start to end of an operation. in: two numbers of two parts each; out: two parts. */                  \
+    CLONES PUBLIC void stablekl_double_##name(                                                                       \
+        const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *out)               \
+    {                                                                                                                \
+        tile x, y, result;                                                                                           \
+        void *const *results = out;                                                                                  \
+        for (; start < end; start += TILE) {                                                                         \
+            int64_t count = end - start < TILE ? end - start : TILE;                                                 \
+            load(x.hi, in[0], stride[0], start, count, wide);                                                        \
+            load(x.lo, in[1], stride[1], start, count, wide);                                                        \
+            load(y.hi, in[2], stride[2], start, count, wide);                                                        \
+            load(y.lo, in[3], stride[3], start, count, wide);                                                        \
+            EACH put(&result, j, evaluated(at(&x, j), at(&y, j)));                                                   \
+            store(results[0], result.hi, start, count, wide);                                                        \
+            store(results[1], result.lo, start, count, wide);                                                        \
+        }                                                                                                            \
+    }
+
+/* The same operations where parts may overflow: as _double.py has them. */
+INLINE dd kept_sum(double a, double b)
+{
+    dd s = exact_sum(a, b);
+    return (dd){s.hi, kept(s.lo)};
+}
+
+INLINE dd kept_product(double a, double b)
+{
+    dd p = exact_product(a, b);
+    return (dd){p.hi, kept(p.lo)};
+}
+
+INLINE dd kept_add(dd x, dd y)
+{
+    dd s = kept_sum(x.hi, y.hi), t = kept_sum(x.lo, y.lo), v = kept_normal(s.hi, s.lo + t.hi);
+    return kept_normal(v.hi, t.lo + v.lo);
+}
+
+INLINE dd kept_multiply(dd x, dd y)
+{
+    dd p = kept_product(x.hi, y.hi);
+    return kept_normal(p.hi, p.lo + (x.hi * y.lo + (x.lo * y.hi + x.lo * y.lo)));
+}
+
+INLINE dd kept_divide(dd x, dd y)
+{
+    double q = x.hi / y.hi;
+    dd p = kept_product(q, y.hi);
+    double rest = ((x.hi - p.hi) - p.lo) + (x.lo - q * y.lo);
+    return kept_normal(q, kept(rest / y.hi));
+}
+
+BINARY(add, kept_add)
+BINARY(multiply, kept_multiply)
+BINARY(divide, kept_divide)

@@ -4,16 +4,22 @@ A quotient of parameters such as a_p b_q/(a_q b_p) is a float more often than a_
 is. A `Scaled` is a tensor times a power of two, whose exponent is a tensor of whole numbers; powers of two round
 nothing, so that results are those of float64, or float32, with exponents of any size. They can be differentiated: an
 exponent counts as constant.
+
+Almost always every number is within 2^+-100, and a few products and quotients of such numbers are floats. Where a CPU
+in eager mode sees that, the exponent is `NONE`, a zero that operations pass on without work: the result is the same but
+for what would have under- or overflowed, at half the cost.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._autograd import is_plain
 from ._bregman import lgamma_bend, product_difference, remainder_of_log
 from ._bregman import lgamma_change as plain_change
 from ._bregman import trigamma_fall as plain_fall
@@ -21,25 +27,53 @@ from ._elementwise import product_error, sum_error
 from .special import log1pmx
 
 __all__ = [
+    "NONE",
     "Scaled",
     "difference_of_products",
+    "has_none",
     "less_product",
     "log_of_ratio",
+    "needs_none",
     "power_of_two",
     "ratio",
     "scaled",
     "scaled_sum",
     "shifted",
     "split",
+    "sum_of",
     "weighted_remainder",
     "where",
 ]
 
+# By dtype, the exponent of numbers that need none: compared by identity.
+NONE = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in (torch.float64, torch.float32)}
+_NEAR = 2.0**100
 # Of numbers with exponents this far apart the smaller is no part of a sum; one of a quotient is 1e30 times the other.
 _FAR = 100.0
 _LOG_2 = math.log(2)
 # By dtype: of the same width the integers, the bits behind the exponent, the exponent of 1, and its smallest one.
 _LAYOUT = {torch.float64: (torch.int64, 52, 1023, -1022.0), torch.float32: (torch.int32, 23, 127, -126.0)}
+
+
+def has_none(*exponents: Tensor) -> bool:
+    """Whether these exponents are all `NONE`."""
+    return all(k is NONE.get(k.dtype) for k in exponents)
+
+
+def needs_none(x: Tensor) -> bool:
+    """Whether a CPU in eager mode sees that all of these are 0 or within 2^+-100."""
+    if x.device.type != "cpu" or x.dtype not in NONE or not is_plain((x,)) or x.numel() == 0:
+        return False
+    size = x.abs()
+    low, high = torch.aminmax(size)
+    if not bool(high < _NEAR):
+        return False
+    return bool(low > 1 / _NEAR) or bool(((size > 1 / _NEAR) | (size == 0)).all())
+
+
+def sum_of(k: Tensor, m: Tensor) -> Tensor:
+    """The exponent k + m of a product."""
+    return m if has_none(k) else k if has_none(m) else k + m
 
 
 def power_of_two(k: Tensor) -> Tensor:
@@ -50,6 +84,8 @@ def power_of_two(k: Tensor) -> Tensor:
 
 def shifted(x: Tensor, k: Tensor) -> Tensor:
     """X 2^k for x around 1, by two factors, since 2^k may be no float where x 2^k is one; rounded once."""
+    if has_none(k):
+        return x
     half = torch.floor(0.5 * k)
     return x * power_of_two(half) * power_of_two(k - half)
 
@@ -69,6 +105,8 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _aligned(x: Scaled, y: Scaled) -> tuple[Tensor, Tensor, Tensor]:
     """The mantissas of two of them for one exponent, and that; a zero has none."""
+    if has_none(x.exponent, y.exponent):
+        return x.mantissa, y.mantissa, x.exponent
     k, m = (torch.where(v.mantissa == 0, -torch.inf, v.exponent) for v in (x, y))
     top = torch.maximum(k, m)
     top = torch.where(top == -torch.inf, 0.0, top)
@@ -82,10 +120,11 @@ class Scaled(NamedTuple):
     exponent: Tensor
 
     def __mul__(self, other: Scaled) -> Scaled:  # type: ignore[override]
-        return Scaled(self.mantissa * other.mantissa, self.exponent + other.exponent)
+        return Scaled(self.mantissa * other.mantissa, sum_of(self.exponent, other.exponent))
 
     def __truediv__(self, other: Scaled) -> Scaled:
-        return Scaled(self.mantissa / other.mantissa, self.exponent - other.exponent)
+        k = other.exponent
+        return Scaled(self.mantissa / other.mantissa, self.exponent if has_none(k) else self.exponent - k)
 
     def __neg__(self) -> Scaled:
         return Scaled(-self.mantissa, self.exponent)
@@ -111,21 +150,30 @@ class Scaled(NamedTuple):
 
     def log(self) -> Tensor:
         """The logarithm of a positive number, to an absolute error of an ulp of max(1, its size)."""
-        return torch.log(self.mantissa) + self.exponent * _LOG_2
+        log = torch.log(self.mantissa)
+        return log if has_none(self.exponent) else log + self.exponent * _LOG_2
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> Scaled:
+        """With a view of both parts."""
+        return Scaled(f(self.mantissa), self.exponent if has_none(self.exponent) else f(self.exponent))
 
 
 def where(mask: Tensor, x: Scaled, y: Scaled) -> Scaled:
     """torch.where of two of them."""
-    return Scaled(torch.where(mask, x.mantissa, y.mantissa), torch.where(mask, x.exponent, y.exponent))
+    none = has_none(x.exponent, y.exponent)
+    k = x.exponent if none else torch.where(mask, x.exponent, y.exponent)
+    return Scaled(torch.where(mask, x.mantissa, y.mantissa), k)
 
 
 def scaled(x: Tensor) -> Scaled:
     """A float as one of these numbers."""
-    return Scaled(*split(x))
+    return Scaled(x, NONE[x.dtype]) if needs_none(x) else Scaled(*split(x))
 
 
 def scaled_sum(x: Scaled) -> Scaled:
     """The sum over the last dimension, which is kept with size 1."""
+    if has_none(x.exponent):
+        return Scaled(x.mantissa.sum(-1, keepdim=True), x.exponent)
     k = torch.where(x.mantissa == 0, -torch.inf, x.exponent)
     top = k.amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)

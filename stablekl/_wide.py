@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _double
 from ._double import Double
-from ._scaled import Scaled, power_of_two, shifted, split
+from ._scaled import NONE, Scaled, has_none, needs_none, power_of_two, shifted, split, sum_of
 
 __all__ = [
     "Wide",
@@ -43,12 +43,16 @@ def wide(x: Double | Tensor | Wide) -> Wide:
     if isinstance(x, Wide):
         return x
     x = _double.double(x)
+    if needs_none(x.hi):
+        return Wide(x, NONE[x.hi.dtype])
     hi, k = split(x.hi)
     return Wide(Double(hi, shifted(x.lo, -k)), k)
 
 
 def _again(x: Double, k: Tensor) -> Wide:
     """With a number from 1 to 2 again, after a product or a difference."""
+    if has_none(k):
+        return Wide(x, k)
     new = wide(x)
     return Wide(new.number, k + new.exponent)
 
@@ -57,13 +61,14 @@ def product(*factors: Wide) -> Wide:
     """The product of all."""
     result = factors[0]
     for x in factors[1:]:
-        result = Wide(_double.multiply(result.number, x.number), result.exponent + x.exponent)
+        result = Wide(_double.multiply(result.number, x.number), sum_of(result.exponent, x.exponent))
     return _again(*result)
 
 
 def quotient(x: Wide, y: Wide) -> Wide:
     """The quotient x/y."""
-    return _again(_double.divide(x.number, y.number), x.exponent - y.exponent)
+    k = x.exponent if has_none(y.exponent) else x.exponent - y.exponent
+    return _again(_double.divide(x.number, y.number), k)
 
 
 def _aligned(x: Wide, k: Tensor) -> Double:
@@ -73,6 +78,8 @@ def _aligned(x: Wide, k: Tensor) -> Double:
 
 def difference(x: Wide, y: Wide) -> Wide:
     """The difference x - y, to its relative accuracy where it cancels."""
+    if has_none(x.exponent, y.exponent):
+        return Wide(_double.subtract(x.number, y.number), x.exponent)
     k, m = (torch.where(v.number.hi == 0, -torch.inf, v.exponent) for v in (x, y))
     top = torch.maximum(k, m)
     top = torch.where(top == -torch.inf, 0.0, top)
@@ -86,6 +93,8 @@ def total(x: Wide, y: Wide) -> Wide:
 
 def half(x: Wide) -> Wide:
     """The number x/2."""
+    if has_none(x.exponent):
+        return Wide(Double(0.5 * x.number.hi, 0.5 * x.number.lo), x.exponent)
     return Wide(x.number, x.exponent - 1)
 
 
@@ -96,6 +105,8 @@ def negative(x: Wide) -> Wide:
 
 def narrow(x: Wide) -> Double:
     """As a Double: 0 or infinite where it leaves the range of floats."""
+    if has_none(x.exponent):
+        return x.number
     hi = shifted(x.number.hi, x.exponent)
     return Double(hi, torch.where((hi == 0) | ~hi.isfinite(), 0.0, shifted(x.number.lo, x.exponent)))
 
@@ -113,6 +124,8 @@ def _with_exponent(log: Double, k: Tensor) -> Double:
 
 def log(x: Wide) -> Double:
     """The logarithm of a positive number."""
+    if has_none(x.exponent):
+        return _double.log(x.number)
     near = x.exponent.abs() <= 1
     k = torch.where(near, x.exponent, 0.0)
     return _with_exponent(_double.log(_aligned(x, k)), x.exponent - k)
@@ -129,6 +142,8 @@ def exp(x: Double) -> Wide:
 
 def log_quotient(x: Wide, y: Wide) -> Double:
     """The logarithm of x/y of positive numbers, to its relative accuracy where they are near each other too."""
+    if has_none(x.exponent, y.exponent):
+        return _double.log_quotient(x.number, y.number)
     k = x.exponent - y.exponent
     near = torch.where(k.abs() <= 1, k, 0.0)
     return _with_exponent(_double.log_quotient(_aligned(x, near), y.number), k - near)

@@ -197,7 +197,7 @@ _SMALLEST, _LARGEST = 1e-100, 1e100
 def _steps_wide(a_p: Scaled, a_q: Scaled, b_p: Scaled, b_q: Scaled) -> tuple[Scaled, ...]:
     """The first concentrations after n steps and the sums, with a dimension for n."""
     n = torch.arange(STEPS + 1, dtype=a_p.mantissa.dtype, device=a_p.mantissa.device)
-    x, y, b_p, b_q = (Scaled(v.mantissa.unsqueeze(-1), v.exponent.unsqueeze(-1)) for v in (a_p, a_q, b_p, b_q))
+    x, y, b_p, b_q = (v.each(lambda t: t.unsqueeze(-1)) for v in (a_p, a_q, b_p, b_q))
     x, y = x + scaled(n), y + scaled(n)
     return x, y, x + b_p, y + b_q, scaled(n)
 
@@ -224,15 +224,15 @@ def _beta_wide(
         return first + weighted_remainder(b_q, cross / b_q / s, (b_p / b_q) * (z / s))
 
     x, y, s, z, n = _steps_wide(a_p, a_q, b_p, b_q)
-    column = [Scaled(v.mantissa.unsqueeze(-1), v.exponent.unsqueeze(-1)) for v in (base, d_a, d_b)]
+    column = [v.each(lambda t: t.unsqueeze(-1)) for v in (base, d_a, d_b)]
     cross = column[0] - n * column[2]
     tau = cross / x / z
     weights = scaled(torch.where(n.rounded() < STEPS, 1.0, 0.5).to(tau.mantissa.dtype))
     slopes = scaled_sum(weights * ((column[1] + column[2]) / s * tau))
     rises = scaled_sum(weighted_remainder(weights, tau, (y / x) * (s / z)))
     sizes = scaled_sum((weights * ((column[1] + column[2]) / s * tau)).size()) + rises
-    rows, sizes = (Scaled(v.mantissa.squeeze(-1), v.exponent.squeeze(-1)) for v in (slopes + rises, sizes))
-    far_p, far_q, last = (Scaled(v.mantissa[..., -1], v.exponent[..., -1]) for v in (x, y, cross))
+    rows, sizes = (v.each(lambda t: t.squeeze(-1)) for v in (slopes + rises, sizes))
+    far_p, far_q, last = (v.each(lambda t: t[..., -1]) for v in (x, y, cross))
     largest = torch.finfo(tau.mantissa.dtype).max
     floats = [v.rounded().clamp(-largest, largest) for v in (far_p, far_q, d_a, b_p, b_q, d_b, last)]
     means_far = means(far_p, far_q, last) + scaled(_series(*floats))

@@ -23,7 +23,7 @@ from ..._bregman import shape_bregman
 from ..._double import LOG_2, Double, rounded, select, subtract
 from ..._elementwise import horner
 from ..._opaque import opaque
-from ..._scaled import power_of_two, shifted
+from ..._scaled import has_none, power_of_two, shifted
 from ..._wide import Wide, narrow, wide
 from ...special import _ATANH, log1pmx, log1pmx_value, log_ratio_bregman
 
@@ -56,23 +56,27 @@ _LARGEST = 1e308
 _APART = 200.0  # beyond 2^200 or below 2^-200 one term of a divergence is all
 
 
+def _excess_of(a: Double, b: Double) -> tuple[Tensor, Tensor]:
+    """A/b - 1 - log(a/b), and a/b, which is a float."""
+    z, quotient = rounded(subtract(a, b)) / b.hi, a.hi / b.hi
+    near = (z > _NEAR_LOW) & (z < _NEAR_HIGH)
+    return torch.where(near, -log1pmx_value(torch.where(near, z, 0.0)), z - torch.log(quotient)), quotient
+
+
 def _excess(x: Wide, y: Wide) -> tuple[Tensor, Tensor, Tensor]:
     """X/y - 1 - log(x/y) unless x is much larger than y, whether it is, and x/y without its exponent."""
     k = x.exponent - y.exponent
     up, down = k > _APART, k < -_APART
     by = power_of_two(torch.where(up | down, 0.0, k))
-    a = Double(x.number.hi * by, x.number.lo * by)
-    b = y.number
-    z = rounded(subtract(a, b)) / b.hi
-    near = (z > _NEAR_LOW) & (z < _NEAR_HIGH)
-    quotient = a.hi / b.hi
-    inner = torch.where(near, -log1pmx_value(torch.where(near, z, 0.0)), z - torch.log(quotient))
+    inner, quotient = _excess_of(Double(x.number.hi * by, x.number.lo * by), y.number)
     return torch.where(down, -1 - (torch.log(quotient) + k * LOG_2.hi), inner), up, quotient
 
 
 def excess(x: Operand, y: Operand) -> Tensor:
     """x/y - 1 - log(x/y) of positive numbers, whose quotient need not be a float."""
     x, y = wide(x), wide(y)
+    if has_none(x.exponent, y.exponent):
+        return _excess_of(x.number, y.number)[0]
     value, up, quotient = _excess(x, y)
     return torch.where(up, shifted(quotient, x.exponent - y.exponent), value)
 
@@ -82,6 +86,8 @@ def deviance(x: Operand, y: Operand) -> Tensor:
     x, y = wide(x), wide(y)
     none = x.number.hi == 0
     safe = Wide(select(none, 1.0, x.number), x.exponent)
+    if has_none(x.exponent, y.exponent):
+        return torch.where(none, y.number.hi, x.number.hi * _excess_of(y.number, safe.number)[0])
     value, up, _ = _excess(y, safe)
     return torch.where(none | up, narrow(y).hi, shifted(x.number.hi * value, x.exponent))
 

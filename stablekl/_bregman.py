@@ -143,8 +143,9 @@ def lgamma_bregman_value(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
 
 @opaque(1)
 def _lgamma_bregman(y: Tensor, x: Tensor, d: Tensor) -> tuple[Tensor]:
-    if y.dtype == torch.float64 and _fused.available((y, x, d)):
-        return (_fused.lgamma_bregman((y, x, d)),)
+    by_kernel = _fused.lgamma_function("lgamma_bregman", (y, x, d))
+    if by_kernel is not None:
+        return (by_kernel,)
     far_x, far_y = x + STEPS, y + STEPS
     u, w = 1 / far_x, 1 / far_y
     # by quotients of sums, of which neither a square nor a reciprocal leaves the range of floats
@@ -168,6 +169,9 @@ def _lgamma_bregman(y: Tensor, x: Tensor, d: Tensor) -> tuple[Tensor]:
 
 def lgamma_change(x: Tensor, y: Tensor, d: Tensor, first: int = 0) -> Tensor:
     """g'(x) - g'(y), with d = x - y, of the sign of d; differentiable. With ``first`` 1 without the first step."""
+    by_kernel = _fused.lgamma_function("lgamma_change_next" if first else "lgamma_change", (x, y, d))
+    if by_kernel is not None:
+        return by_kernel
     falls = d > 0
     u, v, e = torch.where(falls, x, y), torch.where(falls, y, x), torch.where(falls, d, -d)
     one, two = 1 / (u + STEPS), 1 / (v + STEPS)
@@ -182,6 +186,9 @@ def lgamma_change(x: Tensor, y: Tensor, d: Tensor, first: int = 0) -> Tensor:
 
 def lgamma_bend(x: Tensor) -> Tensor:
     """X^2 g''(x), between 1/2 and 1 whatever x; differentiable."""
+    by_kernel = _fused.lgamma_function("lgamma_bend", (x,))
+    if by_kernel is not None:
+        return by_kernel
     one, share = 1 / (x + STEPS), x / (x + STEPS)
     steps, rows = _rows(x, first=0)
     u = rows + steps
@@ -191,6 +198,9 @@ def lgamma_bend(x: Tensor) -> Tensor:
 
 def trigamma_fall(x: Tensor, d: Tensor) -> Tensor:
     """The fall of trigamma from x + 1 to x + 1 + d for d >= 0, by positive terms; differentiable."""
+    by_kernel = _fused.lgamma_function("trigamma_fall", (x, d))
+    if by_kernel is not None:
+        return by_kernel
     u, w = 1 / (x + STEPS), 1 / (x + d + STEPS)
     series = 1 + 0.5 * (u + w)
     power = total = torch.ones_like(u)

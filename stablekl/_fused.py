@@ -29,7 +29,7 @@ __all__ = [
     "fused",
     "gaussian_kl",
     "gaussian_kl_gradient",
-    "lgamma_bregman",
+    "lgamma_function",
     "normal_kl",
     "normal_kl_gradient",
     "polynomial",
@@ -41,9 +41,10 @@ __all__ = [
 _PER_THREAD = 2**17
 _FEW = 2**12  # of those that take a hundred times as long
 _SPECIAL = ("expm1mx", "log1pmx", "log_ratio_bregman", "remainder_of_log")  # elementwise, of one result
+_LGAMMA = ("lgamma_bregman", "lgamma_change", "lgamma_change_next", "lgamma_bend", "trigamma_fall")
 _ARITHMETIC = ("add", "multiply", "divide")  # of numbers in twice the digits
 _FUSED: set[Callable[..., Tensor]] = set()
-_VERSION = 8  # of the functions' arguments: that of the C file
+_VERSION = 9  # of the functions' arguments: that of the C file
 
 
 def _load() -> Any:
@@ -57,7 +58,7 @@ def _load() -> Any:
     except (OSError, ValueError):  # built for another system, or left over from another version
         return None
     names = [f"stablekl_{rule}_kl{what}" for rule in ("normal", "gaussian") for what in ("", "_gradient")]
-    names += [f"stablekl_{name}" for name in ("lgamma_bregman", "beta_kl", "remainders")]
+    names += [f"stablekl_{name}" for name in ("beta_kl", "remainders", *_LGAMMA)]
     names += [f"stablekl_{name}" for name in (*_SPECIAL, "polynomial")]
     names += [f"stablekl_double_{name}" for name in ("log", "stirling", *_ARITHMETIC)]
     for kernel in (getattr(library, name) for name in names):
@@ -108,9 +109,13 @@ def gaussian_kl_gradient(grad: Tensor, inputs: Sequence[Tensor], needed: Sequenc
     return _gradient(_library.stablekl_gaussian_kl_gradient, grad, inputs, needed)
 
 
-def lgamma_bregman(inputs: Sequence[Tensor]) -> Tensor:
-    """`_bregman.lgamma_bregman_value` of float64 tensors y, x and y - x of one shape."""
-    return _value(_library.stablekl_lgamma_bregman, inputs, _FEW)
+def lgamma_function(name: str, inputs: Sequence[Tensor]) -> Tensor | None:
+    """`_bregman`'s function of that name, of float64 tensors that broadcast; None where no kernel can take them."""
+    if inputs[0].dtype != torch.float64 or not available(inputs):
+        return None
+    if any(x.shape != inputs[0].shape for x in inputs):
+        inputs = torch.broadcast_tensors(*inputs)
+    return _value(getattr(_library, f"stablekl_{name}"), inputs, _FEW)
 
 
 def beta_kl(inputs: Sequence[Tensor]) -> Tensor:

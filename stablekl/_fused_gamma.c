@@ -127,6 +127,89 @@ INLINE void bregman_tile(const double *y, const double *x, const double *d, doub
     }
 }
 
+/* Sum of (2k - 1) c_k h_(2k-1)(u, w). */
+INLINE void odd_series(const double *u, const double *w, double *total)
+{
+    double one[TILE], two[TILE];
+    EACH {
+        one[j] = u[j];
+        two[j] = u[j] + w[j];
+        total[j] = STIRLING[0] * two[j];
+    }
+    for (int k = 1; k < TERMS; k++)
+        EACH {
+            for (int i = 0; i < 2; i++) {
+                one[j] *= u[j];
+                two[j] = one[j] + w[j] * two[j];
+            }
+            total[j] += (2 * k + 1) * STIRLING[k] * two[j];
+        }
+}
+
+/* g'(x) - g'(y) with d = x - y, but for the steps before the first. */
+INLINE void change_tile(const double *x, const double *y, const double *d, int first, double *out)
+{
+    double u[TILE], v[TILE], one[TILE], two[TILE];
+    EACH {
+        int falls = d[j] > 0.0;
+        u[j] = falls ? x[j] : y[j];
+        v[j] = falls ? y[j] : x[j];
+        one[j] = 1.0 / (u[j] + STEPS);
+        two[j] = 1.0 / (v[j] + STEPS);
+    }
+    odd_series(one, two, out);
+    EACH out[j] = (fabs(d[j]) * one[j]) * two[j] * (0.5 + out[j]);
+    for (int n = STEPS - 1; n >= first; n--)
+        EACH {
+            double a = u[j] + n, w = fabs(d[j]) / (a + 1.0) / (v[j] + n);
+            out[j] += w / a + remainder_of_log(w, 1.0 + w);
+        }
+    EACH out[j] = d[j] > 0.0 ? out[j] : -out[j];
+}
+
+/* x^2 g''(x). */
+INLINE void bend_tile(const double *x, double *out)
+{
+    double one[TILE];
+    EACH one[j] = 1.0 / (x[j] + STEPS);
+    odd_series(one, one, out);
+    EACH {
+        double share = x[j] / (x[j] + STEPS);
+        out[j] = share * share * (0.5 + out[j]);
+    }
+    for (int n = STEPS - 1; n >= 0; n--)
+        EACH {
+            double u = x[j] + n, part = x[j] / u;
+            out[j] += part * part / (u + 1.0);
+        }
+}
+
+/* The fall of trigamma from x + 1 to x + 1 + d, d >= 0. */
+INLINE void fall_tile(const double *x, const double *d, double *out)
+{
+    double u[TILE], w[TILE], power[TILE], total[TILE];
+    EACH {
+        u[j] = 1.0 / (x[j] + STEPS);
+        w[j] = 1.0 / (x[j] + d[j] + STEPS);
+        out[j] = 1.0 + 0.5 * (u[j] + w[j]);
+        power[j] = total[j] = 1.0;
+    }
+    for (int k = 1; k <= TERMS; k++)
+        EACH {
+            for (int i = 0; i < 2; i++) {
+                power[j] *= u[j];
+                total[j] = power[j] + w[j] * total[j];
+            }
+            out[j] += (2 * k - 1) * 2 * k * STIRLING[k - 1] * total[j];
+        }
+    EACH out[j] *= (d[j] * w[j]) * u[j];
+    for (int n = STEPS - 1; n > 0; n--)
+        EACH {
+            double a = x[j] + n, b = a + d[j];
+            out[j] += d[j] / b * (1.0 / a + 1.0 / b) / a;
+        }
+}
+
 /* What Stirling's series adds for a less what it adds for a + b: where b is small an integral over what is between. */
 INLINE void series(const double *a_p, const double *a_q, const double *d_a, const double *b_p, const double *b_q,
                    const double *d_b, const double *cross, double *out)
@@ -247,17 +330,50 @@ CLONES PUBLIC void stablekl_remainders(
     }
 }
 
-/* Elements start to end of B_g(y, x). in: y, x, y - x. */
-CLONES PUBLIC void stablekl_lgamma_bregman(
+#define OF_THREE(name, evaluated)                                                                                    \
+    /* Elements start to end of a function of three. */                                                              \
+    CLONES PUBLIC void stablekl_##name(                                                                              \
+        const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *out)               \
+    {                                                                                                                \
+        double x[TILE], y[TILE], d[TILE], result[TILE];                                                              \
+        for (int64_t i = start; i < end; i += TILE) {                                                                \
+            int64_t count = end - i < TILE ? end - i : TILE;                                                         \
+            load(x, in[0], stride[0], i, count, wide);                                                               \
+            load(y, in[1], stride[1], i, count, wide);                                                               \
+            load(d, in[2], stride[2], i, count, wide);                                                               \
+            evaluated;                                                                                               \
+            store(out, result, i, count, wide);                                                                      \
+        }                                                                                                            \
+    }
+
+/* B_g(x, y) with d = x - y, and g'(x) - g'(y), also without the first step. */
+OF_THREE(lgamma_bregman, bregman_tile(x, y, d, result))
+OF_THREE(lgamma_change, change_tile(x, y, d, 0, result))
+OF_THREE(lgamma_change_next, change_tile(x, y, d, 1, result))
+
+/* Elements start to end of x^2 g''(x). in: x. */
+CLONES PUBLIC void stablekl_lgamma_bend(
     const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *out)
 {
-    double y[TILE], x[TILE], d[TILE], result[TILE];
+    double x[TILE], result[TILE];
     for (int64_t i = start; i < end; i += TILE) {
         int64_t count = end - i < TILE ? end - i : TILE;
-        load(y, in[0], stride[0], i, count, wide);
-        load(x, in[1], stride[1], i, count, wide);
-        load(d, in[2], stride[2], i, count, wide);
-        bregman_tile(y, x, d, result);
+        load(x, in[0], stride[0], i, count, wide);
+        bend_tile(x, result);
+        store(out, result, i, count, wide);
+    }
+}
+
+/* Elements start to end of the fall of trigamma. in: x and d. */
+CLONES PUBLIC void stablekl_trigamma_fall(
+    const void *const *in, const int64_t *stride, int64_t start, int64_t end, int wide, void *out)
+{
+    double x[TILE], d[TILE], result[TILE];
+    for (int64_t i = start; i < end; i += TILE) {
+        int64_t count = end - i < TILE ? end - i : TILE;
+        load(x, in[0], stride[0], i, count, wide);
+        load(d, in[1], stride[1], i, count, wide);
+        fall_tile(x, d, result);
         store(out, result, i, count, wide);
     }
 }

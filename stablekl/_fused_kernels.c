@@ -4,7 +4,7 @@
 #include "_fused.h"
 
 /* Of the functions' arguments: that of _fused.py. */
-PUBLIC const int stablekl_fused_version = 8;
+PUBLIC const int stablekl_fused_version = 9;
 
 /* (t^2 + r (r + 2))/sigma_q, t and r as below: the derivative by sigma_q, up to its sign. Where r < 0 the two terms may
  * cancel and leave nothing of t and r as rounded; then it is (d^2 + sigma_p^2 - sigma_q^2)/sigma_q^3 with d = mu_p - mu_q,

@@ -255,3 +255,18 @@ def test_polynomial_kernel_has_the_same_roundings(shape, monkeypatch):
     monkeypatch.setattr(_fused, "available", lambda inputs: False)
     assert torch.equal(by_kernel[0], horner(x, coefficients))
     assert torch.equal(by_kernel[1], horner(x.mT if x.ndim > 1 else x[::2], coefficients))
+
+
+def test_kernels_of_derivatives_are_the_same_formulas(monkeypatch):
+    x, y = spread(5)
+    size = (y - x).abs()
+    functions = (
+        lambda: _bregman.lgamma_change(x, y, x - y),
+        lambda: _bregman.lgamma_change(x, y, x - y, first=1),
+        lambda: _bregman.lgamma_bend(x),
+        lambda: _bregman.trigamma_fall(x, size),
+    )
+    by_kernel = [f() for f in functions]
+    monkeypatch.setattr(_fused, "available", lambda inputs: False)
+    for a, f in zip(by_kernel, functions, strict=True):
+        torch.testing.assert_close(a, f(), rtol=3e-15, atol=0)

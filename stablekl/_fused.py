@@ -39,7 +39,7 @@ __all__ = [
 
 # Elements that are worth a thread of their own (starting one takes as long as some 20,000 elements).
 _PER_THREAD = 2**17
-_FEW = 2**12  # of those that take a hundred times as long
+_SOME, _FEW = 2**15, 2**12  # of those that take ten or a hundred times as long
 _SPECIAL = ("expm1mx", "log1pmx", "log_ratio_bregman", "remainder_of_log")  # elementwise, of one result
 _LGAMMA = ("lgamma_bregman", "lgamma_change", "lgamma_change_next", "lgamma_bend", "trigamma_fall")
 _ARITHMETIC = ("add", "multiply", "divide")  # of numbers in twice the digits
@@ -135,7 +135,7 @@ def fused(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not options and takes(g, inputs):
             if any(x.shape != inputs[0].shape for x in inputs):
                 inputs = torch.broadcast_tensors(*inputs)
-            return _value(getattr(_library, f"stablekl_{name}"), inputs)
+            return _value(getattr(_library, f"stablekl_{name}"), inputs, _SOME)
         return f(*inputs, **options)
 
     _FUSED.add(g)
@@ -176,12 +176,12 @@ def double_arithmetic(name: str, parts: Sequence[Tensor | float]) -> tuple[Tenso
     shape = tensors[0].shape
     if any(x.shape != shape for x in all_tensors):
         all_tensors = list(torch.broadcast_tensors(*all_tensors))
-    return _parts(getattr(_library, f"stablekl_double_{name}"), all_tensors, 2)
+    return _parts(getattr(_library, f"stablekl_double_{name}"), all_tensors, 2, _PER_THREAD)
 
 
 def double_log(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """`_double.log` of x and x - 1, of two float64 tensors each, all of one shape: its two parts."""
-    return _parts(_library.stablekl_double_log, inputs, 2)
+    return _parts(_library.stablekl_double_log, inputs, 2, _SOME)
 
 
 def double_stirling(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -189,9 +189,11 @@ def double_stirling(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return _parts(_library.stablekl_double_stirling, inputs, 4)
 
 
-def _parts(kernel: Callable[..., None], inputs: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+def _parts(
+    kernel: Callable[..., None], inputs: Sequence[Tensor], count: int, per_thread: int = _FEW
+) -> tuple[Tensor, ...]:
     out = [torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device="cpu") for _ in range(count)]
-    _run(kernel, inputs, (ctypes.c_void_p * count)(*(x.data_ptr() for x in out)), _FEW)
+    _run(kernel, inputs, (ctypes.c_void_p * count)(*(x.data_ptr() for x in out)), per_thread)
     return tuple(out)
 
 

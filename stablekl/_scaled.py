@@ -24,6 +24,7 @@ from ._bregman import lgamma_bend, product_difference, remainder_of_log
 from ._bregman import lgamma_change as plain_change
 from ._bregman import trigamma_fall as plain_fall
 from ._elementwise import product_error, sum_error
+from ._opaque import opaque
 from .special import log1pmx
 
 __all__ = [
@@ -78,8 +79,13 @@ def sum_of(k: Tensor, m: Tensor) -> Tensor:
 
 def power_of_two(k: Tensor) -> Tensor:
     """2^k of whole numbers, exactly; those beyond the normal floats are taken to be at their ends."""
+    return _power_of_two(k)[0]
+
+
+@opaque(1)
+def _power_of_two(k: Tensor) -> tuple[Tensor]:
     integers, bits, bias, least = _LAYOUT[k.dtype]
-    return ((k.clamp(least, -1 - least).to(integers) + bias) << bits).view(k.dtype)
+    return (((k.clamp(least, -1 - least).to(integers) + bias) << bits).view(k.dtype),)
 
 
 def shifted(x: Tensor, k: Tensor) -> Tensor:
@@ -92,15 +98,19 @@ def shifted(x: Tensor, k: Tensor) -> Tensor:
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """The number x as m 2^k with m from 1 to 2 in size; as itself where it is 0 or no number, with k = 0."""
-    integers, bits, bias, least = _LAYOUT[x.dtype]
-    still = x.detach()
-    # a subnormal number has its exponent only after a multiplication
-    lift = torch.where(still.abs() < 2.0**least, float(bits + 2), 0.0).to(x.dtype)
-    lifted = still * power_of_two(lift)
-    k = ((lifted.view(integers) >> bits) & (2 * bias + 1)).to(x.dtype) - bias - lift
-    k = torch.where((still == 0) | ~still.isfinite(), 0.0, k)
+    (k,) = _exponent(x.detach())
     half = torch.floor(-0.5 * k)
     return x * power_of_two(half) * power_of_two(-k - half), k
+
+
+@opaque(1)
+def _exponent(x: Tensor) -> tuple[Tensor]:
+    integers, bits, bias, least = _LAYOUT[x.dtype]
+    # a subnormal number has its exponent only after a multiplication
+    lift = torch.where(x.abs() < 2.0**least, float(bits + 2), 0.0).to(x.dtype)
+    lifted = x * power_of_two(lift)
+    k = ((lifted.view(integers) >> bits) & (2 * bias + 1)).to(x.dtype) - bias - lift
+    return (torch.where((x == 0) | ~x.isfinite(), 0.0, k),)
 
 
 def _aligned(x: Scaled, y: Scaled) -> tuple[Tensor, Tensor, Tensor]:

@@ -111,7 +111,7 @@ def gaussian_kl_gradient(grad: Tensor, inputs: Sequence[Tensor], needed: Sequenc
 
 def lgamma_function(name: str, inputs: Sequence[Tensor]) -> Tensor | None:
     """`_bregman`'s function of that name, of float64 tensors that broadcast; None where no kernel can take them."""
-    if inputs[0].dtype != torch.float64 or not available(inputs):
+    if any(x.dtype != torch.float64 for x in inputs) or not available(inputs):
         return None
     if any(x.shape != inputs[0].shape for x in inputs):
         inputs = torch.broadcast_tensors(*inputs)

@@ -20,15 +20,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import LKJCholesky as TorchLKJCholesky
+from torch.types import _size
 
 from .._bregman import remainder_of_log
 from ..registry import register_hardened
 from ..special import expm1_value, expm1mx_value
-from ._base import Checked
+from ._base import Checked, validate_as
 from ._scalar import scalar_rule
 
 __all__ = ["LKJCholesky"]
@@ -55,6 +57,22 @@ class LKJCholesky(TorchLKJCholesky, Checked):
         >>> print(f"{torch.distributions.kl_divergence(p, q):.3e}")
         6.451e-09
     """
+
+    def __init__(self, dim: int, concentration: Tensor | float = 1.0, validate_args: bool | None = None) -> None:
+        """As torch's, which an empty batch makes fail in the check of the Beta distribution that it keeps."""
+        if isinstance(concentration, Tensor) and concentration.numel() == 0:
+            super().__init__(dim, concentration.new_ones(()), validate_args)
+            self.expand(concentration.shape, self)
+            self.concentration = concentration
+            validate_as(self, validate_args)
+        else:
+            super().__init__(dim, concentration, validate_args)
+
+    def expand(self, batch_shape: _size, _instance: Any = None) -> LKJCholesky:
+        """Return this distribution with its batch shape expanded; no memory is allocated."""
+        new = self._get_checked_instance(LKJCholesky, _instance)  # type: ignore[no-untyped-call]
+        expanded: LKJCholesky = super().expand(batch_shape, new)  # type: ignore[no-untyped-call]
+        return expanded
 
 
 def _weights(dim: int) -> tuple[list[float], float]:

@@ -16,7 +16,7 @@ from torch.distributions import Multinomial as TorchMultinomial
 from torch.types import _size
 
 from ..registry import register_hardened
-from ._base import Checked, check_batch_shapes, common_dtype, moved, widened
+from ._base import Checked, common_dtype, moved, widened
 from .categorical import Categorical, categories_kl
 
 __all__ = ["Multinomial"]
@@ -65,9 +65,8 @@ def kl_multinomial_multinomial(p: TorchMultinomial, q: TorchMultinomial) -> Tens
     """KL between multinomial distributions; see the module.
 
     Raises:
-        ValueError: the numbers of categories differ, or batch shapes that do not broadcast.
+        ValueError: the numbers of categories differ.
     """
-    check_batch_shapes(p, q)
     dtype = common_dtype(p.probs, q.probs)
     wide = widened(p.probs).dtype
     one = categories_kl(*(moved(d._categorical, wide) for d in (p, q)))

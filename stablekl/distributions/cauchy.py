@@ -69,14 +69,13 @@ def _log_tail(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
 
 
 def _value(mu_p: Tensor, s_p: Tensor, mu_q: Tensor, s_q: Tensor) -> Tensor:
-    distance = 0.5 * torch.hypot(s_p - s_q, mu_p - mu_q)
+    distance, narrow = 0.5 * torch.hypot(s_p - s_q, mu_p - mu_q), torch.minimum(s_p, s_q)
+    narrow = torch.where(narrow < 0, torch.nan, narrow)  # or scales of 1 and -1 give -inf
     # the larger scale first: its quotient neither over- nor underflows before the product does
-    over, under = distance / torch.maximum(s_p, s_q), distance / torch.minimum(s_p, s_q)
+    over, under = distance / torch.maximum(s_p, s_q), distance / narrow
     x = over * under
     # log1p(x) = log(x) to all digits where x overflows
-    return torch.where(
-        x.isinf(), torch.log(over) + torch.log(distance) - torch.log(torch.minimum(s_p, s_q)), torch.log1p(x)
-    )
+    return torch.where(x.isinf(), torch.log(over) + torch.log(distance) - torch.log(narrow), torch.log1p(x))
 
 
 def _gradient(mu_p: Tensor, s_p: Tensor, mu_q: Tensor, s_q: Tensor) -> tuple[Tensor, ...]:

@@ -39,9 +39,11 @@ def _value(low_p: Tensor, high_p: Tensor, low_q: Tensor, high_q: Tensor) -> Tens
     # halves, since a width may overflow
     spare = (0.5 * high_q - 0.5 * high_p) + (0.5 * low_p - 0.5 * low_q)
     width = 0.5 * high_p - 0.5 * low_p
-    spare = torch.where(inside, spare, 0.0)
+    # NaN is nowhere inside, nor is it an interval
+    spare = torch.where(inside, spare, torch.where((low_p <= high_p) & (low_q <= high_q), 0.0, torch.nan))
     x = spare / width
-    return torch.where(inside, torch.where(x.isinf(), torch.log(spare) - torch.log(width), torch.log1p(x)), torch.inf)
+    x = torch.where(x.isinf(), torch.log(spare) - torch.log(width), torch.log1p(x))
+    return torch.where(inside | x.isnan(), x, torch.inf)
 
 
 def _gradient(low_p: Tensor, high_p: Tensor, low_q: Tensor, high_q: Tensor) -> tuple[Tensor, ...]:

@@ -34,6 +34,7 @@ _GOAL = 1e-13  # relative; less is asked of a coarser tolerance
 _EPS = 2.0**-52
 _SMALL = 0.35
 _BITS = (-3, -1, 2, 4)  # by which parameters are moved to see what log_prob loses
+_LARGE = 1e100  # scale of what has its quartiles beyond the last float
 _NOTHING = 1e-20  # density of a tail of which nothing else needs to be known
 _LACKING = 1e-6  # mass of p where q is 0
 _UNSEEN = 1e-3  # mass of p that is not found, from which on nothing is known
@@ -193,7 +194,8 @@ def _tail(values: _Values, noise: tuple[Tensor, Tensor], alike: Tensor) -> _Tail
     error = torch.where(unknown, torch.where(mass * (1 + level.abs()) > _NOTHING, torch.inf, _NOTHING), error)
     nothing = ~alive | infinite | unknown
     mass_p = torch.where(nothing, 0.0, mass / torch.where(fall > 0, fall, 1.0))
-    some_q = (values.mass_q[0] > 0) & (values.mass_q[1] > 0)
+    # q's where p has none is not in the value, which then has to do without
+    some_q = alive & (values.mass_q[0] > 0) & (values.mass_q[1] > 0)
     log_q = [torch.log(torch.where(some_q, x, 1.0)) for x in values.mass_q[:2]]
     q_fall = torch.where(some_q, 0.5 * (log_q[1] - log_q[0]), 1.0)
     mass_q = torch.where(some_q, values.mass_q[0] / torch.where(q_fall > 0, q_fall, 1.0), 0.0)
@@ -207,7 +209,7 @@ def _nodes(left: Tensor, width: Tensor) -> Tensor:
     return left.unsqueeze(-2) + width.unsqueeze(-2) * unit
 
 
-def _clipped(problem: _Problem, edge: Tensor) -> tuple[Tensor, Tensor]:
+def _clipped(problem: _Problem, edge: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """The edges, no further out than both densities are known where p has mass; and where q lacks a part of p's."""
     left, right = edge[:-1], edge[1:]
     y = _nodes(left, right - left)
@@ -217,11 +219,10 @@ def _clipped(problem: _Problem, edge: Tensor) -> tuple[Tensor, Tensor]:
     lacking = torch.where(alive & (log_q == -torch.inf) & log_p.isfinite(), torch.exp(log_p.clamp(max=700)), 0.0)
     weight = gauss_legendre(_NODES, edge.device)[1].unsqueeze(-1)
     excluded = ((weight * lacking).sum(-2) * (right - left)).sum(0) > _LACKING
-    middle_y = torch.zeros_like(edge[:1])
     y = y.flatten(0, 1)
     bad = ~good.flatten(0, 1)
-    low = torch.where(bad & (y < middle_y), y, -torch.inf).amax(0)
-    high = torch.where(bad & (y >= middle_y), y, torch.inf).amin(0)
+    low = torch.where(bad & (y < centre), y, -torch.inf).amax(0)
+    high = torch.where(bad & (y >= centre), y, torch.inf).amin(0)
     first = torch.where(y > low, y, torch.inf).amin(0)
     last = torch.where(y < high, y, -torch.inf).amax(0)
     first, last = torch.where(low.isfinite(), first, edge[0]), torch.where(high.isfinite(), last, edge[-1])
@@ -275,6 +276,7 @@ def _found(problem: _Problem, edge: Tensor, rtol: float) -> _Found:
     values, (noise_p, noise_q) = problem.at(y), problem.noise(y)
     part = (values.u.abs() + noise_p + noise_q).clamp(max=1.0)
     lost = values.mass_p * ((noise_p + noise_q) * part + noise_p * values.u.abs())
+    lost = torch.where(values.mass_p > 0, lost, 0.0)  # not 0 inf
     weight = gauss_legendre(_NODES, edge.device)[1].unsqueeze(-1) * (right - left).unsqueeze(-2)
     error = error + moved[0] + (weight * lost).sum((0, 1)) + 16 * _EPS * rounding
     # what of p is missing may be where the logarithm is as large as anywhere where p has that much mass
@@ -286,7 +288,7 @@ def _found(problem: _Problem, edge: Tensor, rtol: float) -> _Found:
     error = torch.where((missed > _UNSEEN) | ~total.isfinite(), torch.inf, error)
     missed_q = torch.where(problem.alike, (mass_q - 1).abs(), 0.0)
     error = error + torch.where(missed_q > 1e-11, missed_q, 0.0)
-    infinite = tails[0].infinite | tails[1].infinite | (total == torch.inf)
+    infinite = tails[0].infinite | tails[1].infinite
     return _Found(left, right, tails[0].value + tails[1].value, error, infinite, mass_q)
 
 
@@ -332,11 +334,11 @@ def integrate_kl(p: Distribution, q: Distribution, rtol: float) -> KLEstimate:
     spread = (third - first).clamp(min=inner)
     # the far quartile: the near one may have sunk into the end
     scale = torch.where(low.isfinite(), third - low, torch.where(high.isfinite(), high - first, spread))
-    axis = Axis(low, high, median, scale.clamp(min=inner))
+    axis = Axis(low, high, median.clamp(-_LARGE, _LARGE), scale.nan_to_num(nan=_LARGE).clamp(min=inner, max=_LARGE))
     problem = _Problem(p, q, axis, shape, (low == low_q) & (high == high_q))
 
     with torch.no_grad():
-        edge, excluded = _clipped(problem, edges(axis, *quartiles))
+        edge, excluded = _clipped(problem, edges(axis, *quartiles), axis.of(median))
         found = _found(problem, edge, rtol)
         # q's mass is that of p only where the axis has it; else it is not needed
         alike = problem.alike & ((found.mass_q - 1).abs() < 1e-6)

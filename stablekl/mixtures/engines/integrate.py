@@ -12,6 +12,7 @@ mass of p and of q that the panels have missed, which is all that can be said of
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -106,14 +107,19 @@ class _Problem(NamedTuple):
         shift = x.detach().abs() * torch.exp(-log_slope)
         return _Values(torch.where(self.alike, positive, plain), shift, log_p, u, mass_p, mass_q)
 
-    def noise(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """How much both logarithms change with the last bits of the parameters: what is lost inside of ``log_prob``."""
-        _, _, log_p, log_q = self.logs(y)
-        found = [torch.zeros_like(log_p), torch.zeros_like(log_q)]
+    def moved(self, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both logarithms with the last bits of the parameters changed."""
         for k in _BITS:
-            p, q = (mapped(d, lambda x, k=k: x * (1 + k * _EPS) if x.is_floating_point() else x) for d in self[:2])  # type: ignore[misc]
-            moved = self._replace(p=p, q=q).logs(y)[2:]
-            for i, (new, old) in enumerate(zip(moved, (log_p, log_q), strict=True)):
+            factor = 1 + k * _EPS
+            p, q = (mapped(d, lambda x, f=factor: x * f if x.is_floating_point() else x) for d in (self.p, self.q))  # type: ignore[misc]
+            yield self._replace(p=p, q=q).logs(y)[2:]
+
+    def noise(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """How much both logarithms change with the last bits of the parameters: what ``log_prob`` loses."""
+        logs = self.logs(y)[2:]
+        found = [torch.zeros_like(x) for x in logs]
+        for moved in self.moved(y):
+            for i, (new, old) in enumerate(zip(moved, logs, strict=True)):
                 change = (new - old).abs()
                 found[i] = torch.maximum(found[i], torch.where(change.isfinite(), change, 0.0))
         return found[0], found[1]
@@ -157,20 +163,26 @@ class _Tail(NamedTuple):
     mass_q: Tensor
 
 
-def _tail(values: _Values, noise: tuple[Tensor, Tensor], alike: Tensor) -> _Tail:
-    """By extrapolation from the values at 0, 2 and 4 before the end, and the noise of the logarithms there."""
+def _tail(values: _Values, noise: tuple[Tensor, Tensor], alike: Tensor, step: Tensor) -> _Tail:
+    """By extrapolation from the values at 0, 1 and 2 steps before the end, and the noise of the logarithms there.
+
+    Two more points, a quarter of the way to the middle, tell a u that is a power of x from a slower one.
+    """
     log_p, u = values.log_p, values.u
     alive = log_p[0] > -800
-    fall = torch.where(alive, 0.5 * (log_p[1] - log_p[0]), 1.0)
-    rise = torch.where(alive, 0.5 * (u[0] - u[1]), 0.0)
-    moved = _EPS * values.shift
+    fall = torch.where(alive, (log_p[1] - log_p[0]) / step, 1.0)
+    rise = torch.where(alive, (u[0] - u[1]) / step, 0.0)
+    moved = 0.5 * _EPS * values.shift[:3]
     noise_p, noise_q = (
-        (n + moved * (1 + slope.abs()) + 2 * _EPS * size.abs()).amax(0)
+        torch.where(alive, n[:3] + moved * (1 + slope.abs()) + 2 * _EPS * size[:3].abs(), 0.0)
         for n, slope, size in zip(noise, (fall, fall + rise), (log_p, log_p - u), strict=True)
     )
-    noise_p, noise_u = (torch.where(alive, x, 0.0) for x in (noise_p, noise_p + noise_q))
-    bend = torch.where(alive, (u[0] - 2 * u[1] + u[2]).abs() + (log_p[0] - 2 * log_p[1] + log_p[2]).abs(), 0.0)
+    noise_u = noise_p + noise_q
+    fall_noise, rise_noise = ((x[0] + x[1]) / step for x in (noise_p, noise_u))
+    bend = (u[0] - 2 * u[1] + u[2]).abs() + (log_p[0] - 2 * log_p[1] + log_p[2]).abs()
+    bend = torch.where(alive, bend / step, 0.0)
     straight = bend < 1e-3 * (rise.abs() + fall.abs())
+    noisy = bend <= 8 * noise_u.sum(0) / step
     mass, level = torch.where(alive, torch.exp(log_p[0]), 0.0), torch.where(alive, u[0], 0.0)
     # the integral of e^(-fall t)(level + rise t)
     linear = mass * (level + rise / fall) / fall
@@ -180,24 +192,28 @@ def _tail(values: _Values, noise: tuple[Tensor, Tensor], alike: Tensor) -> _Tail
     both = expm1mx(-near) / fall + rise * rise / (fall * fall * q_fall) - rise * torch.expm1(-near) / (fall * q_fall)
     far = (level - 1 + rise / fall) / fall + torch.exp(-level) / q_fall
     positive = torch.where(q_fall > 0, mass * torch.where(small, both, far), linear)
-    # u a power of x: p u is exponential
-    log_f = [a + torch.log(b.abs()) for a, b in zip(log_p[:2], u[:2], strict=True)]
-    decay = torch.where(alive, 0.5 * (log_f[1] - log_f[0]), 1.0)
-    power = torch.exp(log_f[0]) / decay
+    # u a power of x: p u is exponential, as it has been for long
+    log_u = torch.log(u.abs())
+    growth = [(log_u[i] - log_u[i + 1]) / step for i in (0, 3)]
+    decay = torch.where(alive, fall - growth[0], 1.0)
+    powerful = (u[0] > 0) & (growth[1] > 0) & (growth[0] > 0.95 * growth[1])
+    power = mass * level / decay
     value = torch.where(straight, torch.where(alike, positive, linear), power)
-    steep = fall.abs() + rise.abs()
-    loose = mass * (noise_u + (noise_u + rise.abs() * (2 * noise_p / fall)) / fall + level.abs() * noise_p / fall) / fall
-    error = torch.where(straight, (1e-9 + 10 * bend / steep) * value.abs() + loose, 0.3 * value.abs())
-    infinite = alive & ~straight & (decay <= 1e-6) & (bend > 8 * noise_u)
-    # slopes that are noise say nothing, but where nearly nothing is left to be said
-    unknown = alive & ~infinite & ((fall <= 8 * noise_p) | (~straight & (bend <= 8 * noise_u)) | ~value.isfinite())
+    loose = noise_u[0] + (rise_noise + (rise.abs() * 2 + level.abs() * fall) * (fall_noise / fall)) / fall
+    error = torch.where(
+        straight, (1e-9 + 10 * bend / (fall.abs() + rise.abs())) * value.abs() + loose * mass / fall, 0.3 * value.abs()
+    )
+    infinite = alive & ~straight & powerful & (decay <= 1e-6) & ~noisy
+    # slopes that are noise say nothing, nor do those of other curves, but where nearly nothing is left to be said
+    curved = ~straight & (noisy | ~powerful)
+    unknown = alive & ~infinite & ((fall <= 8 * fall_noise) | curved | ~value.isfinite())
     error = torch.where(unknown, torch.where(mass * (1 + level.abs()) > _NOTHING, torch.inf, _NOTHING), error)
     nothing = ~alive | infinite | unknown
     mass_p = torch.where(nothing, 0.0, mass / torch.where(fall > 0, fall, 1.0))
     # q's where p has none is not in the value, which then has to do without
     some_q = alive & (values.mass_q[0] > 0) & (values.mass_q[1] > 0)
     log_q = [torch.log(torch.where(some_q, x, 1.0)) for x in values.mass_q[:2]]
-    q_fall = torch.where(some_q, 0.5 * (log_q[1] - log_q[0]), 1.0)
+    q_fall = torch.where(some_q, (log_q[1] - log_q[0]) / step, 1.0)
     mass_q = torch.where(some_q, values.mass_q[0] / torch.where(q_fall > 0, q_fall, 1.0), 0.0)
     return _Tail(
         torch.where(nothing, 0.0, value), torch.where(~alive | infinite, 0.0, error), infinite, mass_p, mass_q
@@ -216,9 +232,12 @@ def _clipped(problem: _Problem, edge: Tensor, centre: Tensor) -> tuple[Tensor, T
     _, _, log_p, log_q = problem.logs(y)
     alive = (log_p > -745) | log_p.isnan()
     good = ~alive | (log_p.isfinite() & log_q.isfinite())
-    lacking = torch.where(alive & (log_q == -torch.inf) & log_p.isfinite(), torch.exp(log_p.clamp(max=700)), 0.0)
-    weight = gauss_legendre(_NODES, edge.device)[1].unsqueeze(-1)
-    excluded = ((weight * lacking).sum(-2) * (right - left)).sum(0) > _LACKING
+    lacking = log_p.isfinite() & (log_q == -torch.inf)
+    if bool((alive & lacking).any()):  # in earnest, and not by what log_prob has lost
+        for moved_p, moved_q in problem.moved(y):
+            lacking = lacking & moved_p.isfinite() & (moved_q == -torch.inf)
+    weight = gauss_legendre(_NODES, edge.device)[1].unsqueeze(-1) * (right - left).unsqueeze(-2)
+    excluded = (weight * torch.where(lacking, torch.exp(log_p.clamp(max=700)), 0.0)).sum((0, 1)) > _LACKING
     y = y.flatten(0, 1)
     bad = ~good.flatten(0, 1)
     low = torch.where(bad & (y < centre), y, -torch.inf).amax(0)
@@ -258,19 +277,22 @@ class _Found(NamedTuple):
     mass_q: Tensor
 
 
-def _found(problem: _Problem, edge: Tensor, rtol: float) -> _Found:
+def _found(problem: _Problem, edge: Tensor, centre: Tensor, rtol: float) -> _Found:
     """Panels for a row each, and an estimate of the error from all that is known to be uncertain."""
     left, right, found = _refined(problem, edge, rtol)
     total, error, rounding, mass_p, mass_q = found.sum(1)
-    back = torch.tensor([0.0, 2.0, 4.0], dtype=edge.dtype, device=edge.device).unsqueeze(-1)
-    ends = edge[0] + back, edge[-1] - back
-    tails = [_tail(problem.at(y), problem.noise(y), problem.alike) for y in ends]
+    tails = []
+    for end, way in ((edge[0], centre - edge[0]), (edge[-1], centre - edge[-1])):
+        step = (way.abs() / 8).clamp(min=_EPS, max=4.0)
+        back = [0 * step, step, 2 * step, way.abs() / 4, way.abs() / 4 + step]
+        y = end + way.sign() * torch.stack(back)
+        tails.append(_tail(problem.at(y), problem.noise(y), problem.alike, step))
     for tail in tails:
         total, error = total + tail.value, error + tail.error
         mass_p, mass_q = mass_p + tail.mass_p, mass_q + tail.mass_q
     # Once more by halves of the panels: noise of log_prob is no part of what a polynomial leaves.
-    centre = 0.5 * (left + right)
-    again = sum(_panel_values(problem.at(_nodes(a, b - a)), b - a) for a, b in ((left, centre), (centre, right)))
+    half = 0.5 * (left + right)
+    again = sum(_panel_values(problem.at(_nodes(a, b - a)), b - a) for a, b in ((left, half), (half, right)))
     moved = (again - found).abs().sum(1)  # type: ignore[operator]
     y = _nodes(left, right - left)
     values, (noise_p, noise_q) = problem.at(y), problem.noise(y)
@@ -281,10 +303,11 @@ def _found(problem: _Problem, edge: Tensor, rtol: float) -> _Found:
     error = error + moved[0] + (weight * lost).sum((0, 1)) + 16 * _EPS * rounding
     # what of p is missing may be where the logarithm is as large as anywhere where p has that much mass
     missed = (mass_p - 1).abs() + moved[3]
-    missed = torch.where(missed > 1e-11, missed, 0.0)
     seen = weight * values.mass_p > 1e-3 * missed
     largest = torch.where(seen, values.u.abs(), 0.0).amax((0, 1))
-    error = error + missed * (1 + largest)
+    # that little is rounding, and relative
+    elsewhere = torch.where(missed > 1e-11, 1 + largest, total.abs() + torch.where(problem.alike, 0.0, 1.0))
+    error = error + missed * elsewhere
     error = torch.where((missed > _UNSEEN) | ~total.isfinite(), torch.inf, error)
     missed_q = torch.where(problem.alike, (mass_q - 1).abs(), 0.0)
     error = error + torch.where(missed_q > 1e-11, missed_q, 0.0)
@@ -338,13 +361,14 @@ def integrate_kl(p: Distribution, q: Distribution, rtol: float) -> KLEstimate:
     problem = _Problem(p, q, axis, shape, (low == low_q) & (high == high_q))
 
     with torch.no_grad():
-        edge, excluded = _clipped(problem, edges(axis, *quartiles), axis.of(median))
-        found = _found(problem, edge, rtol)
+        centre = axis.of(axis.centre)
+        edge, excluded = _clipped(problem, edges(axis, *quartiles), centre)
+        found = _found(problem, edge, centre, rtol)
         # q's mass is that of p only where the axis has it; else it is not needed
         alike = problem.alike & ((found.mass_q - 1).abs() < 1e-6)
         if bool((alike != problem.alike).any()):
             problem = problem._replace(alike=alike)
-            found = _found(problem, edge, rtol)
+            found = _found(problem, edge, centre, rtol)
         infinite = outside | excluded | found.infinite
     values = problem.at(_nodes(found.left, found.right - found.left))
     weight = gauss_legendre(_NODES, rows.device)[1].unsqueeze(-1)

@@ -166,7 +166,7 @@ class _Tail(NamedTuple):
 def _tail(values: _Values, noise: tuple[Tensor, Tensor], alike: Tensor, step: Tensor) -> _Tail:
     """By extrapolation from the values at 0, 1 and 2 steps before the end, and the noise of the logarithms there.
 
-    Two more points, a quarter of the way to the middle, tell a u that is a power of x from a slower one.
+    Two more points, an eighth of the axis away, tell a u that is a power of x from a slower one.
     """
     log_p, u = values.log_p, values.u
     alive = log_p[0] > -800
@@ -277,15 +277,15 @@ class _Found(NamedTuple):
     mass_q: Tensor
 
 
-def _found(problem: _Problem, edge: Tensor, centre: Tensor, rtol: float) -> _Found:
+def _found(problem: _Problem, edge: Tensor, rtol: float) -> _Found:
     """Panels for a row each, and an estimate of the error from all that is known to be uncertain."""
     left, right, found = _refined(problem, edge, rtol)
     total, error, rounding, mass_p, mass_q = found.sum(1)
     tails = []
-    for end, way in ((edge[0], centre - edge[0]), (edge[-1], centre - edge[-1])):
-        step = (way.abs() / 8).clamp(min=_EPS, max=4.0)
-        back = [0 * step, step, 2 * step, way.abs() / 4, way.abs() / 4 + step]
-        y = end + way.sign() * torch.stack(back)
+    eighth = (edge[-1] - edge[0]) / 8
+    step = (0.5 * eighth).clamp(max=4.0)
+    back = torch.stack([0 * step, step, 2 * step, eighth, eighth + step])
+    for y in (edge[0] + back, edge[-1] - back):
         tails.append(_tail(problem.at(y), problem.noise(y), problem.alike, step))
     for tail in tails:
         total, error = total + tail.value, error + tail.error
@@ -361,21 +361,21 @@ def integrate_kl(p: Distribution, q: Distribution, rtol: float) -> KLEstimate:
     problem = _Problem(p, q, axis, shape, (low == low_q) & (high == high_q))
 
     with torch.no_grad():
-        centre = axis.of(axis.centre)
-        edge, excluded = _clipped(problem, edges(axis, *quartiles), centre)
-        found = _found(problem, edge, centre, rtol)
+        edge, excluded = _clipped(problem, edges(axis, *quartiles), axis.of(axis.centre))
+        found = _found(problem, edge, rtol)
         # q's mass is that of p only where the axis has it; else it is not needed
         alike = problem.alike & ((found.mass_q - 1).abs() < 1e-6)
         if bool((alike != problem.alike).any()):
             problem = problem._replace(alike=alike)
-            found = _found(problem, edge, centre, rtol)
-        infinite = outside | excluded | found.infinite
+            found = _found(problem, edge, rtol)
+        known = outside | found.infinite
+        infinite = known | excluded
     values = problem.at(_nodes(found.left, found.right - found.left))
     weight = gauss_legendre(_NODES, rows.device)[1].unsqueeze(-1)
     integral = ((weight * torch.where(infinite, 0.0, values.integrand)).sum(-2) * (found.right - found.left)).sum(0)
     value = torch.where(infinite, torch.inf, (integral + found.tails).clamp(min=0.0)).reshape(shape)
     error = torch.where(infinite | found.error.isnan(), torch.inf, found.error)
-    _warn_of_unresolved(error.isinf() & ~infinite)
+    _warn_of_unresolved(error.isinf() & ~known)
     error = error.reshape(shape)
     found_all = KLEstimate(value, error, torch.zeros_like(error), torch.full_like(error, torch.inf), "integrate")
     return found_all.rounded(common_dtype(*(x for x in tensors if x.is_floating_point())))

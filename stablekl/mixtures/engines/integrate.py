@@ -115,9 +115,9 @@ class _Problem(NamedTuple):
             yield self._replace(p=p, q=q).logs(y)[2:]
 
     def noise(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """How much both logarithms change with the last bits of the parameters: what ``log_prob`` loses."""
-        logs = self.logs(y)[2:]
-        found = [torch.zeros_like(x) for x in logs]
+        """What ``log_prob`` loses, from how both logarithms change with the last bits of the parameters."""
+        _, log_slope, *logs = self.logs(y)
+        found = [2 * _EPS * (x.abs() + log_slope.abs()) for x in logs]
         for moved in self.moved(y):
             for i, (new, old) in enumerate(zip(moved, logs, strict=True)):
                 change = (new - old).abs()
@@ -174,8 +174,8 @@ def _tail(values: _Values, noise: tuple[Tensor, Tensor], alike: Tensor, step: Te
     rise = torch.where(alive, (u[0] - u[1]) / step, 0.0)
     moved = 0.5 * _EPS * values.shift[:3]
     noise_p, noise_q = (
-        torch.where(alive, n[:3] + moved * (1 + slope.abs()) + 2 * _EPS * size[:3].abs(), 0.0)
-        for n, slope, size in zip(noise, (fall, fall + rise), (log_p, log_p - u), strict=True)
+        torch.where(alive, n[:3] + moved * (1 + slope.abs()), 0.0)
+        for n, slope in zip(noise, (fall, fall + rise), strict=True)
     )
     noise_u = noise_p + noise_q
     fall_noise, rise_noise = ((x[0] + x[1]) / step for x in (noise_p, noise_u))
@@ -197,15 +197,16 @@ def _tail(values: _Values, noise: tuple[Tensor, Tensor], alike: Tensor, step: Te
     growth = [(log_u[i] - log_u[i + 1]) / step for i in (0, 3)]
     decay = torch.where(alive, fall - growth[0], 1.0)
     powerful = (u[0] > 0) & (growth[1] > 0) & (growth[0] > 0.95 * growth[1])
+    steeper = fall > 1.05 * (log_p[4] - log_p[3]) / step
     power = mass * level / decay
     value = torch.where(straight, torch.where(alike, positive, linear), power)
     loose = noise_u[0] + (rise_noise + (rise.abs() * 2 + level.abs() * fall) * (fall_noise / fall)) / fall
     error = torch.where(
         straight, (1e-9 + 10 * bend / (fall.abs() + rise.abs())) * value.abs() + loose * mass / fall, 0.3 * value.abs()
     )
-    infinite = alive & ~straight & powerful & (decay <= 1e-6) & ~noisy
+    infinite = alive & ~straight & powerful & (decay <= 1e-6) & ~noisy & ~steeper
     # slopes that are noise say nothing, nor do those of other curves, but where nearly nothing is left to be said
-    curved = ~straight & (noisy | ~powerful)
+    curved = ~straight & (noisy | ~powerful | (decay <= 1e-6))
     unknown = alive & ~infinite & ((fall <= 8 * fall_noise) | curved | ~value.isfinite())
     error = torch.where(unknown, torch.where(mass * (1 + level.abs()) > _NOTHING, torch.inf, _NOTHING), error)
     nothing = ~alive | infinite | unknown
@@ -215,9 +216,7 @@ def _tail(values: _Values, noise: tuple[Tensor, Tensor], alike: Tensor, step: Te
     log_q = [torch.log(torch.where(some_q, x, 1.0)) for x in values.mass_q[:2]]
     q_fall = torch.where(some_q, (log_q[1] - log_q[0]) / step, 1.0)
     mass_q = torch.where(some_q, values.mass_q[0] / torch.where(q_fall > 0, q_fall, 1.0), 0.0)
-    return _Tail(
-        torch.where(nothing, 0.0, value), torch.where(~alive | infinite, 0.0, error), infinite, mass_p, mass_q
-    )
+    return _Tail(torch.where(nothing, 0.0, value), torch.where(~alive | infinite, 0.0, error), infinite, mass_p, mass_q)
 
 
 def _nodes(left: Tensor, width: Tensor) -> Tensor:
@@ -293,14 +292,14 @@ def _found(problem: _Problem, edge: Tensor, rtol: float) -> _Found:
     # Once more by halves of the panels: noise of log_prob is no part of what a polynomial leaves.
     half = 0.5 * (left + right)
     again = sum(_panel_values(problem.at(_nodes(a, b - a)), b - a) for a, b in ((left, half), (half, right)))
-    moved = (again - found).abs().sum(1)  # type: ignore[operator]
+    moved = (again - found).abs().sum(1)
     y = _nodes(left, right - left)
     values, (noise_p, noise_q) = problem.at(y), problem.noise(y)
     part = (values.u.abs() + noise_p + noise_q).clamp(max=1.0)
     lost = values.mass_p * ((noise_p + noise_q) * part + noise_p * values.u.abs())
     lost = torch.where(values.mass_p > 0, lost, 0.0)  # not 0 inf
     weight = gauss_legendre(_NODES, edge.device)[1].unsqueeze(-1) * (right - left).unsqueeze(-2)
-    error = error + moved[0] + (weight * lost).sum((0, 1)) + 16 * _EPS * rounding
+    error = error + moved[0] + 4 * (weight * lost).sum((0, 1)) + 16 * _EPS * rounding
     # what of p is missing may be where the logarithm is as large as anywhere where p has that much mass
     missed = (mass_p - 1).abs() + moved[3]
     seen = weight * values.mass_p > 1e-3 * missed

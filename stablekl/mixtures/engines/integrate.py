@@ -5,8 +5,12 @@ large. It is that of KL only if q has no mass off the support of p, for whose ma
 the axis of `axis` it is integrated by Gauss-Legendre panels, which are halved, those of the largest error first, until
 the estimate of the error is met. Beyond the last float the logarithms of the densities go on as straight lines.
 
-What the error consists of: the last Legendre coefficients of the panels; rounding; the tails by extrapolation; and the
-mass of p and of q that the panels have missed, which is all that can be said of a peak between the points.
+What the error consists of: the last Legendre coefficients of the panels, and what changes where they are halved once
+more; rounding; what ``log_prob`` loses, which shows when the last bits of the parameters move; the tails by
+extrapolation, and the noise of their slopes; and the mass of p and of q that is missing or too much, times the largest
+logarithm of the ratio where p has that much mass. Where more than a thousandth of p's mass is not found, or a tail that
+has mass is noise, the error is inf. What it cannot contain: a constant by which ``log_prob`` of q is off by itself, if
+q's support is larger than p's; and what p log q adds where p is below the smallest float.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ _ROUNDS = 40
 _GOAL = 1e-13  # relative; less is asked of a coarser tolerance
 _EPS = 2.0**-52
 _SMALL = 0.35
-_BITS = (-3, -1, 2, 4)  # by which parameters are moved to see what log_prob loses
+_BITS = (-7, -5, -3, -1, 2, 3, 4, 6)  # by which parameters are moved to see what log_prob loses
 _LARGE = 1e100  # scale of what has its quartiles beyond the last float
 _NOTHING = 1e-20  # density of a tail of which nothing else needs to be known
 _LACKING = 1e-6  # mass of p where q is 0
@@ -190,8 +194,9 @@ def _tail(values: _Values, noise: tuple[Tensor, Tensor], alike: Tensor, step: Te
     small = level.abs() < _SMALL
     near = torch.where(small, level, 0.0)
     both = expm1mx(-near) / fall + rise * rise / (fall * fall * q_fall) - rise * torch.expm1(-near) / (fall * q_fall)
-    far = (level - 1 + rise / fall) / fall + torch.exp(-level) / q_fall
-    positive = torch.where(q_fall > 0, mass * torch.where(small, both, far), linear)
+    log_q = torch.where(alive, log_p[0] - level, -torch.inf)
+    far = mass * ((level - 1 + rise / fall) / fall) + torch.exp(log_q) / q_fall
+    positive = torch.where(q_fall > 0, torch.where(small, mass * both, far), linear)
     # u a power of x: p u is exponential, as it has been for long
     log_u = torch.log(u.abs())
     growth = [(log_u[i] - log_u[i + 1]) / step for i in (0, 3)]
@@ -212,10 +217,7 @@ def _tail(values: _Values, noise: tuple[Tensor, Tensor], alike: Tensor, step: Te
     nothing = ~alive | infinite | unknown
     mass_p = torch.where(nothing, 0.0, mass / torch.where(fall > 0, fall, 1.0))
     # q's where p has none is not in the value, which then has to do without
-    some_q = alive & (values.mass_q[0] > 0) & (values.mass_q[1] > 0)
-    log_q = [torch.log(torch.where(some_q, x, 1.0)) for x in values.mass_q[:2]]
-    q_fall = torch.where(some_q, (log_q[1] - log_q[0]) / step, 1.0)
-    mass_q = torch.where(some_q, values.mass_q[0] / torch.where(q_fall > 0, q_fall, 1.0), 0.0)
+    mass_q = torch.where(nothing | ~(q_fall > 0), 0.0, torch.exp(log_q) / torch.where(q_fall > 0, q_fall, 1.0))
     return _Tail(torch.where(nothing, 0.0, value), torch.where(~alive | infinite, 0.0, error), infinite, mass_p, mass_q)
 
 
@@ -276,7 +278,7 @@ class _Found(NamedTuple):
     mass_q: Tensor
 
 
-def _found(problem: _Problem, edge: Tensor, rtol: float) -> _Found:
+def _found(problem: _Problem, edge: Tensor, same: Tensor, rtol: float) -> _Found:
     """Panels for a row each, and an estimate of the error from all that is known to be uncertain."""
     left, right, found = _refined(problem, edge, rtol)
     total, error, rounding, mass_p, mass_q = found.sum(1)
@@ -306,10 +308,12 @@ def _found(problem: _Problem, edge: Tensor, rtol: float) -> _Found:
     largest = torch.where(seen, values.u.abs(), 0.0).amax((0, 1))
     # that little is rounding, and relative
     elsewhere = torch.where(missed > 1e-11, 1 + largest, total.abs() + torch.where(problem.alike, 0.0, 1.0))
-    error = error + missed * elsewhere
+    error = error + 2 * missed * elsewhere
     error = torch.where((missed > _UNSEEN) | ~total.isfinite(), torch.inf, error)
-    missed_q = torch.where(problem.alike, (mass_q - 1).abs(), 0.0)
-    error = error + torch.where(missed_q > 1e-11, missed_q, 0.0)
+    # q's is part of the integrand, or tells that its logarithm is wrong
+    missed_q = torch.where(mass_q > 1, torch.log(mass_q), 1 - mass_q) + moved[4]
+    missed_q = torch.where(missed_q > 1e-11, missed_q, missed_q * largest.clamp(max=1.0))
+    error = error + torch.where(same, 2 * missed_q, 0.0)
     infinite = tails[0].infinite | tails[1].infinite
     return _Found(left, right, tails[0].value + tails[1].value, error, infinite, mass_q)
 
@@ -357,25 +361,30 @@ def integrate_kl(p: Distribution, q: Distribution, rtol: float) -> KLEstimate:
     # the far quartile: the near one may have sunk into the end
     scale = torch.where(low.isfinite(), third - low, torch.where(high.isfinite(), high - first, spread))
     axis = Axis(low, high, median.clamp(-_LARGE, _LARGE), scale.nan_to_num(nan=_LARGE).clamp(min=inner, max=_LARGE))
-    problem = _Problem(p, q, axis, shape, (low == low_q) & (high == high_q))
+    same = (low == low_q) & (high == high_q)
+    problem = _Problem(p, q, axis, shape, same)
 
     with torch.no_grad():
         edge, excluded = _clipped(problem, edges(axis, *quartiles), axis.of(axis.centre))
-        found = _found(problem, edge, rtol)
+        found = _found(problem, edge, same, rtol)
         # q's mass is that of p only where the axis has it; else it is not needed
-        alike = problem.alike & ((found.mass_q - 1).abs() < 1e-6)
-        if bool((alike != problem.alike).any()):
+        alike = same & ((found.mass_q - 1).abs() < 1e-6)
+        if bool((alike != same).any()):
             problem = problem._replace(alike=alike)
-            found = _found(problem, edge, rtol)
+            found = _found(problem, edge, same, rtol)
         known = outside | found.infinite
         infinite = known | excluded
     values = problem.at(_nodes(found.left, found.right - found.left))
     weight = gauss_legendre(_NODES, rows.device)[1].unsqueeze(-1)
     integral = ((weight * torch.where(infinite, 0.0, values.integrand)).sum(-2) * (found.right - found.left)).sum(0)
-    value = torch.where(infinite, torch.inf, (integral + found.tails).clamp(min=0.0)).reshape(shape)
-    error = torch.where(infinite | found.error.isnan(), torch.inf, found.error)
-    _warn_of_unresolved(error.isinf() & ~known)
-    error = error.reshape(shape)
+    value = torch.where(infinite, torch.inf, integral + found.tails)
+    # a divergence that is negative is none
+    unresolved = found.error.isnan() | value.isnan() | (value.detach() < -found.error)
+    error = torch.where(infinite | unresolved, torch.inf, found.error)
+    given_nan = quartiles[0][1].isnan() | quartiles[1][1].isnan()
+    _warn_of_unresolved(error.isinf() & ~known & ~given_nan)
+    value = torch.where(given_nan, torch.nan, torch.where(value.isnan(), 0.0, value).clamp(min=0.0)).reshape(shape)
+    error = torch.where(given_nan, torch.nan, error).reshape(shape)
     found_all = KLEstimate(value, error, torch.zeros_like(error), torch.full_like(error, torch.inf), "integrate")
     return found_all.rounded(common_dtype(*(x for x in tensors if x.is_floating_point())))
 

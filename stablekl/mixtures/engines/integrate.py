@@ -29,6 +29,7 @@ from ...quadrature import gauss_legendre
 from ...special import expm1mx
 from ..estimate import AccuracyWarning, KLEstimate
 from .axis import Axis, bounds, edges, middle
+from .tails import SMALL, Values, tail_beyond
 
 __all__ = ["integrate_kl"]
 
@@ -37,23 +38,10 @@ _HALVED = 24  # panels of a row that are halved at a time
 _ROUNDS = 40
 _GOAL = 1e-13  # relative; less is asked of a coarser tolerance
 _EPS = 2.0**-52
-_SMALL = 0.35
 _BITS = (-7, -5, -3, -1, 2, 3, 4, 6)  # by which parameters are moved to see what log_prob loses
 _LARGE = 1e100  # scale of what has its quartiles beyond the last float
-_NOTHING = 1e-20  # density of a tail of which nothing else needs to be known
 _LACKING = 1e-6  # mass of p where q is 0
 _UNSEEN = 1e-3  # mass of p that is not found, from which on nothing is known
-
-
-class _Values(NamedTuple):
-    """Everything at points, as densities of y."""
-
-    integrand: Tensor
-    shift: Tensor
-    log_p: Tensor
-    u: Tensor
-    mass_p: Tensor
-    mass_q: Tensor
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -92,7 +80,7 @@ class _Problem(NamedTuple):
         log_p, log_q = (d.log_prob(point).reshape(x.shape) + log_slope for d in (self.p, self.q))
         return x, log_slope, log_p, log_q
 
-    def at(self, y: Tensor) -> _Values:
+    def at(self, y: Tensor) -> Values:
         """Everything at points."""
         x, log_slope, log_p, log_q = self.logs(y)
         # where q is unknown, or 0 by underflow, p is left out too, and missing of its mass
@@ -104,12 +92,12 @@ class _Problem(NamedTuple):
         mass_q = torch.where(unknown, 0.0, torch.exp(torch.where(unknown, 0.0, log_q)))
         # p = 0 to the last float: 0 inf would be NaN
         plain = torch.where(mass_p > 0, mass_p * torch.where(mass_p > 0, u, 0.0), 0.0)
-        small = (u.abs() < _SMALL) & ~none
+        small = (u.abs() < SMALL) & ~none
         near = mass_p * expm1mx(-torch.where(small, u, 0.0))
         positive = torch.where(small, near, plain + (mass_q - mass_p))
         # y moves by this when x is rounded
         shift = x.detach().abs() * torch.exp(-log_slope)
-        return _Values(torch.where(self.alike, positive, plain), shift, log_p, u, mass_p, mass_q)
+        return Values(torch.where(self.alike, positive, plain), shift, log_p, u, mass_p, mass_q)
 
     def moved(self, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Both logarithms with the last bits of the parameters changed."""
@@ -129,7 +117,7 @@ class _Problem(NamedTuple):
         return found[0], found[1]
 
 
-def _panel_values(values: _Values, width: Tensor) -> Tensor:
+def _panel_values(values: Values, width: Tensor) -> Tensor:
     """Integral, error, size of the terms that were rounded, and masses of p and q, ``(5, panels, rows)``."""
     _, weight, last = gauss_legendre(_NODES, width.device)
     weight, last = weight.unsqueeze(-1), last.unsqueeze(-1)
@@ -155,70 +143,6 @@ def _halved(left: Tensor, right: Tensor, error: Tensor) -> tuple[Tensor, Tensor,
     a, b = left.gather(0, worst), right.gather(0, worst)
     half = 0.5 * (a + b)
     return torch.cat([a, half]), torch.cat([half, b]), worst
-
-
-class _Tail(NamedTuple):
-    """What lies beyond an end: the integral, its error (inf: unknown), where it diverges, and masses of p and q."""
-
-    value: Tensor
-    error: Tensor
-    infinite: Tensor
-    mass_p: Tensor
-    mass_q: Tensor
-
-
-def _tail(values: _Values, noise: tuple[Tensor, Tensor], alike: Tensor, step: Tensor) -> _Tail:
-    """By extrapolation from the values at 0, 1 and 2 steps before the end, and the noise of the logarithms there.
-
-    Two more points, an eighth of the axis away, tell a u that is a power of x from a slower one.
-    """
-    log_p, u = values.log_p, values.u
-    alive = log_p[0] > -800
-    fall = torch.where(alive, (log_p[1] - log_p[0]) / step, 1.0)
-    rise = torch.where(alive, (u[0] - u[1]) / step, 0.0)
-    moved = 0.5 * _EPS * values.shift[:3]
-    noise_p, noise_q = (
-        torch.where(alive, n[:3] + moved * (1 + slope.abs()), 0.0)
-        for n, slope in zip(noise, (fall, fall + rise), strict=True)
-    )
-    noise_u = noise_p + noise_q
-    fall_noise, rise_noise = ((x[0] + x[1]) / step for x in (noise_p, noise_u))
-    bend = (u[0] - 2 * u[1] + u[2]).abs() + (log_p[0] - 2 * log_p[1] + log_p[2]).abs()
-    bend = torch.where(alive, bend / step, 0.0)
-    straight = bend < 1e-3 * (rise.abs() + fall.abs())
-    noisy = bend <= 8 * noise_u.sum(0) / step
-    mass, level = torch.where(alive, torch.exp(log_p[0]), 0.0), torch.where(alive, u[0], 0.0)
-    # the integral of e^(-fall t)(level + rise t)
-    linear = mass * (level + rise / fall) / fall
-    q_fall = fall + rise
-    small = level.abs() < _SMALL
-    near = torch.where(small, level, 0.0)
-    both = expm1mx(-near) / fall + rise * rise / (fall * fall * q_fall) - rise * torch.expm1(-near) / (fall * q_fall)
-    log_q = torch.where(alive, log_p[0] - level, -torch.inf)
-    far = mass * ((level - 1 + rise / fall) / fall) + torch.exp(log_q) / q_fall
-    positive = torch.where(q_fall > 0, torch.where(small, mass * both, far), linear)
-    # u a power of x: p u is exponential, as it has been for long
-    log_u = torch.log(u.abs())
-    growth = [(log_u[i] - log_u[i + 1]) / step for i in (0, 3)]
-    decay = torch.where(alive, fall - growth[0], 1.0)
-    powerful = (u[0] > 0) & (growth[1] > 0) & (growth[0] > 0.95 * growth[1])
-    steeper = fall > 1.05 * (log_p[4] - log_p[3]) / step
-    power = mass * level / decay
-    value = torch.where(straight, torch.where(alike, positive, linear), power)
-    loose = noise_u[0] + (rise_noise + (rise.abs() * 2 + level.abs() * fall) * (fall_noise / fall)) / fall
-    error = torch.where(
-        straight, (1e-9 + 10 * bend / (fall.abs() + rise.abs())) * value.abs() + loose * mass / fall, 0.3 * value.abs()
-    )
-    infinite = alive & ~straight & powerful & (decay <= 1e-6) & ~noisy & ~steeper
-    # slopes that are noise say nothing, nor do those of other curves, but where nearly nothing is left to be said
-    curved = ~straight & (noisy | ~powerful | (decay <= 1e-6))
-    unknown = alive & ~infinite & ((fall <= 8 * fall_noise) | curved | ~value.isfinite())
-    error = torch.where(unknown, torch.where(mass * (1 + level.abs()) > _NOTHING, torch.inf, _NOTHING), error)
-    nothing = ~alive | infinite | unknown
-    mass_p = torch.where(nothing, 0.0, mass / torch.where(fall > 0, fall, 1.0))
-    # q's where p has none is not in the value, which then has to do without
-    mass_q = torch.where(nothing | ~(q_fall > 0), 0.0, torch.exp(log_q) / torch.where(q_fall > 0, q_fall, 1.0))
-    return _Tail(torch.where(nothing, 0.0, value), torch.where(~alive | infinite, 0.0, error), infinite, mass_p, mass_q)
 
 
 def _nodes(left: Tensor, width: Tensor) -> Tensor:
@@ -287,7 +211,7 @@ def _found(problem: _Problem, edge: Tensor, same: Tensor, rtol: float) -> _Found
     step = (0.5 * eighth).clamp(max=4.0)
     back = torch.stack([0 * step, step, 2 * step, eighth, eighth + step])
     for y in (edge[0] + back, edge[-1] - back):
-        tails.append(_tail(problem.at(y), problem.noise(y), problem.alike, step))
+        tails.append(tail_beyond(problem.at(y), problem.noise(y), problem.alike, step))
     for tail in tails:
         total, error = total + tail.value, error + tail.error
         mass_p, mass_q = mass_p + tail.mass_p, mass_q + tail.mass_q

@@ -134,7 +134,7 @@ def kl_mixture(p: Distribution, q: Distribution) -> Tensor:
         AccuracyWarning: in eager mode, where the estimated error exceeds the tolerance of `accuracy`.
     """
     estimate = kl_estimate(p, q)
-    warn_of_excess(estimate, "KL divergence", stacklevel=3)
+    warn_of_excess(estimate, "KL divergence", stacklevel=4)  # torch, and the check of shapes, between
     return estimate.value
 
 

@@ -28,10 +28,15 @@ def _first(mask: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in mask.nonzero()[0])
 
 
+def _which(index: tuple[int, ...]) -> str:
+    """The matrix at a batch index, in words; a single one has none."""
+    return f"matrix {list(index)}" if index else "the matrix"
+
+
 def _raise_not_finite(a: Tensor) -> None:
     index = _first(~a.isfinite())
     raise ValueError(
-        f"matrix {list(index[:-2])} has the entry {float(a[index])} at {list(index[-2:])}: the input is not "
+        f"{_which(index[:-2])} has the entry {float(a[index])} at {list(index[-2:])}: the input is not "
         "finite, so there is nothing to factorise. The likely cause lies upstream (an overflow, a division by "
         "zero, or a diverged optimiser step); look for the first non-finite tensor there. "
         "torch.autograd.set_detect_anomaly(True) finds it in a backward pass."
@@ -43,7 +48,7 @@ def _raise_not_positive_definite(a: Tensor, bad: Tensor, max_jitter: float | Non
     eigenvalue = float(torch.linalg.eigvalsh(a[index].double())[0])
     tried = "no jitter was tried (max_jitter=None)" if max_jitter is None else f"jitter up to {max_jitter:g}"
     raise NotPositiveDefiniteError(
-        f"matrix {list(index)} is not positive definite to working precision: smallest eigenvalue "
+        f"{_which(index)} is not positive definite to working precision: smallest eigenvalue "
         f"{eigenvalue:.6g}, mean diagonal {float(a[index].diagonal().mean()):.6g}; {tried}. Likely causes: fewer "
         "samples than dimensions, a variance that is exactly 0 (a ReLU output), duplicated columns, or too little "
         "precision for its condition number. Use float64, give scale_tril or scale_diag instead of the covariance "

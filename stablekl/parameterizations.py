@@ -57,7 +57,7 @@ def _first_bad(good: Tensor) -> tuple[str, tuple[int, ...], str]:
     return (f"[{', '.join(map(str, index))}]" if index else ""), index, others
 
 
-def check_positive(name: str, value: Tensor) -> None:
+def check_positive(name: str, value: Tensor, owner: str | None = None) -> None:
     """Raise an error that helps if an entry of ``value`` is zero, negative or NaN.
 
     Skipped where the data cannot be looked at: under ``torch.compile`` and ``vmap``, during the capture of a
@@ -66,6 +66,7 @@ def check_positive(name: str, value: Tensor) -> None:
     Args:
         name: what the caller calls the argument, such as ``"scale"``.
         value: any shape.
+        owner: the name of the class whose parameter it is, if it is one's.
 
     Raises:
         ValueError: names the first bad index and its value, the likely cause, and the call that cures it.
@@ -93,8 +94,9 @@ def check_positive(name: str, value: Tensor) -> None:
     else:
         cause = "A negative entry usually is the raw output of a layer, which nothing has made positive"
         cure = "to turn such an output x into a positive scale, use"
+    whole = f"{name} of {owner}" if owner else name
     raise ValueError(
-        f"{name} must be positive, but {name}{where} is {entry}{others}. {cause}; {cure} "
+        f"{whole} must be positive, but {name}{where} is {entry}{others}. {cause}; {cure} "
         "stablekl.softplus_scale(x, floor=1e-3), with a floor that suits the data."
     )
 
@@ -120,6 +122,8 @@ def raise_outside(owner: str, name: str, value: Tensor, good: Tensor, requiremen
             "A NaN usually comes from a step that diverged, or from NaN in the network's input; "
             "torch.autograd.set_detect_anomaly(True) finds where"
         )
+    elif name == "probs" and good.shape == value.shape and entry == 0:
+        cause = "An exact zero usually is a probability that has underflowed: give its logit as logits"
     elif name == "probs":
         cause = (
             "Values outside of [0, 1], or sums that are not 1, usually are the raw output of a layer: give that as "

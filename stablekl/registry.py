@@ -6,6 +6,7 @@ stay as they are until `harden` replaces them, and come back when it is undone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import product
 from types import TracebackType
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.kl import _KL_MEMOIZE, _KL_REGISTRY, register_kl
 
-__all__ = ["Hardening", "harden", "kl_divergence", "register_hardened"]
+__all__ = ["Hardening", "check_batch_shapes", "harden", "kl_divergence", "register_hardened"]
 
 Rule = Callable[..., Tensor]
 RuleT = TypeVar("RuleT", bound=Rule)
@@ -28,6 +29,30 @@ _HARDENED: dict[Pair, Rule] = {}
 # What harden() took out of torch's registry (None: torch goes by a base class), and who asked for it to stay out.
 _REPLACED: dict[Pair, Rule | None] = {}
 _ACTIVE: list[Hardening] = []
+
+
+def check_batch_shapes(p: Distribution, q: Distribution) -> None:
+    """ValueError unless the batch shapes of two distributions broadcast."""
+    shape_p, shape_q = p.batch_shape, q.batch_shape
+    if shape_p == shape_q:
+        return
+    if any(a not in (b, 1) and b != 1 for a, b in zip(reversed(shape_p), reversed(shape_q), strict=False)):
+        raise ValueError(
+            f"the batch shapes {tuple(shape_p)} and {tuple(shape_q)} do not broadcast: from the last on, "
+            "each pair of sizes must be equal or have a 1 in it. For every p against every q insert a 1 in the "
+            "parameters of one of them"
+        )
+
+
+def _of_matching_shapes(rule: Rule) -> Rule:
+    """The rule, behind the check that says what is wrong with shapes where torch's broadcasting would not."""
+
+    @functools.wraps(rule)
+    def checked(p: Distribution, q: Distribution) -> Tensor:
+        check_batch_shapes(p, q)
+        return rule(p, q)
+
+    return checked
 
 
 def _host(family: type[Distribution]) -> type[Distribution]:
@@ -43,7 +68,7 @@ def register_hardened(
     Pairs that contain one of our classes, and pairs for which torch has no rule, are registered with torch
     at once. torch picks its own rule silently when only (ours, ours) is registered, and warns of an
     ambiguity when only the mixed pairs are; hence all of them. A pair that torch owns, itself or by its base classes,
-    is kept for `harden`.
+    is kept for `harden`. Every rule is registered behind `check_batch_shapes`.
 
     Args:
         family_p: the family of p, ours or torch's.
@@ -52,14 +77,15 @@ def register_hardened(
     """
 
     def decorate(rule: RuleT) -> RuleT:
+        registered = _of_matching_shapes(rule)
         host_pair = (_host(family_p), _host(family_q))
         known = any(pair in _TORCHS for pair in product(host_pair[0].__mro__, host_pair[1].__mro__))
         for p in dict.fromkeys((family_p, host_pair[0])):
             for q in dict.fromkeys((family_q, host_pair[1])):
                 if (p, q) == host_pair and known and not torch_lacks_it:
-                    _HARDENED[p, q] = rule
+                    _HARDENED[p, q] = registered
                 else:
-                    register_kl(p, q)(rule)
+                    register_kl(p, q)(registered)
         return rule
 
     return decorate
@@ -91,6 +117,7 @@ def kl_divergence(p: Distribution, q: Distribution) -> Tensor:
 
     Raises:
         NotImplementedError: no rule is known for the pair.
+        ValueError: the batch shapes do not broadcast.
 
     Example:
         >>> import torch, stablekl

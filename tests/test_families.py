@@ -321,12 +321,15 @@ def test_raw_weights_are_kept():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: S.Exponential(f64(1.0, 0.0)), r"rate must be positive, but rate\[1\] is 0.0"),
+        (lambda: S.Exponential(f64(1.0, 0.0)), r"rate of Exponential must be positive, but rate\[1\] is 0.0"),
         (lambda: S.Bernoulli(f64(0.2, 1.5)), r"probs of Bernoulli must be between 0 and 1, but probs\[1\] is 1.5"),
         (lambda: S.Laplace(f64(0.0, math.nan), 1.0), r"loc of Laplace must be .*loc\[1\] is nan. A NaN usually"),
         (lambda: S.Poisson(f64(-1.0)), r"rate of Poisson must be 0 or more, but rate\[0\] is -1.0"),
-        (lambda: S.HalfNormal(f64(0.0)), r"scale must be positive, but scale\[0\] is 0.0"),
-        (lambda: S.Gamma(f64(1.0, -2.0), 1.0), r"concentration must be positive, but concentration\[1\] is -2.0"),
+        (lambda: S.HalfNormal(f64(0.0)), r"scale of HalfNormal must be positive, but scale\[0\] is 0.0"),
+        (
+            lambda: S.Gamma(f64(1.0, -2.0), 1.0),
+            r"concentration of Gamma must be positive, but concentration\[1\] is -2.0",
+        ),
     ],
 )
 def test_errors_say_where(build, message):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import random
+import warnings
 
 import pytest
 import torch
 from torch import distributions as d
 
 import stablekl
+import stablekl.registry
 
 
 def t(x: float) -> torch.Tensor:
@@ -108,3 +111,116 @@ def test_refused():
         torch.func.vmap(lambda x: stablekl.kl_estimate(d.Normal(x, 1.0), d.Normal(0.0, 1.0), "integrate").value)(
             torch.zeros(2)
         )
+
+
+# --- findings: scales far from 1, masses next to an end --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [10.0**e for e in (-12, -9, -6, 0, 6, 8, 9, 10, 12)])
+def test_any_scale(scale):
+    """log(1e9/1e-300) was inf, and values NaN."""
+    s = t(scale)
+    pairs = {
+        0.22579135264472734: (d.Exponential(1 / s), d.HalfNormal(s)),
+        0.17634753382804583: (d.Gamma(t(2.0), 1 / s), d.LogNormal(s.log(), t(1.0))),
+    }
+    for known, (p, q) in pairs.items():
+        estimate = stablekl.kl_estimate(p, q, "integrate")
+        assert abs(estimate.value - known) <= estimate.error
+        assert estimate.error < 1e-10
+
+
+FOUND = [
+    (("Beta", 0.0782209235497979, 10308160328.246288), ("Beta", 32.9831550485144, 3.719855347179117e-07)),
+    (("Beta", 3.482257798631181e-05, 39534007764.72981), ("Uniform", 0.0, 1.0)),
+    (("Beta", 0.0034005702425084963, 1.2213139973679544e-07), ("Uniform", 0.0, 1.0000004814569012)),
+    (
+        ("LogNormal", 1.3901289161890773, 1.524684004686866e-11),
+        ("Gamma", 4.301701811998598e21, 1.0713095939886991e21),
+    ),
+    # q's mass in the part of the axis where p is 0 to the last float, or next to an end
+    (("Gumbel", 83.50139046172981, 175.83768794556946), ("Normal", 0.0, 78419694.05932687)),
+    (("Exponential", 2.795736938918898e-07), ("LogNormal", 3.325750581884537, 12080208730.061104)),
+    (("StudentT", 2.3037991140464156, -320.8, 0.0448), ("StudentT", 0.0019461847275854059, 0.0, 7.44)),
+    # torch's log_prob is -inf where it should be -700, or NaN
+    (("Weibull", 8.625943720764075, 5.637265487925053), ("Weibull", 8.87997193521977, 6.174918909194652)),
+    (("HalfCauchy", 4.2792773683765607e-07), ("HalfCauchy", 1.077272391926698e-10)),
+    # a tail that is no power, nor exponential
+    (("Gamma", 0.002228235962982489, 0.02242084194280321), ("LogNormal", 2.9474102746988566, 194.5199952337737)),
+    (("Weibull", 8.2069008903614, 0.0068950571687363465), ("Gamma", 0.07938700153423017, 0.0013600055172481849)),
+]
+
+
+def built(classes: object, name: str, *parameters: float) -> d.Distribution:
+    return getattr(classes, name)(*map(t, parameters))
+
+
+def judged(p: tuple, q: tuple) -> tuple[stablekl.KLEstimate, bool]:
+    """The estimate of torch's classes, and whether it warned."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        estimate = stablekl.kl_estimate(built(d, *p), built(d, *q), "integrate")
+    return estimate, any(issubclass(w.category, stablekl.AccuracyWarning) for w in caught)
+
+
+@pytest.mark.parametrize(("p", "q"), FOUND)
+def test_found_cases_are_within_their_error(p, q):
+    known = stablekl.kl_divergence(built(stablekl, *p), built(stablekl, *q))
+    estimate, warned = judged(p, q)
+    assert abs(estimate.value - known) <= estimate.error
+    assert warned == bool(estimate.error.isinf())
+
+
+def test_what_cannot_be_resolved_is_said():
+    """Nearly all of p is next to 1, beyond the last float."""
+    p = d.Beta(t(0.0034), t(1.2e-7))
+    with pytest.warns(stablekl.AccuracyWarning, match=r"batch element 1 \(of 2, flattened\): the error is inf"):
+        estimate = stablekl.kl_estimate(
+            d.Beta(torch.stack([t(2.0), p.concentration1]), torch.stack([t(3.0), p.concentration0])),
+            d.Uniform(t(0.0), t(1.1)),
+            "integrate",
+        )
+    assert estimate.error[0] < 1e-10
+    assert estimate.error[1] == math.inf
+
+
+FAMILIES = {
+    **dict.fromkeys(("Normal", "Laplace", "Gumbel", "Cauchy"), "rs"),
+    **dict.fromkeys(("Gamma", "Weibull", "Beta", "Pareto", "InverseGamma"), "ss"),
+    **dict.fromkeys(("Exponential", "HalfNormal", "HalfCauchy"), "s"),
+    "LogNormal": "ls",
+}
+
+
+def test_random_pairs_over_24_decades():
+    rng = random.Random(8)
+    draw = {
+        "s": lambda width: 10 ** rng.uniform(-width, width),
+        "r": lambda width: rng.choice([-1, 0, 1]) * 10 ** rng.uniform(-width, width),
+        "l": lambda width: rng.gauss(0, 5),
+    }
+    resolved = tried = 0
+    while tried < 120:
+        names = [rng.choice(list(FAMILIES)) for _ in range(2)]
+        if stablekl.registry.rule_for(*(getattr(stablekl, name) for name in names)) is None:
+            continue
+        width = rng.choice([1, 3, 12])
+        p, q = ((name, *(draw[k](width) for k in FAMILIES[name])) for name in names)
+        try:
+            known = stablekl.kl_divergence(built(stablekl, *p), built(stablekl, *q))
+        except NotImplementedError:
+            continue
+        tried += 1
+        estimate, warned = judged(p, q)
+        assert not estimate.value.isnan(), (p, q)
+        assert warned or (estimate.value == known == math.inf) or estimate.error.isfinite(), (p, q)
+        if not (estimate.value.isinf() and known.isinf()):
+            assert abs(estimate.value - known) <= estimate.error + 4e-16 * known, (p, q)
+        resolved += not warned
+    assert resolved > 100
+
+
+def test_nan_parameters_are_nan():
+    estimate = stablekl.kl_estimate(d.Normal(t(math.nan), 1.0, validate_args=False), d.Normal(t(0.0), 1.0), "integrate")
+    assert estimate.value.isnan()
+    assert estimate.error.isnan()

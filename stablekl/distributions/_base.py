@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import math
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+from torch.distributions import Geometric as TorchGeometric
 
 from .._autograd import is_plain
-from ..parameterizations import check_positive, raise_outside
+from ..parameterizations import check_positive, holds_data, raise_outside
+from ..registry import check_batch_shapes
 
 __all__ = [
     "Checked",
@@ -25,6 +30,7 @@ __all__ = [
     "mapped",
     "moved",
     "of_both",
+    "validate_as",
     "widened",
 ]
 
@@ -94,17 +100,6 @@ def broadcast_shape(*shapes: torch.Size) -> torch.Size:
     return result
 
 
-def check_batch_shapes(p: Distribution, q: Distribution) -> None:
-    """ValueError unless the batch shapes of two distributions broadcast."""
-    sizes = zip(reversed(p.batch_shape), reversed(q.batch_shape), strict=False)
-    if any(a not in (b, 1) and b != 1 for a, b in sizes):
-        raise ValueError(
-            f"the batch shapes {tuple(p.batch_shape)} and {tuple(q.batch_shape)} do not broadcast: from the last on, "
-            "each pair of sizes must be equal or have a 1 in it. For every p against every q insert a 1 in the "
-            "parameters of one of them"
-        )
-
-
 def _distinct(a: Tensor) -> Tensor:
     """Matrices without the copies that expanding their batch shape has made, its dimensions kept."""
     if is_plain((a,)):
@@ -162,38 +157,123 @@ _REQUIREMENTS = {
 }
 
 
-def _named(constraint: object) -> str:
+def _named(constraint: Any) -> str:
     """In words what a constraint requires."""
     for name, words in _REQUIREMENTS.items():
         if constraint is getattr(constraints, name):
             return words
+    if isinstance(constraint, constraints.less_than):
+        return "below the upper end"
+    if isinstance(constraint, constraints.greater_than_eq):
+        return f"at least {constraint.lower_bound}"
     return f"within the constraint {constraint}"
+
+
+def _raised_by_torch(trace: TracebackType | None) -> bool:
+    module = ""
+    while trace is not None:
+        module, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
+    return module.startswith("torch.")
+
+
+def _raise_better(distribution: Distribution, given_values: dict[str, Any]) -> None:
+    """Raise an error that says which entry of which parameter is wrong, if one is."""
+    owner = type(distribution).__name__
+    for name, value in given_values.items():
+        if not (value is None or isinstance(value, (Tensor, float, int))):
+            raise TypeError(
+                f"{name} of {owner} must be a tensor, and is a {type(value).__name__}: give torch.tensor({name})"
+            )
+    for name, value in given_values.items():
+        constraint: Any = distribution.arg_constraints[name]
+        if value is None or constraints.is_dependent(constraint):
+            continue
+        value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.get_default_dtype())
+        if not holds_data(value) or value.ndim < constraint.event_dim:
+            continue
+        if isinstance(constraint, constraints.independent):  # whose entries are judged one by one
+            constraint = constraint.base_constraint
+        good = constraint.check(value)
+        if constraint is constraints.positive and not bool(good.all()):
+            check_positive(name, value, owner)
+        requirement = _named(constraint)
+        if isinstance(distribution, TorchGeometric) and name == "probs":  # torch checks that in its constructor
+            good, requirement = good & (value > 0), "above 0 and up to 1"
+        if not bool(good.all()):
+            raise_outside(owner, name, value, good, requirement)
+
+
+def _helpful(constructor: Callable[..., None], cls: type[Checked]) -> Callable[..., None]:
+    """A constructor whose errors name the class that was built, and what it was given.
+
+    torch's construct another class inside (a Beta a Dirichlet, a LogNormal a Normal) and let that one complain.
+    """
+
+    @functools.wraps(constructor)
+    def init(self: Checked, *args: Any, **kwargs: Any) -> None:
+        if type(self) is not cls or torch.compiler.is_compiling():  # inside that of a subclass; or no data to look at
+            constructor(self, *args, **kwargs)
+            return
+        try:
+            constructor(self, *args, **kwargs)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            try:
+                named = inspect.signature(constructor).bind(self, *args, **kwargs).arguments
+            except TypeError:  # no such arguments: Python says so
+                raise error from None
+            values = {name: named[name] for name in self.arg_constraints if name in named}
+            asked = named.get("validate_args")
+            empty = any(isinstance(x, Tensor) and x.numel() == 0 for x in values.values())
+            if isinstance(error, RuntimeError) and empty and asked is not False:
+                # torch's check of vectors inside fails of an empty batch, in which there is nothing to check
+                constructor(**{**named, "validate_args": False})
+                validate_as(self, asked)
+                return
+            if isinstance(error, ValueError) and not _raised_by_torch(error.__traceback__):
+                raise
+            _raise_better(self, values)
+            raise
+
+    return init
+
+
+def validate_as(distribution: Distribution, asked: bool | None) -> None:
+    """As if it had been constructed with this ``validate_args``."""
+    distribution.__dict__.pop("_validate_args", None)
+    if asked is not None:
+        distribution._validate_args = asked
 
 
 class Checked(Movable, Distribution):
     """Mixin, to be listed after torch's class: errors about parameters that say which entry is wrong, and why.
 
-    torch's constructors end in that of `Distribution`, which checks the parameters; this one stands before it, so a
-    subclass needs no constructor of its own, and ``expand`` keeps its type. What is valid costs nothing more.
+    torch's constructors end in that of `Distribution`, which checks the parameters; this one stands before it. Those of
+    subclasses, torch's too, are wrapped, so that what they raise is said again with names and indices; ``expand`` keeps
+    their type. What is valid costs nothing more.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Wrap the constructor."""
+        super().__init_subclass__(**kwargs)
+        constructor = cls.__init__
+        cls.__init__ = _helpful(constructor, cls)  # type: ignore[method-assign]
 
     def __init__(
         self, batch_shape: torch.Size = _SCALAR, event_shape: torch.Size = _SCALAR, validate_args: bool | None = None
     ) -> None:
-        """Let torch check the parameters, and say more than torch where they are wrong."""
+        """Let torch check the parameters, where there is data to look at."""
         if torch.compiler.is_compiling():  # no looking at data then, and torch's loop over constraints may not trace
             super().__init__(batch_shape, event_shape, validate_args=False)
-            return
-        try:
+        elif 0 in batch_shape:  # nothing to check, and torch's check of vectors fails
+            super().__init__(batch_shape, event_shape, validate_args=False)
+            validate_as(self, validate_args)
+        else:
             super().__init__(batch_shape, event_shape, validate_args=validate_args)
-        except ValueError:
-            for name, constraint in self.arg_constraints.items():
-                value = getattr(self, name, None)
-                if constraints.is_dependent(constraint) or not isinstance(value, Tensor):
-                    continue
-                good = constraint.check(value)
-                if not bool(good.all()):
-                    if constraint is constraints.positive:
-                        check_positive(name, value)
-                    raise_outside(type(self).__name__, name, value, good, _named(constraint))
-            raise
+
+    def _get_checked_instance(self, cls, _instance=None):  # type: ignore[no-untyped-def]  # as torch's
+        """torch's, which a wrapped constructor would make refuse ``expand``."""
+        if _instance is None and inspect.unwrap(type(self).__init__) is not inspect.unwrap(cls.__init__):
+            raise NotImplementedError(
+                f"{type(self).__name__} has a constructor of its own and must have an expand of its own"
+            )
+        return self.__new__(type(self)) if _instance is None else _instance

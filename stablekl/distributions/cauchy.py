@@ -73,6 +73,7 @@ def _value(mu_p: Tensor, s_p: Tensor, mu_q: Tensor, s_q: Tensor) -> Tensor:
     distance = 0.5 * torch.hypot(s_p - s_q, mu_p - mu_q)
     # the larger scale first: its quotient neither over- nor underflows before the product does
     larger, smaller = torch.maximum(s_p, s_q), torch.minimum(s_p, s_q)
+    smaller = torch.where(smaller < 0, torch.nan, smaller)  # or scales of 1 and -1 give -inf
     # eighths of everything where the distance overflows
     big = distance.isinf()
     eighths = 0.5 * torch.hypot(0.125 * s_p - 0.125 * s_q, 0.125 * mu_p - 0.125 * mu_q)

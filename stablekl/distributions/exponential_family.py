@@ -26,7 +26,7 @@ from torch.distributions import ExponentialFamily
 
 from ..quadrature import gauss_legendre
 from ..registry import register_hardened
-from ._base import check_batch_shapes, common_dtype, widened
+from ._base import common_dtype, widened
 from ._scalar import attached
 
 __all__: list[str] = []
@@ -66,7 +66,6 @@ def kl_exponential_families(p: ExponentialFamily, q: ExponentialFamily) -> Tenso
 
     Raises:
         NotImplementedError: p and q are of different types, whose log-normalisers have nothing to do with each other.
-        ValueError: the batch shapes do not broadcast.
     """
     if type(p) is not type(q):
         raise NotImplementedError(
@@ -74,7 +73,6 @@ def kl_exponential_families(p: ExponentialFamily, q: ExponentialFamily) -> Tenso
             "their own only two members of the same one can be compared. Register a rule with "
             "torch.distributions.register_kl, or estimate the divergence with stablekl.kl_estimate."
         )
-    check_batch_shapes(p, q)
     given_p, given_q = p._natural_params, q._natural_params
     dtype, batch = common_dtype(*given_p, *given_q), max(len(p.batch_shape), len(q.batch_shape))
 

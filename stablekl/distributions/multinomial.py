@@ -20,7 +20,7 @@ from .._autograd import masked_product
 from .._deviance import binomial_deviance, binomial_rest, deviance, poisson_rest
 from .._double import Double
 from ..registry import register_hardened
-from ._base import Checked, check_batch_shapes, common_dtype, given, moved, widened
+from ._base import Checked, common_dtype, given, moved, widened
 from ._density import checked
 from ._outcomes import log_of, log_weights_kl, weights_kl
 from .categorical import Categorical, categories_kl
@@ -117,9 +117,8 @@ def kl_multinomial_multinomial(p: TorchMultinomial, q: TorchMultinomial) -> Tens
     """KL between multinomial distributions; see the module.
 
     Raises:
-        ValueError: the numbers of categories differ, or batch shapes that do not broadcast.
+        ValueError: the numbers of categories differ.
     """
-    check_batch_shapes(p, q)
     dtype = common_dtype(p.probs, q.probs)
     wide = widened(p.probs).dtype
     one = categories_kl(*(moved(d._categorical, wide) for d in (p, q)))

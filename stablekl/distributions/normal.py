@@ -16,26 +16,22 @@ same rule for everything else.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributions import Normal as TorchNormal
-from torch.types import _size
 
 from .. import _fused
 from .._autograd import blockwise, rowwise
 from .._elementwise import product_error, sum_error
-from ..parameterizations import check_positive
 from ..registry import register_hardened
 from ..special import log_ratio_bregman_value
-from ._base import Movable, common_dtype, widened
+from ._base import Checked, common_dtype, widened
 from ._density import checked, evaluated, normal_log_density, normal_log_tail, normal_tail, standardised
 
 __all__ = ["Normal", "normal_kl"]
 
 
-class Normal(Movable, TorchNormal):
+class Normal(TorchNormal, Checked):
     """`torch.distributions.Normal` with a KL divergence that is accurate for every pair of parameters.
 
     Args:
@@ -52,18 +48,6 @@ class Normal(Movable, TorchNormal):
         >>> print(f"{torch.distributions.kl_divergence(p, stablekl.Normal(0.0, 1.0)):.3f}")
         57.065
     """
-
-    def __init__(self, loc: Tensor | float, scale: Tensor | float, validate_args: bool | None = None) -> None:
-        """Check the scale with a message that helps, then build torch's own."""
-        if validate_args or (validate_args is None and Normal._validate_args):
-            check_positive("scale", scale if isinstance(scale, Tensor) else torch.tensor(scale))
-        super().__init__(loc, scale, validate_args=validate_args)
-
-    def expand(self, batch_shape: _size, _instance: Any = None) -> Normal:
-        """Return this distribution with its batch shape expanded; no memory is allocated."""
-        new = self._get_checked_instance(Normal, _instance)  # type: ignore[no-untyped-call]
-        expanded: Normal = super().expand(batch_shape, new)  # type: ignore[no-untyped-call]
-        return expanded
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log of the density, with ((x - mu)/sigma)^2 where torch divides by sigma^2, which underflows first."""

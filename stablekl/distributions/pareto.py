@@ -81,9 +81,12 @@ def _log_density(x: Tensor, m: Tensor, a: Tensor) -> Tensor:
 
 
 def _value(m_p: Tensor, a_p: Tensor, m_q: Tensor, a_q: Tensor) -> Tensor:
-    inside = m_p >= m_q
-    shift = a_q * log_ratio_value(torch.where(inside, m_p, m_q), m_q)
-    return torch.where(inside, shift + log_ratio_bregman_value(a_q, a_p), torch.inf)
+    outside = m_p < m_q
+    ratio = log_ratio_value(torch.where(outside, m_q, m_p), m_q)
+    value = a_q * ratio + log_ratio_bregman_value(a_q, a_p)
+    # an invalid parameter, or NaN, is no answer of infinity
+    valid = (torch.minimum(m_p, m_q) >= 0) & (torch.minimum(a_p, a_q) >= 0)
+    return torch.where(valid, torch.where(outside, torch.inf, value), torch.nan)
 
 
 def _gradient(m_p: Tensor, a_p: Tensor, m_q: Tensor, a_q: Tensor) -> tuple[Tensor, ...]:

@@ -40,9 +40,11 @@ def _value(low_p: Tensor, high_p: Tensor, low_q: Tensor, high_q: Tensor) -> Tens
     half = torch.where((high_q - low_q).isinf(), 0.5, 1.0).to(low_q.dtype)
     spare = (half * high_q - half * high_p) + (half * low_p - half * low_q)
     width = half * high_p - half * low_p
-    spare = torch.where(inside, spare, 0.0)
+    # NaN is nowhere inside, nor is it an interval
+    spare = torch.where(inside, spare, torch.where((low_p <= high_p) & (low_q <= high_q), 0.0, torch.nan))
     x = spare / width
-    return torch.where(inside, torch.where(x.isinf(), torch.log(spare) - torch.log(width), torch.log1p(x)), torch.inf)
+    x = torch.where(x.isinf(), torch.log(spare) - torch.log(width), torch.log1p(x))
+    return torch.where(inside | x.isnan(), x, torch.inf)
 
 
 def _inverse_width(low: Tensor, high: Tensor) -> Tensor:

@@ -149,8 +149,9 @@ def _far_mean(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _bregman(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """B(y, x) and A(y) - A(x), split where the way from x to y crosses the border."""
-    near_x, near_y = (torch.where(k < _BORDER, k, _BORDER) for k in (x, y))
-    far_x, far_y = (torch.where(k > _BORDER, k, _BORDER) for k in (x, y))
+    # NaN goes both ways
+    near_x, near_y = (torch.where(k > _BORDER, _BORDER, k) for k in (x, y))
+    far_x, far_y = (torch.where(k < _BORDER, _BORDER, k) for k in (x, y))
     near, near_rise = _near(near_x, near_y)
     far, far_rise = _far(far_x, far_y)
     crossing = torch.where(y > x, near_rise * (far_y - far_x), far_rise * (near_y - near_x))
@@ -184,7 +185,8 @@ def _turned(mu_p: Tensor, mu_q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _value(mu_p: Tensor, k_p: Tensor, mu_q: Tensor, k_q: Tensor) -> Tensor:
     sine, *_ = _turned(mu_p, mu_q)
-    return _bregman(k_p, k_q)[0] + (k_q * sine) * _mean(k_p)[0] * (2 * sine)
+    value = _bregman(k_p, k_q)[0] + (k_q * sine) * _mean(k_p)[0] * (2 * sine)
+    return torch.where(torch.minimum(k_p, k_q) < 0, torch.nan, value)
 
 
 def _gradient(mu_p: Tensor, k_p: Tensor, mu_q: Tensor, k_q: Tensor) -> tuple[Tensor, ...]:

@@ -51,7 +51,8 @@ def kl_estimate(
             runs in eager mode only. Its error is an estimate, with no certified bounds: a peak of p or q of less than
             1e-11 of the mass, or away from its quartiles, can go unseen. Where log-densities next to an end other than
             0 are beyond the last float (Beta(0.1, 0.1) near 1) they are extrapolated, and the error says so. inf where
-            p has mass off q's support or a tail that is too heavy for q's.
+            p has mass off q's support or a tail that is too heavy for q's. Where float64, or ``log_prob``, does not
+            resolve the mass of p the error is inf, with an `AccuracyWarning`.
         rtol: for "cubature" and "sobol", refine until the error is below ``rtol * (1 + KL)``; default that of
             `accuracy`.
         max_points: for these, most points per component; default that of `accuracy`.
@@ -133,7 +134,7 @@ def kl_mixture(p: Distribution, q: Distribution) -> Tensor:
         AccuracyWarning: in eager mode, where the estimated error exceeds the tolerance of `accuracy`.
     """
     estimate = kl_estimate(p, q)
-    warn_of_excess(estimate, "KL divergence", stacklevel=3)
+    warn_of_excess(estimate, "KL divergence", stacklevel=4)  # torch, and the check of shapes, between
     return estimate.value
 
 

@@ -1,7 +1,7 @@
 """Pairs whose KL divergence is infinite whatever the parameters: p has mass where q has none.
 
 The result has the broadcast batch shape and the dtype that all parameters promote to (torch's has the shape and dtype
-of p's first parameter), and its gradient is 0.
+of p's first parameter), and its gradient is 0. A NaN among the parameters makes it NaN.
 """
 
 from __future__ import annotations
@@ -40,7 +40,16 @@ INFINITE: dict[type[Distribution], tuple[type[Distribution], ...]] = {
     Pareto: _BOUNDED,
 }
 
-_infinite = scalar_rule(lambda *x: torch.full_like(x[0], torch.inf), lambda *x: tuple(torch.zeros_like(v) for v in x))
+
+def _value(*parameters: Tensor) -> Tensor:
+    """inf, but NaN of NaN; that a parameter is outside of its domain is not looked at."""
+    known = parameters[0] == parameters[0]
+    for x in parameters[1:]:
+        known = known & (x == x)
+    return torch.where(known, torch.inf, torch.nan)
+
+
+_infinite = scalar_rule(_value, lambda *x: tuple(torch.zeros_like(v) for v in x))
 
 
 def _rule(family_p: type[Distribution], family_q: type[Distribution]) -> Value:

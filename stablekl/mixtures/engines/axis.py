@@ -79,8 +79,10 @@ class Axis(NamedTuple):
         line = self.centre + self.scale * torch.sinh(y.clamp(-700, 700))
         log_line = torch.log(self.scale) + size + soft - math.log(2)
         up, down = self.low.isfinite(), self.high.isfinite()
-        distance = self.scale * torch.exp(y)
-        half = torch.where(up, self.low + distance, self.high - self.scale * torch.exp(-y))
+        # a root first: the exponential is no float where its product with the scale is one
+        root = torch.exp(0.5 * torch.where(up, y, -y))
+        distance = self.scale * root * root
+        half = torch.where(up, self.low + distance, self.high - distance)
         log_half = torch.log(self.scale) + torch.where(up, y, -y)
         width = torch.where(up & down, self.high - self.low, 1.0)
         share = width * torch.sigmoid(-size)
@@ -104,12 +106,13 @@ class Axis(NamedTuple):
         """The part of the axis where x and its distance from an end of the support are floats of some accuracy."""
         up, down = self.low.isfinite(), self.high.isfinite()
         unit = torch.where(up & down, self.high - self.low, self.scale)
-        line = torch.asinh(_LARGEST / self.scale)
-        largest = torch.where(up | down, torch.log(_LARGEST / self.scale), line)
+        # differences of logarithms, since quotients overflow
+        largest = math.log(_LARGEST) - torch.log(self.scale)
+        largest = torch.where(up | down, largest, torch.logaddexp(largest, -largest) + math.log(2)).clamp(min=1.0)
 
         def nearest(end: Tensor) -> Tensor:
             least = torch.where(end == 0, _SMALLEST, end.abs().nan_to_num(posinf=1.0) * 2.0**-40)
-            return torch.log(unit / least).clamp(min=1.0)
+            return (torch.log(unit) - torch.log(least)).clamp(min=1.0)
 
         return torch.where(up, -nearest(self.low), -largest), torch.where(down, nearest(self.high), largest)
 

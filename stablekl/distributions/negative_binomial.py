@@ -1,13 +1,16 @@
-r"""Negative binomial distributions, and their KL divergence without cancellation.
+r"""Negative binomial distributions, and their KL divergence as a sum of non-negative terms.
 
-Successes before the n-th failure are n times those before the first, each a geometric distribution: with
-:math:`L(v) = v - \log(1 + v)`, n the same for p and q,
+X counts successes before failure number r, of p, and s, of q; real numbers will do for both. With m the mean of p,
+:math:`m = r p/(1 - p)`, what the means differ by, :math:`t = s q - m (1 - q)`, and :math:`L(v) = v - \log(1 + v)`,
 
-.. math:: KL = \frac{n}{1 - p}\,\left[p\,L\!\left(\frac{q - p}{p}\right)
-               + (1 - p)\,L\!\left(\frac{p - q}{1 - p}\right)\right],
+.. math:: KL = \Phi(r, m, s) + m\,L\!\left(\frac tm\right) + s\,L\!\left(-\frac ts\right):
 
-the divergence of one trial in the brackets (see `bernoulli`). For different numbers of failures the log-ratio has the
-terms log Gamma(x + n) - log Gamma(x + m), whose expectation is an infinite sum without a closed form: not implemented.
+the divergence between p and the distribution of its mean with q's count, a positive integral (see `_count_gap`) that is
+0 for equal counts, and the divergence of this one from q. E log Gamma(X + s) has no closed form, and the terms around
+it cancel; t takes twice the digits, since the means may agree to more digits than counts and probabilities.
+
+Accuracy: see the table of `precision`; Phi was seen up to 5 ulp from mpmath's integral, in 240 triples from 1e-12 to
+1e12, half of them with counts that differ by 1 to 1e-15 of themselves.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ import torch
 from torch import Tensor
 from torch.distributions import NegativeBinomial as TorchNegativeBinomial
 
-from .._autograd import is_eager, masked_product
-from .._deviance import binomial_deviance, binomial_rest
+from .. import _double
+from .._autograd import masked_product, may_hold
+from .._deviance import binomial_deviance, binomial_rest, deviance
+from .._double import Double
 from ..registry import register_hardened
 from ._base import Checked, common_dtype, given, widened
+from ._count_gap import count_gap, count_gap_gradient
 from ._density import checked, outcomes
-from ._scalar import scalar_rule
-from .bernoulli import bernoulli_kl, failure_excess, log_ratio, success_excess
+from ._scalar import attached, scalar_rule
 
 __all__ = ["NegativeBinomial"]
 
@@ -60,56 +65,142 @@ def _log_mass(k: Tensor, n: Tensor, p: Tensor, q: Tensor, log_p: Tensor, log_q: 
     return torch.where(inside, torch.where(some, value, torch.where(k == 0, 0.0, -torch.inf)), -torch.inf)
 
 
-def _value(n: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    some = p > 0
-    success = torch.where(some, p * success_excess(torch.where(some, p, 1.0), q), q)
-    return masked_product(n, (success + failure_excess(p, q)) / (1 - p))
+def _shape(r: Tensor, m: Tensor, s: Tensor, d: Tensor) -> Tensor:
+    """Phi; 0 where there are no successes, and where d = s - r is 0."""
+    unequal = (d != 0) & (m > 0) & (r > 0) & (s > 0)
+    if not may_hold(unequal):
+        return torch.zeros_like(d)
+    r, m, s = (torch.where(unequal, x, 1.0) for x in (r, m, s))
+    return torch.where(unequal, count_gap(r, m, s, s - r), 0.0)
 
 
-def _gradient(n: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
-    # log(p/q)/(1 - p)^2, the derivative of 0 log 0 being 0, and (q - p)/(q (1 - q) (1 - p))
-    d, some = p - q, q > 0
-    by_p = log_ratio(p, q, d) / (1 - p) / (1 - p)
-    by_q = torch.where(some, -d / torch.where(some, q, 1.0), 1.0) / (1 - q) / (1 - p)
-    infinite = (q == 0) & (p > 0)
-    by_p, by_q = torch.where(infinite, torch.inf, by_p), torch.where(infinite, -torch.inf, by_q)
-    return _value(torch.ones_like(n), p, q), masked_product(n, by_p), masked_product(n, by_q)
+def _shape_gradient(r: Tensor, m: Tensor, s: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+    inside = (m > 0) & (r > 0) & (s > 0)
+    if not may_hold(inside & (d != 0)):
+        return (torch.zeros_like(d),) * 3
+    r, m, s = (torch.where(inside, x, 1.0) for x in (r, m, s))
+    partials = count_gap_gradient(r, m, s, s - r)
+    return tuple(torch.where(inside, x, 0.0) for x in partials)
+
+
+def _sum(
+    r: Tensor, m: Tensor, s: Tensor, q: Tensor, rest: Tensor, log_q: Tensor, log_rest: Tensor, t: Tensor
+) -> Tensor:
+    """The divergence from t; q and ``rest`` are the probabilities of a success and a failure."""
+    n = m + s
+    some = n > 0
+    log_n = torch.log(torch.where(some, n, 1.0))
+    means = deviance(m, t, n * q, log_n + log_q) + deviance(s, -t, n * rest, log_n + log_rest)
+    value = _shape(r, m, s, s - r) + torch.where(some, means, 0.0)
+    # no failure to wait for: X is 0
+    return torch.where((s == 0) & (m > 0), torch.inf, value)
+
+
+def _slopes(r: Tensor, m: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives by r, m and s. That of 0 log 0 is taken to be 0."""
+    by_r, by_m, by_s = _shape_gradient(r, m, s, s - r)
+    some = (m > 0) & (t > -m)
+    over = torch.where(some, t, 0.0) / torch.where(some, m, 1.0)
+    other = s > 0
+    under = torch.where(other, -t, 0.0) / torch.where(other, s, 1.0)
+    infinite = (m > 0) & ((t <= -m) | ~other)
+    by_m = torch.where(infinite, torch.inf, by_m - torch.log1p(over))
+    return by_r, by_m, torch.where(infinite, -torch.inf, by_s - torch.log1p(under))
+
+
+# ---- of probabilities -------------------------------------------------------------------------------------------
+
+
+def _mismatch(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> Tensor:
+    """[s q (1 - p) - r p (1 - q)]/(1 - p)."""
+    own = _double.multiply(_double.exact_product(s, q), _double.exact_sum(torch.ones_like(p), -p))
+    other = _double.multiply(_double.exact_product(r, p), _double.exact_sum(torch.ones_like(q), -q))
+    return _double.rounded(_double.subtract(own, other)) / (1 - p)
+
+
+def _value(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> Tensor:
+    log_q = torch.where(q > 0, torch.log(torch.where(q > 0, q, 1.0)), -torch.inf)
+    return _sum(r, r * p / (1 - p), s, q, 1 - q, log_q, torch.log1p(-q), _mismatch(r, p, s, q))
+
+
+def _gradient(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+    m = r * (p / (1 - p))
+    with torch.no_grad():
+        exact = _mismatch(*(x.detach() for x in (r, p, s, q)))
+    t = attached(exact, s * q - m * (1 - q))
+    by_r, by_m, by_s = _slopes(r, m, s, t)
+    some = q > 0
+    by_q = t / torch.where(some, q, 1.0) / (1 - q)
+    by_q = torch.where(some, by_q, torch.where(m > 0, -torch.inf, s))
+    return (
+        masked_product(p / (1 - p), by_m) + by_r,
+        masked_product(r, torch.where(p > 0, by_m, 0.0)) / (1 - p) / (1 - p),
+        by_s,
+        by_q,
+    )
 
 
 _kl = scalar_rule(_value, _gradient)
 
 
-def _counts(p: TorchNegativeBinomial, q: TorchNegativeBinomial) -> tuple[Tensor, Tensor]:
-    """The number of failures, and which are the same.
+# ---- of logits --------------------------------------------------------------------------------------------------
 
-    Raises:
-        NotImplementedError: they differ somewhere, seen in eager mode.
-    """
-    n, m = torch.broadcast_tensors(widened(p.total_count), widened(q.total_count))
-    same = n == m
-    if is_eager(same) and not bool(same.all()):
-        at = int((~same).reshape(-1).to(torch.int8).argmax())
-        raise NotImplementedError(
-            "KL between negative binomial distributions is known for equal total_count only, and element "
-            f"{at} (of {same.numel()}, flattened) has {float(n.reshape(-1)[at]):g} and {float(m.reshape(-1)[at]):g}: "
-            "the expectation of log Gamma(x + total_count) has no closed form. Estimate it from samples"
-        )
-    return n, same
+
+def _means(r: Tensor, x: Double, s: Tensor, y: Double) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P/(1 - p), q, 1 - q and t, of logits of twice the digits."""
+    odds = torch.exp(x.hi) * (1 + x.lo)
+    q, rest = torch.sigmoid(y.hi), torch.sigmoid(-y.hi)
+    q, rest = q + q * rest * y.lo, rest - q * rest * y.lo
+    m = r * odds
+    inside = (r > 0) & (s > 0) & x.hi.isfinite() & y.hi.isfinite()
+    with torch.no_grad():
+        safe = [torch.where(inside, v, 1.0).detach() for v in (s, r, y.hi, y.lo, x.hi, x.lo)]
+        logs = _double.subtract(Double(*safe[2:4]), Double(*safe[4:]))
+        ratio = _double.rounded(_double.add(_double.log_quotient(safe[0], safe[1]), logs))
+        near = inside & (ratio.abs() < 1)
+        exact = m.detach() * rest.detach() * torch.expm1(torch.where(near, ratio, 0.0))
+    plain = s * q - m * rest
+    return odds, q, rest, torch.where(near, attached(exact, plain), plain)
+
+
+def _logits_value(r: Tensor, x: Tensor, x_low: Tensor, s: Tensor, y: Tensor, y_low: Tensor) -> Tensor:
+    odds, q, rest, t = _means(r, Double(x, x_low), s, Double(y, y_low))
+    log_q, log_rest = torch.nn.functional.logsigmoid(y), torch.nn.functional.logsigmoid(-y)
+    return _sum(r, r * odds, s, q, rest, log_q, log_rest, t)
+
+
+def _logits_gradient(r: Tensor, x: Tensor, x_low: Tensor, s: Tensor, y: Tensor, y_low: Tensor) -> tuple[Tensor, ...]:
+    odds, _, _, t = _means(r, Double(x, x_low.detach()), s, Double(y, y_low.detach()))
+    m = r * odds
+    by_r, by_m, by_s = _slopes(r, m, s, t)
+    zero = torch.zeros_like(x)
+    return masked_product(odds, by_m) + by_r, masked_product(m, by_m), zero, by_s, t, zero
+
+
+_logits_kl = scalar_rule(_logits_value, _logits_gradient)
+
+
+def _logit(distribution: TorchNegativeBinomial) -> tuple[Tensor, Tensor]:
+    """The logit in two parts, of which the first has its derivative."""
+    name, x = given(distribution)
+    x = widened(x)
+    if name == "logits":
+        return x, torch.zeros_like(x)
+    some = x > 0
+    safe = torch.where(some, x, 0.5)
+    smooth = torch.log(safe) - torch.log1p(-safe)
+    with torch.no_grad():
+        precise = _double.log_quotient(safe, _double.exact_sum(torch.ones_like(safe), -safe))
+    return torch.where(some, attached(precise.hi, smooth), -torch.inf), torch.where(some, precise.lo, 0.0).detach()
 
 
 @register_hardened(NegativeBinomial, NegativeBinomial)
 def kl_negative_binomial_negative_binomial(p: TorchNegativeBinomial, q: TorchNegativeBinomial) -> Tensor:
-    """KL between negative binomial distributions of equal total_count, elementwise; by what they were built from.
-
-    Raises:
-        NotImplementedError: the counts differ somewhere. Under vmap and torch.compile the result is NaN there.
-    """
-    n, same = _counts(p, q)
+    """KL between negative binomial distributions, elementwise; by what they were built from."""
     (name_p, x), (name_q, y) = given(p), given(q)
     dtype = common_dtype(x, y)
     if name_p == name_q == "probs":
-        value = _kl(n, widened(x), widened(y))
+        value = _kl(*(widened(v) for v in (p.total_count, x, q.total_count, y)))
     else:
-        failure = torch.sigmoid(-widened(x)) if name_p == "logits" else 1 - widened(x)
-        value = masked_product(n, bernoulli_kl(p, q) / failure)
-    return torch.where(same, value, torch.nan).to(dtype)
+        value = _logits_kl(widened(p.total_count), *_logit(p), widened(q.total_count), *_logit(q))
+    return value.to(dtype)

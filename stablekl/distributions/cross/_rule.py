@@ -21,6 +21,7 @@ from ..exponential import Exponential
 from ..gamma import Gamma
 from ..gumbel import Gumbel
 from ..half_normal import HalfNormal
+from ..inverse_gamma import InverseGamma
 from ..laplace import Laplace
 from ..log_normal import LogNormal
 from ..normal import Normal
@@ -43,6 +44,7 @@ PARAMETERS: dict[type[Distribution], tuple[str | None, ...]] = {
     Gamma: ("concentration", "rate"),
     Gumbel: ("loc", "scale"),
     HalfNormal: ("scale",),
+    InverseGamma: ("concentration", "rate"),
     Laplace: ("loc", "scale"),
     LogNormal: ("loc", "scale"),
     Normal: ("loc", "scale"),

@@ -70,7 +70,7 @@ from . import _truncated
 from ._pieces import beta_unit, excess, gamma_entropy, gamma_shape, minus_log1pmx, remainders
 from ._rule import register_pair, settled
 
-__all__: list[str] = []
+__all__ = ["beta_shape"]
 
 EULER = 0.5772156649015329
 LOG_TAU = math.log(2 * math.pi)
@@ -171,7 +171,8 @@ def _beta_shape_precise(a: Tensor, b: Tensor) -> Tensor:
     return rounded(subtract(add(at_a, at_b), rest))
 
 
-def _beta_shape(a: Tensor, b: Tensor) -> Tensor:
+def beta_shape(a: Tensor, b: Tensor) -> Tensor:
+    """J of a Beta."""
     n = a + b
     r, s = remainders(n)
     terms = (gamma_shape(a), gamma_shape(b), -0.5 * torch.log1p(1 / n), -1 / n, r, (n - 2) * s)
@@ -184,7 +185,7 @@ def _beta(a: Tensor, b: Tensor, mu: Tensor, s: Tensor) -> Tensor:
     scaled = multiply(n, s)
     t = rounded(subtract(a, multiply(n, mu))) / scaled.hi
     variances = excess(exact_product(a, b), multiply(multiply(scaled, scaled), add(n, 1.0)))
-    return _beta_shape(a, b) + 0.5 * t * t + 0.5 * variances
+    return beta_shape(a, b) + 0.5 * t * t + 0.5 * variances
 
 
 def _beta_smooth(a: Tensor, b: Tensor, mu: Tensor, s: Tensor) -> Tensor:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from .context import Number, mp
+from .deviation import tail_moment
 from .family import LOG, LOG1M, ONE, POSITIVE, Family, Statistic, Support
 
 __all__ = ["Beta"]
+
+# From here on the incomplete beta function takes long, or does not converge.
+_SLOW = 50
 
 
 def _guard(a: Number, b: Number) -> int:
@@ -16,6 +20,18 @@ def _guard(a: Number, b: Number) -> int:
     Where a + b would round to a, the difference would be 0 at every precision that does so, and they would agree on it.
     """
     return int(abs(mp.mag(a) - mp.mag(b)) + max(0, mp.mag(a + b)) + 20)
+
+
+def _beyond(a: Number, b: Number, m: Number) -> Number:
+    """E|X - m| over the side of m away from the mean, on the axis of the logit."""
+    with mp.extraprec(2 * _guard(a, b) + 2 * abs(int(mp.mag(m))) + 2 * abs(int(mp.mag(1 - m)))):
+        norm = mp.loggamma(a) + mp.loggamma(b) - mp.loggamma(a + b)
+
+        def log_density(y: Number) -> Number:
+            return -a * mp.log1p(mp.exp(-y)) - b * mp.log1p(mp.exp(y)) - norm
+
+        start = mp.log(m) - mp.log1p(-m)
+        return tail_moment(log_density, lambda y: 1 / (1 + mp.exp(-y)), start, bool(m * (a + b) > a))
 
 
 class Beta(Family):
@@ -47,6 +63,8 @@ class Beta(Family):
         if kind == "abs":
             if not 0 < m < 1:
                 return abs(mean - m)
+            if max(a, b) > _SLOW:
+                return abs(mean - m) + 2 * _beyond(a, b, m)
             below = m * mp.betainc(a, b, 0, m, True) - mean * mp.betainc(a + 1, b, 0, m, True)
             return mean - m + 2 * below
         if kind in ("log", "log1m"):

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from .context import Number, mp
+from .deviation import tail_moment
 from .family import INVERSE, LOG, ONE, POSITIVE, Family, Statistic, Support, X
 
 __all__ = ["Chi2", "Gamma", "InverseGamma"]
+
+# From here on the incomplete gamma function takes long, or does not converge.
+_SLOW = 300
 
 
 def _mean_log(concentration: Number, rate: Number) -> Number:
@@ -15,6 +19,13 @@ def _mean_log(concentration: Number, rate: Number) -> Number:
     with mp.extraprec(max(0, int(mp.mag(concentration))) + 20):
         value = mp.psi(0, concentration) - mp.log(rate)
     return +value
+
+
+def _beyond(concentration: Number, z: Number) -> Number:
+    """E|Y - z| over the side of z away from the mean, of Y with rate 1, on the axis of log y."""
+    with mp.extraprec(2 * max(0, int(mp.mag(concentration)), int(mp.mag(z))) + 20):
+        norm = mp.loggamma(concentration)
+        return tail_moment(lambda y: concentration * y - mp.exp(y) - norm, mp.exp, mp.log(z), bool(z > concentration))
 
 
 class Gamma(Family):
@@ -43,6 +54,8 @@ class Gamma(Family):
             if a <= 0:
                 return mean - a
             z = rate * a
+            if concentration > _SLOW or z > _SLOW:
+                return abs(mean - a) + 2 * _beyond(concentration, z) / rate
             below = (a - mean) * mp.gammainc(concentration, 0, z, regularized=True)
             below += mp.exp(concentration * mp.log(z) - z - mp.loggamma(concentration)) / rate
             return mean - a + 2 * below

@@ -30,12 +30,14 @@ INHERITED = (
 )
 # Pairs that torch lacks.
 ADDED = (
-    *((p, "Laplace") for p in ("ContinuousBernoulli", "Exponential", "Gumbel", "Pareto", "Uniform")),
+    *((p, "Laplace") for p in ("Beta", "ContinuousBernoulli", "Exponential", "Gamma", "Gumbel", "Pareto", "Uniform")),
     *((p, "Weibull") for p in ("Exponential", "Gamma", "Weibull")),
     *((p, q) for p in ("HalfNormal", "Weibull") for q in ("Exponential", "Gamma")),
     *((p, "HalfNormal") for p in ("Exponential", "Gamma")),
     *((p, "LogNormal") for p in ("Exponential", "Gamma", "Weibull")),
     *(("LogNormal", q) for q in ("Exponential", "Gamma", "Weibull")),
+    *(("InverseGamma", q) for q in ("Exponential", "Gamma")),
+    ("Gamma", "InverseGamma"),
 )
 ON_UNIT_INTERVAL, ON_HALF_LINE = ("Beta", "ContinuousBernoulli"), ("Exponential", "Gamma", "Pareto")
 # torch's sampler, which rejects, does not end at extreme concentrations.
@@ -251,6 +253,42 @@ def gradient(value: Subject, p: str, q: str) -> Subject:
     )
 
 
+# log2 of the largest and smallest count
+_COUNTS = 40.0
+
+
+def unequal_counts() -> Subject:
+    """The KL divergence of negative binomial distributions whose counts differ, and are no whole numbers."""
+    name = "NegativeBinomial"
+    value = divergence(name, name)
+
+    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
+        rng = plan.generator()
+        _, p, _, q = value.expand(plan, dtype)
+        s = torch.from_numpy(np.exp2(plan.logs(rng, (COUNT,), _COUNTS))).to(dtype)
+        r = related({"x": "positive"}, {"x": s}, plan, dtype, rng)["x"].clamp(2.0**-_COUNTS, 2.0**_COUNTS)
+        # means that all but agree, from counts that do not
+        means = r.double() * (p.double() / (1 - p.double()))
+        some = torch.from_numpy(rng.uniform(size=COUNT) < 0.1)
+        q = torch.where(some, _within(name, {"probs": (means / (means + s.double())).to(dtype)}, dtype)["probs"], q)
+        return r, p, s, q
+
+    def valid(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> Tensor:
+        one = torch.ones_like(p)
+        inside = [(x >= 2.0**-_COUNTS) & (x <= 2.0**_COUNTS) for x in (r, s)]
+        return torch.stack([*inside, value.valid(one, p, one, q)]).all(0)
+
+    return replace(
+        value,
+        name=f"{value.name} of other counts",
+        draw=plans(("near", "ratio", "apart")),
+        expand=expand,
+        valid=valid,
+        cost=3000,
+        bars=bars(_CROSS),
+    )
+
+
 def log_density(name: str) -> Subject:
     """The log-density of a family, at points drawn from it and around."""
     family, cls = FAMILIES[name], torch_class(name)
@@ -317,6 +355,7 @@ def subjects() -> Iterator[Subject]:
         yield value
         if p == q and not set(FAMILIES[p].parameters.values()) & {"count"} and p != "Uniform":
             yield gradient(value, p, q)
+    yield unequal_counts()
     for name in FAMILIES:
         if name not in UNSAMPLED:
             yield log_density(name)

@@ -37,7 +37,7 @@ from ..registry import register_hardened
 from ._base import Checked, Given, common_dtype, given, widened
 from ._density import checked
 from ._scalar import attached
-from .bernoulli import log_outcomes
+from ._trials import logit
 
 __all__ = ["ContinuousBernoulli", "mean_slope", "natural_parameters"]
 
@@ -260,17 +260,7 @@ _kl = rowwise(_value, _gradient)
 
 def _logit(distribution: Distribution) -> Double:
     name, x = given(distribution)
-    if name == "logits":
-        return Double(widened(x), torch.zeros_like(widened(x)))
-    logs = log_outcomes(distribution)
-    success, failure = (Double(logs.hi[..., i], logs.lo[..., i]) for i in (0, 1))
-    with torch.no_grad():
-        finite = success.hi.isfinite() & failure.hi.isfinite()
-        exact = _double.subtract(success, _double.select(finite, failure, 0.0))
-    # of the value, with the derivative of the difference
-    hi = attached(torch.where(finite, exact.hi, 0.0), torch.where(finite, success.hi - failure.hi, 0.0))
-    ends = torch.where(success.hi > failure.hi, torch.inf, -torch.inf)
-    return Double(torch.where(finite, hi, ends), torch.where(finite, exact.lo, 0.0))
+    return logit(name, widened(x))
 
 
 def natural_parameters(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,8 @@ Accuracy: see the table of `precision`; Phi was seen up to 5 ulp from mpmath's i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributions import NegativeBinomial as TorchNegativeBinomial
@@ -28,6 +30,7 @@ from ._base import Checked, common_dtype, given, widened
 from ._count_gap import count_gap, count_gap_gradient
 from ._density import checked, outcomes
 from ._scalar import attached, scalar_rule
+from ._trials import by_kinds, by_parameter, failure_gain, logit, mirrored, trial, wait_kl, wait_slopes
 
 __all__ = ["NegativeBinomial"]
 
@@ -96,16 +99,25 @@ def _sum(
     return torch.where((s == 0) & (m > 0), torch.inf, value)
 
 
-def _slopes(r: Tensor, m: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _log_gain(m: Tensor, t: Tensor, log_mean: Tensor) -> Tensor:
+    """log(1 + t/m), from the logarithm of m + t where t is all but -m; m > 0."""
+    v = t / m
+    near = v > -0.5
+    return torch.where(near, torch.log1p(torch.where(near, v, 0.0)), log_mean - torch.log(m))
+
+
+def _slopes(
+    r: Tensor, m: Tensor, s: Tensor, t: Tensor, log_q: Tensor, log_rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives by r, m and s. That of 0 log 0 is taken to be 0."""
     by_r, by_m, by_s = _shape_gradient(r, m, s, s - r)
-    some = (m > 0) & (t > -m)
-    over = torch.where(some, t, 0.0) / torch.where(some, m, 1.0)
-    other = s > 0
-    under = torch.where(other, -t, 0.0) / torch.where(other, s, 1.0)
-    infinite = (m > 0) & ((t <= -m) | ~other)
-    by_m = torch.where(infinite, torch.inf, by_m - torch.log1p(over))
-    return by_r, by_m, torch.where(infinite, -torch.inf, by_s - torch.log1p(under))
+    some, other = (m > 0) & (log_q > -torch.inf), (s > 0) & (log_rest > -torch.inf)
+    safe_m, safe_s = torch.where(some, m, 1.0), torch.where(other, s, 1.0)
+    log_n = torch.log(torch.where(m + s > 0, m + s, 1.0))
+    over = _log_gain(safe_m, torch.where(some, t, 0.0), torch.where(some, log_n + log_q, 0.0))
+    under = _log_gain(safe_s, torch.where(other, -t, 0.0), torch.where(other, log_n + log_rest, 0.0))
+    infinite = (m > 0) & ~(some & other)
+    return by_r, torch.where(infinite, torch.inf, by_m - over), torch.where(infinite, -torch.inf, by_s - under)
 
 
 # ---- of probabilities -------------------------------------------------------------------------------------------
@@ -118,9 +130,13 @@ def _mismatch(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> Tensor:
     return _double.rounded(_double.subtract(own, other)) / (1 - p)
 
 
+def _log(q: Tensor) -> Tensor:
+    some = q != 0
+    return torch.where(some, torch.log(torch.where(some, q, 1.0)), -torch.inf)
+
+
 def _value(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> Tensor:
-    log_q = torch.where(q > 0, torch.log(torch.where(q > 0, q, 1.0)), -torch.inf)
-    return _sum(r, r * p / (1 - p), s, q, 1 - q, log_q, torch.log1p(-q), _mismatch(r, p, s, q))
+    return _sum(r, r * p / (1 - p), s, q, 1 - q, _log(q), torch.log1p(-q), _mismatch(r, p, s, q))
 
 
 def _gradient(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, ...]:
@@ -128,7 +144,7 @@ def _gradient(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
         exact = _mismatch(*(x.detach() for x in (r, p, s, q)))
     t = attached(exact, s * q - m * (1 - q))
-    by_r, by_m, by_s = _slopes(r, m, s, t)
+    by_r, by_m, by_s = _slopes(r, m, s, t, _log(q), torch.log1p(-q))
     some = q > 0
     by_q = t / torch.where(some, q, 1.0) / (1 - q)
     by_q = torch.where(some, by_q, torch.where(m > 0, -torch.inf, s))
@@ -138,9 +154,6 @@ def _gradient(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, ...]:
         by_s,
         by_q,
     )
-
-
-_kl = scalar_rule(_value, _gradient)
 
 
 # ---- of logits --------------------------------------------------------------------------------------------------
@@ -163,44 +176,61 @@ def _means(r: Tensor, x: Double, s: Tensor, y: Double) -> tuple[Tensor, Tensor, 
     return odds, q, rest, torch.where(near, attached(exact, plain), plain)
 
 
-def _logits_value(r: Tensor, x: Tensor, x_low: Tensor, s: Tensor, y: Tensor, y_low: Tensor) -> Tensor:
-    odds, q, rest, t = _means(r, Double(x, x_low), s, Double(y, y_low))
-    log_q, log_rest = torch.nn.functional.logsigmoid(y), torch.nn.functional.logsigmoid(-y)
-    return _sum(r, r * odds, s, q, rest, log_q, log_rest, t)
+def _logs(y: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.nn.functional.logsigmoid(y), torch.nn.functional.logsigmoid(-y)
 
 
-def _logits_gradient(r: Tensor, x: Tensor, x_low: Tensor, s: Tensor, y: Tensor, y_low: Tensor) -> tuple[Tensor, ...]:
-    odds, _, _, t = _means(r, Double(x, x_low.detach()), s, Double(y, y_low.detach()))
+def _unequal(r: Tensor, x: Double, s: Tensor, y: Double) -> Tensor:
+    odds, q, rest, t = _means(r, x, s, y)
+    return _sum(r, r * odds, s, q, rest, *_logs(y.hi), t)
+
+
+def _unequal_gradient(r: Tensor, x: Double, s: Tensor, y: Double) -> tuple[Tensor, ...]:
+    odds, _, _, t = _means(r, x, s, y)
     m = r * odds
-    by_r, by_m, by_s = _slopes(r, m, s, t)
-    zero = torch.zeros_like(x)
-    return masked_product(odds, by_m) + by_r, masked_product(m, by_m), zero, by_s, t, zero
+    by_r, by_m, by_s = _slopes(r, m, s, t, *_logs(y.hi))
+    return masked_product(odds, by_m) + by_r, masked_product(m, by_m), by_s, t
 
 
-_logits_kl = scalar_rule(_logits_value, _logits_gradient)
+def _moderate(x: Double, where: Tensor) -> Double:
+    """The logits there, and harmless ones elsewhere."""
+    return Double(torch.where(where, x.hi, 0.0), torch.where(where, x.lo, 0.0))
 
 
-def _logit(distribution: TorchNegativeBinomial) -> tuple[Tensor, Tensor]:
-    """The logit in two parts, of which the first has its derivative."""
-    name, x = given(distribution)
-    x = widened(x)
-    if name == "logits":
-        return x, torch.zeros_like(x)
-    some = x > 0
-    safe = torch.where(some, x, 0.5)
-    smooth = torch.log(safe) - torch.log1p(-safe)
-    with torch.no_grad():
-        precise = _double.log_quotient(safe, _double.exact_sum(torch.ones_like(safe), -safe))
-    return torch.where(some, attached(precise.hi, smooth), -torch.inf), torch.where(some, precise.lo, 0.0).detach()
+def _logits_value(kind_p: str, kind_q: str) -> Callable[..., Tensor]:
+    def value(r: Tensor, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
+        # of one count: r times the divergence of a wait for a failure, which no mean overflows in
+        result = masked_product(r, wait_kl(mirrored(trial(kind_p, x)), mirrored(trial(kind_q, y))))
+        other = r != s
+        if may_hold(other):
+            a, b = (_moderate(logit(kind, v), other) for kind, v in ((kind_p, x), (kind_q, y)))
+            result = torch.where(other, _unequal(r, a, s, b), result)
+        return result
+
+    return value
+
+
+def _logits_gradient(kind_p: str, kind_q: str) -> Callable[..., tuple[Tensor, ...]]:
+    def gradient(r: Tensor, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        p, q = trial(kind_p, x), trial(kind_q, y)
+        by_p, by_q = wait_slopes(mirrored(p), mirrored(q))
+        partials = -by_p, masked_product(r, -by_p), -failure_gain(p, q), masked_product(r, -by_q)
+        other = r != s
+        if may_hold(other):
+            a, b = (_moderate(logit(kind, v), other) for kind, v in ((kind_p, x), (kind_q, y)))
+            pairs = zip(_unequal_gradient(r, a, s, b), partials, strict=True)
+            partials = tuple(torch.where(other, u, v) for u, v in pairs)
+        by_r, by_x, by_s, by_y = partials
+        return by_r, by_parameter(kind_p, p, by_x, (0.0, 0.0)), by_s, by_parameter(kind_q, q, by_y, (1.0, 0.0))
+
+    return gradient
+
+
+_RULES = by_kinds(_logits_value, _logits_gradient) | {("probs", "probs"): scalar_rule(_value, _gradient)}
 
 
 @register_hardened(NegativeBinomial, NegativeBinomial)
 def kl_negative_binomial_negative_binomial(p: TorchNegativeBinomial, q: TorchNegativeBinomial) -> Tensor:
     """KL between negative binomial distributions, elementwise; by what they were built from."""
     (name_p, x), (name_q, y) = given(p), given(q)
-    dtype = common_dtype(x, y)
-    if name_p == name_q == "probs":
-        value = _kl(*(widened(v) for v in (p.total_count, x, q.total_count, y)))
-    else:
-        value = _logits_kl(widened(p.total_count), *_logit(p), widened(q.total_count), *_logit(q))
-    return value.to(dtype)
+    return _RULES[name_p, name_q](widened(p.total_count), x, widened(q.total_count), y).to(common_dtype(x, y))

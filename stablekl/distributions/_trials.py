@@ -38,7 +38,9 @@ __all__ = [
     "by_kinds",
     "by_parameter",
     "failure_gain",
+    "log_gain",
     "log_of",
+    "log_probability",
     "logit",
     "mirrored",
     "trial",
@@ -166,7 +168,7 @@ def mirrored(a: Trial) -> Trial:
     return Trial(a.failure, a.success, -a.hi, _double.negative(a.lo))
 
 
-def by_parameter(kind: str, a: Trial, slope: Tensor, ends: tuple[float, float]) -> Tensor:
+def by_parameter(kind: str, a: Trial, slope: Tensor, ends: tuple[Tensor | float, Tensor | float]) -> Tensor:
     """From the derivative by the logit that by a probability; what it is at 0 and 1 if the former is 0 there."""
     if kind == "logits":
         return slope
@@ -250,6 +252,18 @@ def _excess(a: Trial, b: Trial, d: Tensor, v: Tensor) -> Tensor:
     return torch.where(a.hi == -torch.inf, q, value)
 
 
+def log_probability(a: Trial) -> Tensor:
+    """The logarithm of the success' probability, differentiable where that is positive."""
+    low = a.hi < 0
+    small = torch.where(low, a.hi, -a.hi) + torch.where(low, a.lo.hi, -a.lo.hi)
+    rest = torch.log1p(torch.exp(small))
+    return (
+        torch.where(low, torch.where(small == -torch.inf, 0.0, small), 0.0)
+        - rest
+        + torch.where(a.hi == -torch.inf, -torch.inf, 0.0)
+    )
+
+
 def _impossible(a: Trial, b: Trial) -> Tensor:
     """Where q excludes an outcome that p does not."""
     return ((b.hi == -torch.inf) & (a.hi > -torch.inf)) | ((b.hi == torch.inf) & (a.hi < torch.inf))
@@ -309,6 +323,13 @@ def failure_gain(a: Trial, b: Trial) -> Tensor:
     certain = (a.hi == torch.inf) | _impossible(a, b)
     far = _softplus(torch.where(certain, 0.0, a.hi)) - _softplus(torch.where(certain, 0.0, b.hi))
     return torch.where(certain, 0.0, torch.where(near, close, far))
+
+
+def log_gain(m: Tensor, t: Tensor, log_mean: Tensor) -> Tensor:
+    """log(1 + t/m), from the logarithm of m + t where t is no small part of m; m > 0."""
+    v = t / m
+    near = (v > -0.5) & (v < 1)
+    return torch.where(near, torch.log1p(torch.where(near, v, 0.0)), log_mean - torch.log(m))
 
 
 def wait_slopes(a: Trial, b: Trial) -> tuple[Tensor, Tensor]:

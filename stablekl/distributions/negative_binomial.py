@@ -30,7 +30,7 @@ from ._base import Checked, common_dtype, given, widened
 from ._count_gap import count_gap, count_gap_gradient
 from ._density import checked, outcomes
 from ._scalar import attached, scalar_rule
-from ._trials import by_kinds, by_parameter, failure_gain, logit, mirrored, trial, wait_kl, wait_slopes
+from ._trials import by_kinds, by_parameter, failure_gain, log_gain, logit, mirrored, trial, wait_kl, wait_slopes
 
 __all__ = ["NegativeBinomial"]
 
@@ -99,13 +99,6 @@ def _sum(
     return torch.where((s == 0) & (m > 0), torch.inf, value)
 
 
-def _log_gain(m: Tensor, t: Tensor, log_mean: Tensor) -> Tensor:
-    """log(1 + t/m), from the logarithm of m + t where t is all but -m; m > 0."""
-    v = t / m
-    near = v > -0.5
-    return torch.where(near, torch.log1p(torch.where(near, v, 0.0)), log_mean - torch.log(m))
-
-
 def _slopes(
     r: Tensor, m: Tensor, s: Tensor, t: Tensor, log_q: Tensor, log_rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,8 +107,8 @@ def _slopes(
     some, other = (m > 0) & (log_q > -torch.inf), (s > 0) & (log_rest > -torch.inf)
     safe_m, safe_s = torch.where(some, m, 1.0), torch.where(other, s, 1.0)
     log_n = torch.log(torch.where(m + s > 0, m + s, 1.0))
-    over = _log_gain(safe_m, torch.where(some, t, 0.0), torch.where(some, log_n + log_q, 0.0))
-    under = _log_gain(safe_s, torch.where(other, -t, 0.0), torch.where(other, log_n + log_rest, 0.0))
+    over = log_gain(safe_m, torch.where(some, t, 0.0), torch.where(some, log_n + log_q, 0.0))
+    under = log_gain(safe_s, torch.where(other, -t, 0.0), torch.where(other, log_n + log_rest, 0.0))
     infinite = (m > 0) & ~(some & other)
     return by_r, torch.where(infinite, torch.inf, by_m - over), torch.where(infinite, -torch.inf, by_s - under)
 
@@ -192,9 +185,21 @@ def _unequal_gradient(r: Tensor, x: Double, s: Tensor, y: Double) -> tuple[Tenso
     return masked_product(odds, by_m) + by_r, masked_product(m, by_m), by_s, t
 
 
-def _moderate(x: Double, where: Tensor) -> Double:
-    """The logits there, and harmless ones elsewhere."""
-    return Double(torch.where(where, x.hi, 0.0), torch.where(where, x.lo, 0.0))
+# e^-45 is below 2^-53; logits whose odds are far from the end of the floats
+_DISCRETE, _FINITE = 45.0, 300.0
+
+
+def _moderate(r: Tensor, x: Double, s: Tensor, y: Double, where: Tensor) -> tuple[Double, Double]:
+    """The logits there, and harmless ones elsewhere.
+
+    Large means with hardly a count below 1 are taken down together: the divergence is that of two Gamma distributions.
+    """
+    x, y = (Double(torch.where(where, v.hi, 0.0), torch.where(where, v.lo, 0.0)) for v in (x, y))
+    with torch.no_grad():
+        least = torch.minimum(r, s).detach()
+        spare = torch.minimum(x.hi, y.hi).detach() - _DISCRETE / torch.where(least > 0, least, 1e-3)
+        spare = torch.where((spare > 0) & spare.isfinite(), spare.floor(), 0.0)
+    return Double(x.hi - spare, x.lo), Double(y.hi - spare, y.lo)
 
 
 def _logits_value(kind_p: str, kind_q: str) -> Callable[..., Tensor]:
@@ -203,7 +208,7 @@ def _logits_value(kind_p: str, kind_q: str) -> Callable[..., Tensor]:
         result = masked_product(r, wait_kl(mirrored(trial(kind_p, x)), mirrored(trial(kind_q, y))))
         other = r != s
         if may_hold(other):
-            a, b = (_moderate(logit(kind, v), other) for kind, v in ((kind_p, x), (kind_q, y)))
+            a, b = _moderate(r, logit(kind_p, x), s, logit(kind_q, y), other)
             result = torch.where(other, _unequal(r, a, s, b), result)
         return result
 
@@ -217,9 +222,13 @@ def _logits_gradient(kind_p: str, kind_q: str) -> Callable[..., tuple[Tensor, ..
         partials = -by_p, masked_product(r, -by_p), -failure_gain(p, q), masked_product(r, -by_q)
         other = r != s
         if may_hold(other):
-            a, b = (_moderate(logit(kind, v), other) for kind, v in ((kind_p, x), (kind_q, y)))
+            small = (p.hi.abs() < _FINITE) & (q.hi.abs() < _FINITE)
+            a, b = _moderate(r, logit(kind_p, x), s, logit(kind_q, y), other | small)
             pairs = zip(_unequal_gradient(r, a, s, b), partials, strict=True)
-            partials = tuple(torch.where(other, u, v) for u, v in pairs)
+            # of one count with the second derivatives by the counts, which trials know nothing of
+            partials = tuple(
+                torch.where(other, u, torch.where(small, attached(v, torch.where(small, u, 0.0)), v)) for u, v in pairs
+            )
         by_r, by_x, by_s, by_y = partials
         return by_r, by_parameter(kind_p, p, by_x, (0.0, 0.0)), by_s, by_parameter(kind_q, q, by_y, (1.0, 0.0))
 

@@ -91,10 +91,10 @@ def _sum(
 ) -> Tensor:
     """The divergence from t; q and ``rest`` are the probabilities of a success and a failure."""
     n = m + s
-    some = n > 0
+    some = n != 0
     log_n = torch.log(torch.where(some, n, 1.0))
     means = deviance(m, t, n * q, log_n + log_q) + deviance(s, -t, n * rest, log_n + log_rest)
-    value = _shape(r, m, s, s - r) + torch.where(some, means, 0.0)
+    value = _shape(r, m, s, s - r) + torch.where(some, means, 0.0) + 0.0  # not -0
     # no failure to wait for: X is 0
     return torch.where((s == 0) & (m > 0), torch.inf, value)
 
@@ -129,7 +129,8 @@ def _log(q: Tensor) -> Tensor:
 
 
 def _value(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> Tensor:
-    return _sum(r, r * p / (1 - p), s, q, 1 - q, _log(q), torch.log1p(-q), _mismatch(r, p, s, q))
+    value = _sum(r, r * p / (1 - p), s, q, 1 - q, _log(q), torch.log1p(-q), _mismatch(r, p, s, q))
+    return torch.where((p >= 0) & (p <= 1) & (q >= 0) & (q <= 1), value, torch.nan)
 
 
 def _gradient(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, ...]:
@@ -175,18 +176,24 @@ def _logs(y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unequal(r: Tensor, x: Double, s: Tensor, y: Double) -> Tensor:
     odds, q, rest, t = _means(r, x, s, y)
-    return _sum(r, r * odds, s, q, rest, *_logs(y.hi), t)
+    value = _sum(
+        r, torch.where(odds.isinf(), 1.0, r * odds), s, q, rest, *_logs(y.hi), torch.where(odds.isinf(), 1.0, t)
+    )
+    return torch.where(odds.isinf() & (r > 0), torch.inf, value)
 
 
 def _unequal_gradient(r: Tensor, x: Double, s: Tensor, y: Double) -> tuple[Tensor, ...]:
     odds, _, _, t = _means(r, x, s, y)
+    finite = odds < torch.inf  # the divergence is infinite elsewhere
+    odds, t = torch.where(finite, odds, 1.0), torch.where(finite, t, 0.0)
     m = r * odds
     by_r, by_m, by_s = _slopes(r, m, s, t, *_logs(y.hi))
-    return masked_product(odds, by_m) + by_r, masked_product(m, by_m), by_s, t
+    partials = masked_product(odds, by_m) + by_r, masked_product(m, by_m), by_s, t
+    return tuple(torch.where(finite, v, 0.0) for v in partials)
 
 
 # e^-45 is below 2^-53; logits whose odds are far from the end of the floats
-_DISCRETE, _FINITE = 45.0, 300.0
+_DISCRETE, _FINITE, _LARGEST = 45.0, 300.0, 690.0
 
 
 def _moderate(r: Tensor, x: Double, s: Tensor, y: Double, where: Tensor) -> tuple[Double, Double]:
@@ -196,8 +203,11 @@ def _moderate(r: Tensor, x: Double, s: Tensor, y: Double, where: Tensor) -> tupl
     """
     x, y = (Double(torch.where(where, v.hi, 0.0), torch.where(where, v.lo, 0.0)) for v in (x, y))
     with torch.no_grad():
-        least = torch.minimum(r, s).detach()
-        spare = torch.minimum(x.hi, y.hi).detach() - _DISCRETE / torch.where(least > 0, least, 1e-3)
+        still_x, still_y = x.hi.detach(), y.hi.detach()
+        least = torch.minimum(r, s).detach().clamp(max=1.0)
+        spare = torch.minimum(still_x, still_y) - _DISCRETE / torch.where(least > 0, least, 1e-3)
+        # of counts so small that this is no limit, the means are those of the largest floats at least
+        spare = torch.maximum(spare, torch.minimum(still_x, still_y + _LARGEST) - _LARGEST)
         spare = torch.where((spare > 0) & spare.isfinite(), spare.floor(), 0.0)
     return Double(x.hi - spare, x.lo), Double(y.hi - spare, y.lo)
 

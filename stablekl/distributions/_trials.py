@@ -239,7 +239,9 @@ def _excess(a: Trial, b: Trial, d: Tensor, v: Tensor) -> Tensor:
     p, q, tiny = a.success, b.success, torch.finfo(d.dtype).tiny
     # v may have overflowed, where the truth is q - p - p log(q/p)
     far = v > _FAR
-    near = p * remainder_of_log(torch.where(far, 0.0, v), torch.where(far, 1.0, q / torch.where(p == 0, 1.0, p)))
+    # q/p is the smaller of two roundings as a sum; where v is all but -1 its logarithm is what matters
+    quotient = torch.where(v < -0.95, q / torch.where(p == 0, 1.0, p), q + b.failure * torch.exp(-d))
+    near = p * remainder_of_log(torch.where(far, 0.0, v), torch.where(far, 1.0, quotient))
     value = torch.where(far, (q - p) - p * torch.log1p(torch.where(far & v.isfinite(), v, 0.0)), near)
     rare = ((p < tiny) | (q < tiny)) & (a.hi > -torch.inf)
     if may_hold(rare):

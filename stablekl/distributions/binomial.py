@@ -139,7 +139,8 @@ def _unequal_value(kind_p: str, kind_q: str) -> Callable[..., Tensor]:
         means = means + deviance(at.rest, -at.t, m * q.failure, at.log_failure)
         value = gap + means
         value = torch.where(value <= 0, 0.0, value)  # -0, and what subnormal terms leave
-        return torch.where(_impossible(n, p, m, q), torch.inf, value)
+        value = torch.where(_impossible(n, p, m, q), torch.inf, value)
+        return torch.where(p.hi.isnan() | q.hi.isnan(), torch.nan, value)
 
     return value
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Binomial
 from torch.distributions import Multinomial as TorchMultinomial
 from torch.types import _size
 
@@ -50,8 +51,14 @@ class Multinomial(TorchMultinomial, Checked):
         validate_args: bool | None = None,
     ) -> None:
         """Keep what was given besides torch's normalised version of it."""
-        super().__init__(total_count, probs, logits, validate_args=validate_args)
+        if not isinstance(total_count, int):
+            raise NotImplementedError("total_count of Multinomial must be an int, the same for the whole batch")
+        # not torch's constructor, whose categories are checked even with validate_args=False
+        self.total_count = total_count
         self._categorical = Categorical(probs, logits, validate_args=validate_args)
+        self._binomial = Binomial(total_count, self.probs, validate_args=False)
+        event_shape = self._categorical.param_shape[-1:]
+        Checked.__init__(self, self._categorical.batch_shape, event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> Multinomial:
         """Return this distribution with its batch shape expanded; no memory is allocated."""

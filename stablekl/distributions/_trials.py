@@ -168,13 +168,18 @@ def mirrored(a: Trial) -> Trial:
     return Trial(a.failure, a.success, -a.hi, _double.negative(a.lo))
 
 
+def _either(mask: Tensor, a: Tensor | float, b: Tensor | float, like: Tensor) -> Tensor:
+    a, b = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (a, b))
+    return torch.where(mask, a, b)
+
+
 def by_parameter(kind: str, a: Trial, slope: Tensor, ends: tuple[Tensor | float, Tensor | float]) -> Tensor:
     """From the derivative by the logit that by a probability; what it is at 0 and 1 if the former is 0 there."""
     if kind == "logits":
         return slope
     inside = (slope != 0) | ((a.success != 0) & (a.failure != 0))
     one, other = (torch.where(inside, x, 1.0) for x in (a.success, a.failure))
-    return torch.where(inside, slope / one / other, torch.where(a.success == 0, *ends))
+    return torch.where(inside, slope / one / other, _either(a.success == 0, *ends, slope))
 
 
 Kinded = Callable[[str, str], Callable[..., Any]]

@@ -229,7 +229,7 @@ def _logits_gradient(kind_p: str, kind_q: str) -> Callable[..., tuple[Tensor, ..
     def gradient(r: Tensor, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         p, q = trial(kind_p, x), trial(kind_q, y)
         by_p, by_q = wait_slopes(mirrored(p), mirrored(q))
-        partials = -by_p, masked_product(r, -by_p), -failure_gain(p, q), masked_product(r, -by_q)
+        partials: tuple[Tensor, ...] = -by_p, masked_product(r, -by_p), -failure_gain(p, q), masked_product(r, -by_q)
         other = r != s
         if may_hold(other):
             small = (p.hi.abs() < _FINITE) & (q.hi.abs() < _FINITE)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions import kl as torch_kl
 
 from ... import distributions, registry
-from ..batches import RELATIONS, Batch, Expand, Plan, neighbours, plans, related, scalars
-from ..references import FAMILIES, logits
+from ..batches import RELATIONS, Batch, Expand, Plan, plans, related, scalars
+from ..references import FAMILIES
 from ..references.context import Number, mp
 from ..references.family import Family, kl
 from ..subject import Rule, Subject, differentiated, divergence_of, gradient_of, settled
@@ -58,7 +58,7 @@ LIMITS: dict[str, dict[torch.dtype, str]] = {
 }
 # The largest error of a family's rule that the project aims at; of one between two families.
 _SHAPES = ("Beta", "Chi2", "Gamma", "InverseGamma", "NegativeBinomial", "StudentT", "VonMises", "Weibull")
-_SELF, _SHAPE, _CROSS = 8.0, 16.0, 64.0
+SELF, _SHAPE, CROSS = 8.0, 16.0, 64.0
 _DENSITY = 4.0
 
 
@@ -218,7 +218,7 @@ def divergence(p: str, q: str) -> Subject:
         draw=plans(relations),
         expand=expansion(p, q),
         valid=validity(*families),
-        bars=bars(_CROSS if p != q else _SHAPE if p in _SHAPES else _SELF),
+        bars=bars(CROSS if p != q else _SHAPE if p in _SHAPES else SELF),
     )
 
 
@@ -285,93 +285,7 @@ def unequal_counts() -> Subject:
         expand=expand,
         valid=valid,
         cost=3000,
-        bars=bars(_CROSS),
-    )
-
-
-def unequal_trials() -> Subject:
-    """The KL divergence of binomial distributions whose numbers of trials differ, by a sum over p's outcomes."""
-    name = "Binomial"
-    value = divergence(name, name)
-
-    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
-        rng = plan.generator()
-        _, p, _, q = value.expand(plan, dtype)
-        n = np.floor(np.exp2(rng.uniform(0, 5, COUNT)))
-        m = n + np.floor(np.exp2(rng.uniform(0, 5 if dtype == torch.float16 else 6, COUNT)))
-        counts = [torch.from_numpy(x) for x in (n, m)]
-        # means that all but agree
-        some = torch.from_numpy(rng.uniform(size=COUNT) < 0.5)
-        q = torch.where(some, (counts[0] * p.double() / counts[1]).to(dtype), q)
-        return counts[0].to(dtype), p, counts[1].to(dtype), q
-
-    def valid(n: Tensor, p: Tensor, m: Tensor, q: Tensor) -> Tensor:
-        return value.valid(n, p, m, q) & (n < 64) & (n < m) & (p > 0) & (q > 0)
-
-    return replace(
-        value,
-        name=f"{value.name} of other counts",
-        rules={"stablekl": value.rules["stablekl"]},
-        draw=plans(("near", "ratio", "apart")),
-        expand=expand,
-        valid=valid,
-        cost=20,
-        bars=bars(_CROSS),
-    )
-
-
-# Logits, to 1e4 in size: log2 of the largest.
-_LOGITS = 13.3
-_BY_LOGITS: dict[str, Callable[[Number, Number], Number]] = {
-    "Bernoulli": logits.trial_kl,
-    "Binomial": logits.trial_kl,
-    "ContinuousBernoulli": logits.continuous_kl,
-    "Geometric": logits.wait_kl,
-    "NegativeBinomial": lambda x, y: logits.wait_kl(-x, -y),
-}
-
-
-def by_logits(name: str) -> Subject:
-    """The KL divergence of a family of two outcomes from logits."""
-    value, own, reference = divergence(name, name), getattr(distributions, name), _BY_LOGITS[name]
-    counted = "total_count" in FAMILIES[name].parameters
-
-    def drawn(plan: Plan, rng: np.random.Generator) -> Tensor:
-        far = np.exp2(plan.logs(rng, (COUNT,), _LOGITS)) * rng.choice((-1, 1), COUNT)
-        return torch.from_numpy(np.where(rng.uniform(size=COUNT) < 0.3, 3 * rng.normal(size=COUNT), far))
-
-    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
-        rng = plan.generator()
-        y = drawn(plan, rng).to(dtype)
-        p = {
-            "equal": lambda: y,
-            "near": lambda: neighbours(y, plan, rng),
-            "ratio": lambda: (y.double() + torch.from_numpy(rng.normal(size=COUNT))).to(dtype),
-            "apart": lambda: drawn(plan, rng).to(dtype),
-        }[plan.relation]()
-        if not counted:
-            return p, y
-        n = torch.from_numpy(np.floor(np.exp2(rng.uniform(0, 7, COUNT)))).to(dtype)
-        return n, p, n, y
-
-    def rule(*batch: Tensor) -> Tensor:
-        half = len(batch) // 2
-        given = [{"logits": x[-1], **({"total_count": x[0]} if counted else {})} for x in (batch[:half], batch[half:])]
-        return registry.kl_divergence(*(own(**parameters, validate_args=False) for parameters in given))
-
-    def valid(*batch: Tensor) -> Tensor:
-        good = (batch[-1].abs() < 2e4) & (batch[len(batch) // 2 - 1].abs() < 2e4)
-        return good & (batch[0] == batch[2]) & (batch[0] >= 1) if counted else good
-
-    return replace(
-        value,
-        name=f"{value.name} by logits",
-        parameters=tuple(x.replace("probs", "logits") for x in value.parameters),
-        rules={"stablekl": rule},
-        reference=divergence_of(lambda *row: (row[0] if counted else 1) * reference(row[len(row) // 2 - 1], row[-1])),
-        expand=expand,
-        valid=valid,
-        bars=bars(_SELF),
+        bars=bars(CROSS),
     )
 
 
@@ -442,9 +356,6 @@ def subjects() -> Iterator[Subject]:
         if p == q and not set(FAMILIES[p].parameters.values()) & {"count"} and p != "Uniform":
             yield gradient(value, p, q)
     yield unequal_counts()
-    yield unequal_trials()
-    for name in _BY_LOGITS:
-        yield by_logits(name)
     for name in FAMILIES:
         if name not in UNSAMPLED:
             yield log_density(name)

@@ -111,7 +111,7 @@ def deviance(a: Tensor, t: Tensor, m: Tensor, log_m: Tensor) -> Tensor:
     v = t / x
     near = (v > -0.6) & (v < 1) & some
     plain = (m > floor) & m.isfinite()
-    by_log = torch.where(near | ~some | (m == 0), 0.0, log_m) - torch.log(x)
+    by_log = torch.where(near | ~some | (log_m == -torch.inf), 0.0, log_m) - torch.log(x)  # m may have underflowed
     log = torch.where(plain, log_quotient(torch.where(plain, m, 1.0), x), by_log)
     far = t - a * torch.where(near, 0.0, log)
     far = torch.where(some & (m == 0) & (log_m == -torch.inf), torch.inf, far)

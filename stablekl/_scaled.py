@@ -7,7 +7,8 @@ exponent counts as constant.
 
 Almost always every number is within 2^+-100, and a few products and quotients of such numbers are floats. Where a CPU
 in eager mode sees that, the exponent is `NONE`, a zero that operations pass on without work: the result is the same but
-for what would have under- or overflowed, at half the cost.
+for what would have under- or overflowed, at half the cost. Every other mantissa is around 1, so a number with `NONE`
+gets an exponent when it meets one that has one (`alike`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .special import log1pmx
 __all__ = [
     "NONE",
     "Scaled",
+    "alike",
     "difference_of_products",
     "has_none",
     "less_product",
@@ -41,7 +43,6 @@ __all__ = [
     "scaled_sum",
     "shifted",
     "split",
-    "sum_of",
     "weighted_remainder",
     "where",
 ]
@@ -70,11 +71,6 @@ def needs_none(x: Tensor) -> bool:
     if not bool(high < _NEAR):
         return False
     return bool(low > 1 / _NEAR) or bool(((size > 1 / _NEAR) | (size == 0)).all())
-
-
-def sum_of(k: Tensor, m: Tensor) -> Tensor:
-    """The exponent k + m of a product."""
-    return m if has_none(k) else k if has_none(m) else k + m
 
 
 def power_of_two(k: Tensor) -> Tensor:
@@ -113,8 +109,17 @@ def _exponent(x: Tensor) -> tuple[Tensor]:
     return (torch.where((x == 0) | ~x.isfinite(), 0.0, k),)
 
 
+def alike(*numbers: Scaled) -> tuple[Scaled, ...]:
+    """With exponents if one of them has one."""
+    none = [has_none(x.exponent) for x in numbers]
+    if all(none) or not any(none):
+        return numbers
+    return tuple(Scaled(*split(x.mantissa)) if missing else x for x, missing in zip(numbers, none, strict=True))
+
+
 def _aligned(x: Scaled, y: Scaled) -> tuple[Tensor, Tensor, Tensor]:
     """The mantissas of two of them for one exponent, and that; a zero has none."""
+    x, y = alike(x, y)
     if has_none(x.exponent, y.exponent):
         return x.mantissa, y.mantissa, x.exponent
     k, m = (torch.where(v.mantissa == 0, -torch.inf, v.exponent) for v in (x, y))
@@ -130,11 +135,14 @@ class Scaled(NamedTuple):
     exponent: Tensor
 
     def __mul__(self, other: Scaled) -> Scaled:  # type: ignore[override]
-        return Scaled(self.mantissa * other.mantissa, sum_of(self.exponent, other.exponent))
+        x, y = alike(self, other)
+        k = x.exponent if has_none(x.exponent) else x.exponent + y.exponent
+        return Scaled(x.mantissa * y.mantissa, k)
 
     def __truediv__(self, other: Scaled) -> Scaled:
-        k = other.exponent
-        return Scaled(self.mantissa / other.mantissa, self.exponent if has_none(k) else self.exponent - k)
+        x, y = alike(self, other)
+        k = x.exponent if has_none(x.exponent) else x.exponent - y.exponent
+        return Scaled(x.mantissa / y.mantissa, k)
 
     def __neg__(self) -> Scaled:
         return Scaled(-self.mantissa, self.exponent)
@@ -170,8 +178,8 @@ class Scaled(NamedTuple):
 
 def where(mask: Tensor, x: Scaled, y: Scaled) -> Scaled:
     """torch.where of two of them."""
-    none = has_none(x.exponent, y.exponent)
-    k = x.exponent if none else torch.where(mask, x.exponent, y.exponent)
+    x, y = alike(x, y)
+    k = x.exponent if has_none(x.exponent) else torch.where(mask, x.exponent, y.exponent)
     return Scaled(torch.where(mask, x.mantissa, y.mantissa), k)
 
 
@@ -192,6 +200,7 @@ def scaled_sum(x: Scaled) -> Scaled:
 
 def difference_of_products(a: Scaled, b: Scaled, c: Scaled, d: Scaled) -> Scaled:
     """A b - c d to its relative accuracy, without derivatives."""
+    a, b, c, d = alike(a, b, c, d)
     first, second = a * b, c * d
     one = Scaled(torch.where(first.mantissa == 0, 0.0, a.mantissa), first.exponent)
     two = Scaled(torch.where(second.mantissa == 0, 0.0, c.mantissa), second.exponent)
@@ -201,6 +210,7 @@ def difference_of_products(a: Scaled, b: Scaled, c: Scaled, d: Scaled) -> Scaled
 
 def less_product(y: Scaled, x: Scaled, factor: Scaled) -> Scaled:
     """The difference y - x less a multiple of x, to its relative accuracy; the factor counts as constant."""
+    y, x, factor = alike(y, x, factor)
     a, b, top = _aligned(y, x)
     difference = a - b
     still = Scaled(factor.mantissa.detach(), factor.exponent)
@@ -217,7 +227,7 @@ def less_product(y: Scaled, x: Scaled, factor: Scaled) -> Scaled:
 
 def ratio(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Scaled, Scaled]:
     """A b/(c d) - 1, from the difference of exact products, and a b/(c d), of positive numbers."""
-    x, y, z, w = (scaled(v) for v in (a, b, c, d))
+    x, y, z, w = alike(*(scaled(v) for v in (a, b, c, d)))
     quotient = (x * y) / (z * w)
     k = quotient.exponent
     close = k.abs() < _FAR
@@ -238,6 +248,7 @@ def log_of_ratio(t: Scaled, quotient: Scaled) -> Tensor:
 
 def weighted_remainder(weight: Scaled, t: Scaled, quotient: Scaled) -> Scaled:
     """``weight * (t - log(1 + t))`` for a positive weight and 1 + t = quotient, where t may be no float."""
+    t, quotient = alike(t, quotient)
     value = t.rounded()
     up, down = value > 2.0**_FAR, quotient.exponent < -_FAR
     far = up | down

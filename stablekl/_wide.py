@@ -13,10 +13,11 @@ from torch import Tensor
 
 from . import _double
 from ._double import Double
-from ._scaled import NONE, Scaled, has_none, needs_none, power_of_two, shifted, split, sum_of
+from ._scaled import NONE, Scaled, has_none, needs_none, power_of_two, shifted, split
 
 __all__ = [
     "Wide",
+    "alike",
     "attached",
     "difference",
     "exp",
@@ -38,36 +39,49 @@ class Wide(NamedTuple):
     exponent: Tensor
 
 
+def alike(*numbers: Wide) -> tuple[Wide, ...]:
+    """With exponents if one of them has one (see `_scaled`)."""
+    none = [has_none(x.exponent) for x in numbers]
+    if all(none) or not any(none):
+        return numbers
+    return tuple(_split(x.number) if missing else x for x, missing in zip(numbers, none, strict=True))
+
+
+def _split(x: Double) -> Wide:
+    hi, k = split(x.hi)
+    return Wide(Double(hi, shifted(x.lo, -k)), k)
+
+
 def wide(x: Double | Tensor | Wide) -> Wide:
     """A Double or a float as one of these, the size of its number from 1 to 2; one of these as it is."""
     if isinstance(x, Wide):
         return x
     x = _double.double(x)
-    if needs_none(x.hi):
-        return Wide(x, NONE[x.hi.dtype])
-    hi, k = split(x.hi)
-    return Wide(Double(hi, shifted(x.lo, -k)), k)
+    return Wide(x, NONE[x.hi.dtype]) if needs_none(x.hi) else _split(x)
 
 
 def _again(x: Double, k: Tensor) -> Wide:
     """With a number from 1 to 2 again, after a product or a difference."""
     if has_none(k):
         return Wide(x, k)
-    new = wide(x)
+    new = _split(x)
     return Wide(new.number, k + new.exponent)
 
 
 def product(*factors: Wide) -> Wide:
     """The product of all."""
-    result = factors[0]
-    for x in factors[1:]:
-        result = Wide(_double.multiply(result.number, x.number), sum_of(result.exponent, x.exponent))
+    result, *others = alike(*factors)
+    none = has_none(result.exponent)
+    for x in others:
+        k = result.exponent if none else result.exponent + x.exponent
+        result = Wide(_double.multiply(result.number, x.number), k)
     return _again(*result)
 
 
 def quotient(x: Wide, y: Wide) -> Wide:
     """The quotient x/y."""
-    k = x.exponent if has_none(y.exponent) else x.exponent - y.exponent
+    x, y = alike(x, y)
+    k = x.exponent if has_none(x.exponent) else x.exponent - y.exponent
     return _again(_double.divide(x.number, y.number), k)
 
 
@@ -78,6 +92,7 @@ def _aligned(x: Wide, k: Tensor) -> Double:
 
 def difference(x: Wide, y: Wide) -> Wide:
     """The difference x - y, to its relative accuracy where it cancels."""
+    x, y = alike(x, y)
     if has_none(x.exponent, y.exponent):
         return Wide(_double.subtract(x.number, y.number), x.exponent)
     k, m = (torch.where(v.number.hi == 0, -torch.inf, v.exponent) for v in (x, y))
@@ -142,7 +157,8 @@ def exp(x: Double) -> Wide:
 
 def log_quotient(x: Wide, y: Wide) -> Double:
     """The logarithm of x/y of positive numbers, to its relative accuracy where they are near each other too."""
-    if has_none(x.exponent, y.exponent):
+    x, y = alike(x, y)
+    if has_none(x.exponent):
         return _double.log_quotient(x.number, y.number)
     k = x.exponent - y.exponent
     near = torch.where(k.abs() <= 1, k, 0.0)

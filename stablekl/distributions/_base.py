@@ -208,10 +208,14 @@ def _helpful(constructor: Callable[..., None], cls: type[Checked]) -> Callable[.
 
     torch's construct another class inside (a Beta a Dirichlet, a LogNormal a Normal) and let that one complain.
     """
+    asks = "validate_args" in inspect.signature(constructor).parameters
 
     @functools.wraps(constructor)
     def init(self: Checked, *args: Any, **kwargs: Any) -> None:
-        if type(self) is not cls or torch.compiler.is_compiling():  # inside that of a subclass; or no data to look at
+        if torch.compiler.is_compiling():  # no data to look at, and torch's loop over constraints may not trace
+            constructor(self, *args, **({**kwargs, "validate_args": False} if asks and cls is type(self) else kwargs))
+            return
+        if type(self) is not cls:  # inside that of a subclass
             constructor(self, *args, **kwargs)
             return
         try:

@@ -25,15 +25,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _double
-from .._autograd import rowwise
+from .._autograd import may_hold, rowwise
 from .._bregman import log_quotient, remainder_of_log
 from .._double import Double
 from .._elementwise import product_error, sum_error
+from .._opaque import opaque
 from ..special import expm1_value, expm1mx_value
-from ._scalar import attached
 
-__all__ = ["Outcomes", "log_probabilities", "log_weights_kl", "of_log_weights", "of_weights", "weights_kl"]
+__all__ = ["log_probabilities", "log_weights_kl", "weights_kl"]
 
 # The largest |t| for which a term is p E(-t).
 _NEAR = 1.0
@@ -49,32 +48,58 @@ class Outcomes(NamedTuple):
         q: probabilities.
         t: log(p/q); 0 where either is 0.
         v: q/p - 1; 0 where p is 0.
+        excluded_p: where p has no weight at all, and its probability is not just too small for a float.
+        excluded_q: where q has none.
     """
 
     p: Tensor
     q: Tensor
     t: Tensor
     v: Tensor
-
-
-def _kl(o: Outcomes) -> Tensor:
-    """The sum of p E(-t)."""
-    small = o.t.abs() < _NEAR
-    near = o.p * expm1mx_value(torch.where(small, -o.t, 0.0))
-    terms = torch.where(small, near, (o.q - o.p) + o.p * o.t)
-    return _with_excluded(terms, o)
+    excluded_p: Tensor
+    excluded_q: Tensor
 
 
 def _with_excluded(terms: Tensor, o: Outcomes) -> Tensor:
-    terms = torch.where(o.p == 0, o.q, torch.where(o.q == 0, torch.inf, terms))
+    # an outcome whose probability has underflowed is not excluded
+    terms = torch.where(o.excluded_p, o.q, torch.where(o.excluded_q, torch.inf, terms))
     return terms.sum(-1)
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------
 
 
-def of_weights(x: Tensor, y: Tensor) -> tuple[Outcomes, Tensor, Tensor]:
-    """The outcomes with these weights, and the sums of the weights."""
+@opaque(1)
+def _unit(x: Tensor) -> tuple[Tensor]:
+    """The power of two at or below a positive number, a subnormal one too; NaN of others."""
+    return (x / (2 * torch.frexp(x).mantissa),)
+
+
+def _unit_of(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return _unit(x.detach().amax(-1, keepdim=True))[0]
+
+
+class _Weighed(NamedTuple):
+    """What `of_weights` returns.
+
+    Attributes:
+        outcomes: with these weights.
+        quotient: q/p.
+        rare: where a weight is so small beside the largest that it has lost digits, or all of them.
+        sums: of p's and q's weights, as two factors of which one is a power of two.
+    """
+
+    outcomes: Outcomes
+    quotient: Tensor
+    rare: Tensor
+    sums: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def of_weights(raw_x: Tensor, raw_y: Tensor) -> _Weighed:
+    """Compare outcomes by their weights, which are scaled by powers of two first: of any sum, they may overflow."""
+    unit_x, unit_y = _unit_of(raw_x), _unit_of(raw_y)
+    x, y = raw_x / unit_x, raw_y / unit_y
     d = y - x
     sum_x, sum_y = x.sum(-1, keepdim=True), y.sum(-1, keepdim=True)
     delta = (d.sum(-1, keepdim=True) / sum_x).detach()
@@ -84,32 +109,42 @@ def of_weights(x: Tensor, y: Tensor) -> tuple[Outcomes, Tensor, Tensor]:
         lost = sum_error(d, -product, e) + (sum_error(y, -x, d) - product_error(delta, x, product))
         lost = torch.where(lost.isfinite(), lost, 0.0)
     e = e + lost
-    has = x > 0
+    has = x != 0  # and not x > 0: negative weights and NaN are to give NaN
     safe = torch.where(has, x, 1.0)
     v = torch.where(has, (e / safe - e.sum(-1, keepdim=True) / sum_x) * (sum_x / sum_y), 0.0)
-    quotient = torch.where(has & (y > 0), (y / safe) * (sum_x / sum_y), 1.0)
-    near = (v.abs() < 0.5) & has & (y > 0)
-    t = -torch.where(near, torch.log1p(torch.where(near, v, 0.0)), torch.log(quotient))
-    return Outcomes(x / sum_x, y / sum_y, t, v), sum_x, sum_y
+    quotient = (y / safe) * (sum_x / sum_y)
+    excluded_p, excluded_q = raw_x == 0, raw_y == 0
+    both, info = ~(excluded_p | excluded_q), torch.finfo(x.dtype)
+    near = (v.abs() < 0.5) & has & (y != 0)
+    lost_digits = (x < info.tiny) | (y < info.tiny) | (quotient < info.tiny) | (quotient > info.max)
+    rare = both & lost_digits & ~near
+    log = torch.log(torch.where(both & ~rare & ~near, quotient, 1.0))
+    if may_hold(rare):
+        logs = (torch.log(torch.where(rare, w, 1.0)) for w in (raw_y, raw_x, unit_y, unit_x))
+        of_y, of_x, scale_y, scale_x = logs
+        log = torch.where(rare, (of_y - of_x) - (scale_y - scale_x) + torch.log(sum_x / sum_y), log)
+    t = -torch.where(near, torch.log1p(torch.where(near, v, 0.0)), log)
+    found = Outcomes(x / sum_x, y / sum_y, t, v, excluded_p, excluded_q)
+    return _Weighed(found, quotient, rare, ((sum_x, unit_x), (sum_y, unit_y)))
 
 
 def _weights_value(x: Tensor, y: Tensor) -> tuple[Tensor]:
-    o, sum_x, sum_y = of_weights(x, y)
-    quotient = (y / torch.where(x > 0, x, 1.0)) * (sum_x / sum_y)
-    terms = torch.where(o.v < 1, o.p * remainder_of_log(o.v, quotient), (o.q - o.p) + o.p * o.t)
+    o, quotient, rare, _ = of_weights(x, y)
+    near = (o.v < 1) & ~rare
+    terms = torch.where(near, o.p * remainder_of_log(o.v, quotient), (o.q - o.p) + o.p * o.t)
     return (_with_excluded(terms, o),)
 
 
 def _weights_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
     x, y = inputs
-    o, sum_x, sum_y = of_weights(x, y)
-    possible = ((o.p == 0) | (o.q > 0)).all(-1, keepdim=True)
+    o, _, _, ((sum_x, unit_x), (sum_y, unit_y)) = of_weights(x, y)
+    possible = (o.excluded_p | ~o.excluded_q).all(-1, keepdim=True)
     by_x = torch.where(possible, o.t - (o.p * o.t).sum(-1, keepdim=True), 0.0) / sum_x
     small = o.v.abs() < 0.5
     v = torch.where(small, o.v, 0.0)
     far = 1 - torch.where(small, 0.0, o.p) / torch.where(o.q > 0, o.q, 1.0)
     by_y = torch.where(small & (o.p > 0), v / (1 + v), torch.where(o.q > 0, far, torch.where(o.p > 0, -torch.inf, 1.0)))
-    return by_x, by_y / sum_y
+    return by_x / unit_x, by_y / sum_y / unit_y
 
 
 weights_kl = rowwise(_weights_value, _weights_gradient)
@@ -161,7 +196,8 @@ def of_log_weights(a: Double, b: Double) -> Outcomes:
     """The outcomes whose weights have these logarithms; -inf for none."""
     s, z = _scaled(a), _scaled(b)
     p, q = s.weight / s.sum, z.weight / z.sum
-    both = (a.hi > -torch.inf) & (b.hi > -torch.inf)
+    excluded_p, excluded_q = a.hi == -torch.inf, b.hi == -torch.inf
+    both = ~(excluded_p | excluded_q)
     d = s.log.hi - z.log.hi
     with torch.no_grad():
         rest = sum_error(s.log.hi, -z.log.hi, d)
@@ -174,17 +210,25 @@ def of_log_weights(a: Double, b: Double) -> Outcomes:
     falls = growth < -0.5
     change = torch.where(falls, s.log_sum - z.log_sum, torch.log1p(torch.where(falls, 0.0, growth)))
     t = torch.where(both, (d - change) + low, 0.0)
-    return Outcomes(p, q, t, torch.where(both, expm1_value(-t.clamp(min=-700)), -1.0))
+    return Outcomes(p, q, t, torch.where(both, expm1_value(-t.clamp(min=-700)), -1.0), excluded_p, excluded_q)
 
 
 def _log_weights_value(a: Tensor, a_low: Tensor, b: Tensor, b_low: Tensor) -> tuple[Tensor]:
-    return (_kl(of_log_weights(Double(a, a_low), Double(b, b_low))),)
+    o = of_log_weights(Double(a, a_low), Double(b, b_low))
+    small = o.t.abs() < _NEAR
+    near = o.p * expm1mx_value(torch.where(small, -o.t, 0.0))
+    product = o.p * o.t
+    rare = (o.p < torch.finfo(a.dtype).tiny) & ~small
+    if may_hold(rare):  # p may have underflowed where t is as large
+        half = torch.exp(0.5 * (a - a.amax(-1, keepdim=True)))
+        product = torch.where(rare, half * o.t * half, product)
+    return (_with_excluded(torch.where(small, near, (o.q - o.p) + product), o),)
 
 
 def _log_weights_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
     a, a_low, b, b_low = inputs
     o = of_log_weights(Double(a, a_low.detach()), Double(b, b_low.detach()))
-    possible = ((o.p == 0) | (o.q > 0)).all(-1, keepdim=True)
+    possible = (o.excluded_p | ~o.excluded_q).all(-1, keepdim=True)
     by_a = torch.where(possible, o.p * (o.t - (o.p * o.t).sum(-1, keepdim=True)), 0.0)
     by_b = torch.where(o.v.abs() < 0.5, o.p * o.v, o.q - o.p)
     return by_a, torch.zeros_like(a), by_b, torch.zeros_like(b)
@@ -196,15 +240,3 @@ _log_weights_kl = rowwise(_log_weights_value, _log_weights_gradient)
 def log_weights_kl(a: Double, b: Double) -> Tensor:
     """KL of the outcomes whose weights have these logarithms; derivatives by the first parts."""
     return _log_weights_kl(a.hi, a.lo.detach(), b.hi, b.lo.detach())
-
-
-def log_of(x: Tensor) -> Double:
-    """The logarithm to twice the digits, -inf at 0, with its derivative."""
-    has = x > 0
-    safe = torch.where(has, x, 1.0)
-    smooth = torch.log(safe)
-    with torch.no_grad():
-        roomy = safe > 1e-290
-        log = _double.log(torch.where(roomy, safe, 1.0))
-    hi = attached(torch.where(roomy, log.hi, smooth), smooth)
-    return Double(torch.where(has, hi, -torch.inf), torch.where(has & roomy, log.lo, 0.0))

@@ -3,29 +3,29 @@ r"""Bernoulli distributions, and their KL divergence as a sum of non-negative te
 .. math:: KL = p\,L\!\left(\frac{q - p}{p}\right) + (1 - p)\,L\!\left(\frac{p - q}{1 - p}\right), \qquad
           L(v) = v - \log(1 + v),
 
-of probabilities; of logits, or of one of each, the same as of two categories (see `_outcomes`). An outcome that p
-excludes adds q's probability of it; one that q alone excludes makes the divergence infinite. torch's differences of
-cross-entropies cancel near p = q, and its logits of 0 against 20 give inf for 9.307.
+of probabilities; of logits, or of one of each, see `_trials`. An outcome that p excludes adds q's probability of it;
+one that q alone excludes makes the divergence infinite. torch's differences of cross-entropies cancel near p = q, and
+its logits of 0 against 20 give inf for 9.307.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Distribution
 
-from .. import _double
 from .._autograd import masked_product
 from .._bregman import log_quotient, remainder_of_log
-from .._double import Double
 from ..registry import register_hardened
 from ._base import Checked, common_dtype, given, widened
 from ._density import checked, outcomes
-from ._outcomes import log_of, log_weights_kl
-from ._scalar import attached, scalar_rule
+from ._scalar import scalar_rule
+from ._trials import by_kinds, by_parameter, trial, trial_kl, trial_slopes
 
-__all__ = ["Bernoulli", "bernoulli_kl", "failure_excess", "log_outcomes", "log_ratio", "paired", "success_excess"]
+__all__ = ["Bernoulli", "bernoulli_kl", "failure_excess", "log_ratio", "success_excess"]
 
 
 class Bernoulli(TorchBernoulli, Checked):
@@ -59,35 +59,43 @@ class Bernoulli(TorchBernoulli, Checked):
 
 
 def _excess(x: Tensor, m: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """L(v) for v = m/x - 1 = d/x, and whether v is large; x positive."""
-    v = d / x
-    return remainder_of_log(v, m / x), v >= 1
+    """L(v) for v = m/x - 1 = d/x, and where it must come from v - log(m/x) instead; x positive.
+
+    That is where v may overflow, or m/x is below the normal numbers and has lost digits.
+    """
+    v, quotient = d / x, m / x
+    far = (v >= 1) | (quotient < torch.finfo(x.dtype).tiny)
+    return remainder_of_log(v, quotient), far
 
 
 def success_excess(p: Tensor, q: Tensor) -> Tensor:
     """[p log(p/q) + q - p]/p for positive p."""
     near, far = _excess(p, q, q - p)
-    return torch.where(far, (q - p) / p - log_quotient(q, p), near)
+    return torch.where(far, (q - p) / p - _log_quotient(q, p), near)
+
+
+def _log_quotient(q: Tensor, p: Tensor) -> Tensor:
+    """log(q/p) for positive p, -inf at 0."""
+    some = q != 0
+    return torch.where(some, log_quotient(torch.where(some, q, 1.0), p), -torch.inf)
 
 
 def failure_excess(p: Tensor, q: Tensor) -> Tensor:
     """(1 - p) log((1 - p)/(1 - q)) + p - q, by the differences of p and q; p - q is not that of 1 - q and 1 - p."""
     x, m, d = 1 - p, 1 - q, p - q
-    some = x > 0
+    some = x != 0
     safe = torch.where(some, x, 1.0)
     near, far = _excess(safe, m, d)
-    terms = torch.where(far, d - x * log_quotient(torch.where(m > 0, m, 1.0), safe), x * near)
-    return torch.where(some, terms, m)
+    return torch.where(some, torch.where(far, d - x * _log_quotient(m, safe), x * near), m)
 
 
 def _value(p: Tensor, q: Tensor) -> Tensor:
-    some = p > 0
+    some = p != 0  # and not p > 0: NaN and what is no probability give NaN
     x = torch.where(some, p, 1.0)
-    v = (q - p) / x
-    # p L(v), but q - p - p log(q/p) where v may overflow
-    near = x * remainder_of_log(v, q / x)
-    far = (q - x) - x * log_quotient(torch.where(q > 0, q, 1.0), x)
-    return torch.where(some, torch.where(v >= 1, far, near), q) + failure_excess(p, q)
+    near, far = _excess(x, q, q - p)
+    success = torch.where(far, (q - x) - x * _log_quotient(q, x), x * near)
+    # + 0, for the terms may be -0
+    return torch.where(some, success, q) + failure_excess(p, q) + 0.0
 
 
 def log_ratio(x: Tensor, y: Tensor, d: Tensor) -> Tensor:
@@ -110,38 +118,27 @@ def _gradient(p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
     return torch.where(infinite, 0.0, by_p), by_q
 
 
-_kl = scalar_rule(_value, _gradient)
+def _trial_value(kind_p: str, kind_q: str) -> Callable[..., Tensor]:
+    return lambda x, y: trial_kl(trial(kind_p, x), trial(kind_q, y))
 
 
-def log_outcomes(distribution: Distribution) -> Double:
-    """Logarithms of the weights of 1 and 0, ``(..., 2)``, to twice the digits."""
-    name, x = given(distribution)
-    x = widened(x)
-    zero = torch.zeros_like(x)
-    if name == "logits":  # in units of the larger weight, which an infinite logit makes all there is
-        hi = torch.stack([torch.where(x > 0, zero, x), torch.where(x > 0, -x, zero)], -1)
-        return Double(hi, torch.zeros_like(hi))
-    success = log_of(x)
-    with torch.no_grad():
-        some = x < 1
-        failure = _double.log(_double.exact_sum(torch.ones_like(x), torch.where(some, -x, zero)))
-    hi = attached(failure.hi, torch.log1p(torch.where(some, -x, 0.0)))
-    hi, lo = torch.where(some, hi, -torch.inf), torch.where(some, failure.lo, 0.0)
-    return Double(torch.stack([success.hi, hi], -1), torch.stack([success.lo, lo], -1))
+def _trial_gradient(kind_p: str, kind_q: str) -> Callable[..., tuple[Tensor, ...]]:
+    def gradient(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        p, q = trial(kind_p, x), trial(kind_q, y)
+        by_p, by_q = trial_slopes(p, q)
+        by_p = by_p if kind_p == "probs" else masked_product(p.success * p.failure, by_p)
+        return by_p, by_parameter(kind_q, q, by_q, (1.0, -1.0))
+
+    return gradient
+
+
+_RULES = by_kinds(_trial_value, _trial_gradient) | {("probs", "probs"): scalar_rule(_value, _gradient)}
 
 
 def bernoulli_kl(p: Distribution, q: Distribution) -> Tensor:
     """KL between the successes of one trial of each, in float64; by probabilities or logits, whichever were given."""
     (name_p, x), (name_q, y) = given(p), given(q)
-    if name_p == name_q == "probs":
-        return _kl(widened(x), widened(y))
-    return log_weights_kl(*paired(log_outcomes(p), log_outcomes(q)))
-
-
-def paired(a: Double, b: Double) -> tuple[Double, Double]:
-    """Both, of one shape."""
-    shape = torch.broadcast_shapes(a.hi.shape, b.hi.shape)
-    return Double(a.hi.expand(shape), a.lo.expand(shape)), Double(b.hi.expand(shape), b.lo.expand(shape))
+    return _RULES[name_p, name_q](widened(x), widened(y))
 
 
 @register_hardened(Bernoulli, Bernoulli)

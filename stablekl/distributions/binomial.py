@@ -1,33 +1,42 @@
 r"""Binomial distributions, and their KL divergence: that of one trial (see `bernoulli`) times their number.
 
-Where q has fewer trials than p, it is infinite unless p never succeeds. Where it has more, with n and m trials and the
-binomial coefficients' ratio as an integral, since :math:`\log c = \int_0^\infty (e^{-t} - e^{-ct})\,dt/t`,
+Where q has fewer trials than p, it is infinite unless p never succeeds. Where it has more, with n and N trials, the
+mean m = n p and :math:`t = N q - m`,
 
-.. math:: KL = n\,KL_1 - (m - n) \log(1 - q)
-               - \int_0^\infty \sum_{i=1}^{m-n} e^{-it}
-                 \left[\left(p + (1 - p) e^{-t}\right)^n - e^{-nt}\right] \frac{dt}{t},
+.. math:: KL = \Phi(n, p, N) + m\,L\!\left(\frac tm\right) + (N - m)\,L\!\left(\frac{-t}{N - m}\right), \qquad
+          L(v) = v - \log(1 + v),
 
-by the trapezoidal rule in log t, whose 360 points are as many for any n; a sum over n + 1 outcomes would depend on
-the data. What is subtracted may be nearly all: the error is some ulps of the larger terms, not of the result.
+the divergence between p and the distribution of its mean with q's number of trials, a positive integral (see
+`_trial_gap`), and the divergence of this one from q. A sum over n + 1 outcomes would depend on the data; the logarithms
+of binomial coefficients cancel against the rest of it, at small probabilities all of them. Numbers of trials that
+differ are whole, and have no derivatives.
+
+Accuracy: see the table of `precision`; Phi was seen up to 10 ulp from the sum, in 900 triples with n up to 1000, N up
+to 1e15 and p from 1e-100 to 1 - 2^-53.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Binomial as TorchBinomial
 
+from .. import _double
 from .._autograd import masked_product, may_hold
-from .._deviance import binomial_deviance, binomial_rest
+from .._deviance import binomial_deviance, binomial_rest, deviance
+from .._double import Double
 from ..registry import register_hardened
 from ._base import Checked, common_dtype, given, widened
 from ._density import checked, outcomes
+from ._scalar import attached
+from ._trial_gap import trial_gap, trial_gap_slope
+from ._trials import Trial, by_kinds, by_parameter, log_gain, log_probability, mirrored, trial
 from .bernoulli import bernoulli_kl
 
 __all__ = ["Binomial"]
-
-# Points of log t: from where t m is 1e-17 for any m to where e^-t is 1e-17, at a step whose error is e^(-pi^2/0.2).
-_FIRST, _LAST, _STEP = -68.0, 4.0, 0.2
 
 
 class Binomial(TorchBinomial, Checked):
@@ -63,50 +72,112 @@ def _log_mass(k: Tensor, n: Tensor, p: Tensor, q: Tensor, log_p: Tensor, log_q: 
     return torch.where(inside, value, -torch.inf)
 
 
-def _probability(distribution: TorchBinomial) -> Tensor:
-    name, x = given(distribution)
-    return torch.sigmoid(widened(x)) if name == "logits" else widened(x)
+def _probability(kind: str, x: Tensor) -> Double:
+    """In twice the digits."""
+    if kind == "probs":
+        return _double.double(x)
+    fall = _double.exp(-x.abs())
+    fall = _double.select(fall.hi == 0, torch.exp(-x.abs()), fall)  # of fewer digits below e^-700
+    return _double.divide(_double.select(x > 0, 1.0, fall), _double.add(fall, 1.0))
 
 
-def _more_trials(n: Tensor, p: Tensor, m: Tensor, q: Tensor, one: Tensor) -> Tensor:
-    """For m above n, from the divergence ``one`` of a trial."""
-    points = torch.arange(_FIRST, _LAST, _STEP, dtype=p.dtype, device=p.device)
-    t = torch.exp(points)
-    n, p, m, q, more = (x.unsqueeze(-1) for x in (n, p, m, q, torch.where(m > n, m - n, 0.0)))
-    terms = torch.expm1(-more * t) / torch.expm1(-t) * torch.exp(-t)
-    fall = (1 - p) * torch.expm1(-t)
-    early = fall > -0.5
-    near = torch.log1p(torch.where(early, fall, 0.0))
-    terms = terms * (
-        torch.exp(n * torch.where(early, near, torch.log(p + (1 - p) * torch.exp(-t)))) - torch.exp(-n * t)
-    )
-    certain = q.squeeze(-1) == 1
-    failures = torch.log1p(-torch.where(certain, 0.0, q.squeeze(-1)))
-    value = (
-        masked_product(n.squeeze(-1), torch.where(certain, 0.0, one))
-        - more.squeeze(-1) * failures
-        - _STEP * terms.sum(-1)
-    )
-    return torch.where(certain, torch.inf, value)
+class _Means(NamedTuple):
+    """What the rule is made of: a has no more than b trials.
+
+    Attributes:
+        mean: of successes under p.
+        rest: b's trials less that.
+        t: the mean under q less that under p, to its relative accuracy.
+        log_success: logarithm of the mean under q.
+        log_failure: of the mean of failures under q.
+    """
+
+    mean: Tensor
+    rest: Tensor
+    t: Tensor
+    log_success: Tensor
+    log_failure: Tensor
+
+
+def _means(n: Tensor, p: Trial, m: Tensor, q: Trial, exact: Tensor) -> _Means:
+    mean, log_m = n * p.success, torch.log(torch.where(m > 0, m, 1.0))
+    t = attached(exact, m * q.success - mean)
+    return _Means(mean, (m - n) + n * p.failure, t, *(log_m + log_probability(x) for x in (q, mirrored(q))))
+
+
+def _exact(kind_p: str, kind_q: str) -> Callable[..., Tensor]:
+    def difference(n: Tensor, x: Tensor, m: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            n, x, m, y = (v.detach() for v in (n, x, m, y))
+            own, other = _double.multiply(m, _probability(kind_q, y)), _double.multiply(n, _probability(kind_p, x))
+            return _double.rounded(_double.subtract(own, other))
+
+    return difference
+
+
+def _gap_inputs(n: Tensor, p: Trial, m: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Where the numbers of trials matter, and harmless ones elsewhere."""
+    some = (m > n) & (n > 0) & (p.success > 0)
+    inputs = zip((n, p.success, p.failure, m - n), (1.0, 0.5, 0.5, 1.0), strict=True)
+    return some, tuple(torch.where(some, x, safe) for x, safe in inputs)
+
+
+def _impossible(n: Tensor, p: Trial, m: Tensor, q: Trial) -> Tensor:
+    """Where p has successes that q has not, or more of them; NaN has neither."""
+    return (n > 0) & (p.hi > -torch.inf) & ((n > m) & (q.hi == q.hi) | (q.hi == -torch.inf))
+
+
+def _unequal_value(kind_p: str, kind_q: str) -> Callable[..., Tensor]:
+    exact = _exact(kind_p, kind_q)
+
+    def value(n: Tensor, x: Tensor, m: Tensor, y: Tensor) -> Tensor:
+        p, q = trial(kind_p, x), trial(kind_q, y)
+        at = _means(n, p, m, q, exact(n, x, m, y))
+        some, inputs = _gap_inputs(n, p, m)
+        gap = torch.where(some, trial_gap(*inputs), 0.0)
+        means = deviance(at.mean, at.t, m * q.success, at.log_success)
+        means = means + deviance(at.rest, -at.t, m * q.failure, at.log_failure)
+        value = gap + means
+        value = torch.where(value <= 0, 0.0, value)  # -0, and what subnormal terms leave
+        value = torch.where(_impossible(n, p, m, q), torch.inf, value)
+        return torch.where(p.hi.isnan() | q.hi.isnan(), torch.nan, value)
+
+    return value
+
+
+def _unequal_gradient(kind_p: str, kind_q: str) -> Callable[..., tuple[Tensor, ...]]:
+    exact = _exact(kind_p, kind_q)
+
+    def gradient(n: Tensor, x: Tensor, m: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        p, q = trial(kind_p, x), trial(kind_q, y)
+        at = _means(n, p, m, q, exact(n, x, m, y))
+        some, inputs = _gap_inputs(n, p, m)
+        impossible = _impossible(n, p, m, q)
+        some = some & ~impossible & (q.hi < torch.inf)
+        mean, rest, t = (torch.where(some, v, 1.0) for v in (at.mean, at.rest, at.t))
+        log_success, log_failure = (torch.where(some, v, 0.0) for v in (at.log_success, at.log_failure))
+        by_mean = log_gain(rest, -t, log_failure) - log_gain(mean, t, log_success)
+        by_p = torch.where(some, trial_gap_slope(*inputs) + n * by_mean, 0.0)
+        by_p = masked_product(p.success * p.failure, by_p) if kind_p == "logits" else by_p
+        by_q = torch.where(impossible & (n > m), 0.0, at.t)
+        return torch.zeros_like(n), by_p, torch.zeros_like(m), by_parameter(kind_q, q, by_q, (m, -m))
+
+    return gradient
+
+
+_UNEQUAL = by_kinds(_unequal_value, _unequal_gradient)
 
 
 @register_hardened(Binomial, Binomial)
 def kl_binomial_binomial(p: TorchBinomial, q: TorchBinomial) -> Tensor:
     """KL between binomial distributions, elementwise; see the module."""
-    dtype = common_dtype(given(p)[1], given(q)[1])
-    one = bernoulli_kl(p, q)
-    n, m, a, b = (
-        x.expand(one.shape)
-        for x in torch.broadcast_tensors(
-            widened(p.total_count), widened(q.total_count), _probability(p), _probability(q)
-        )
-    )
-    if not may_hold(n != m):
-        return masked_product(n, one).to(dtype)
-    # what is not taken must be finite, for the gradient's sake
-    fewer, none = n < m, (n > m) & (a == 0)
-    value = masked_product(n, torch.where(n == m, one, 0.0))
-    inputs = (torch.where(fewer, x, s) for x, s in ((n, 1.0), (a, 0.5), (m, 2.0), (b, 0.5), (one, 0.0)))
-    rest = torch.where(none, masked_product(m, torch.where(none, one, 0.0)), torch.inf)
-    value = torch.where(n == m, value, torch.where(fewer, _more_trials(*inputs), rest))
+    (kind_p, x), (kind_q, y) = given(p), given(q)
+    dtype = common_dtype(x, y)
+    n, m = widened(p.total_count), widened(q.total_count)
+    unequal, one = n != m, bernoulli_kl(p, q)
+    value = masked_product(n, torch.where(unequal, 0.0, one))  # finite where it is not taken, for the gradient's sake
+    if may_hold(unequal):
+        columns = torch.broadcast_tensors(n, widened(x), m, widened(y))
+        safe = (torch.where(unequal, v, s) for v, s in zip(columns, (1.0, 0.5, 2.0, 0.5), strict=True))
+        value = torch.where(unequal, _UNEQUAL[kind_p, kind_q](*safe), value)
     return value.to(dtype)

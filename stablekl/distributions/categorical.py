@@ -19,7 +19,8 @@ from ..parameterizations import holds_data, raise_outside
 from ..registry import register_hardened
 from ._base import Checked, Given, common_dtype, given, widened
 from ._density import checked
-from ._outcomes import log_of, log_probabilities, log_weights_kl, weights_kl
+from ._outcomes import log_probabilities, log_weights_kl, weights_kl
+from ._trials import log_of
 
 __all__ = ["Categorical", "categories_kl"]
 

@@ -37,7 +37,7 @@ from ..registry import register_hardened
 from ._base import Checked, Given, common_dtype, given, widened
 from ._density import checked
 from ._scalar import attached
-from .bernoulli import log_outcomes
+from ._trials import logit
 
 __all__ = ["ContinuousBernoulli", "mean_slope", "natural_parameters"]
 
@@ -88,7 +88,7 @@ class ContinuousBernoulli(Given, TorchContinuousBernoulli, Checked):
 
     Args:
         probs: between 0 and 1; or
-        logits: log(probs/(1 - probs)), real.
+        logits: log(probs/(1 - probs)), real or infinite.
         lims: as in torch: between them its other methods use series about 1/2.
         validate_args: as in torch; on by default.
 
@@ -105,14 +105,17 @@ class ContinuousBernoulli(Given, TorchContinuousBernoulli, Checked):
     ) -> None:
         """Check what was given, and keep it besides torch's clamped version of it."""
         checked = self._validate_args if validate_args is None else validate_args
-        if checked and isinstance(probs, Tensor) and holds_data(probs):
-            good = (probs >= 0) & (probs <= 1)
-            if not bool(good.all()):
-                raise_outside(type(self).__name__, "probs", probs, good, "between 0 and 1")
-        # torch looks at the data whenever this is not None, to say no more than that something is wrong
+        # torch checks the clamped version, and looks at the data whenever validate_args is not None
+        self._validate_args = False
         super().__init__(probs, logits, lims, validate_args=None)
         self._validate_args = checked
         self._keep(probs, logits, self._param)
+        x = self.given_value
+        if checked and holds_data(x):
+            good = (x >= 0) & (x <= 1) if self.given_as == "probs" else x == x
+            if not bool(good.all()):
+                required = "between 0 and 1" if self.given_as == "probs" else "real, and no NaN"
+                raise_outside(type(self).__name__, self.given_as, x, good, required)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> ContinuousBernoulli:
         """Return this distribution with its batch shape expanded; no memory is allocated."""
@@ -236,14 +239,16 @@ def _value(eta_p: Tensor, eta_q: Tensor, d: Tensor) -> tuple[Tensor]:
         better = (other_size < size) & exists
         value, size = torch.where(better, other, value), torch.where(better, other_size, size)
     value = torch.where(close, near, value)
-    return (torch.where(eta_p.isinf() | eta_q.isinf(), torch.inf, value),)
+    known = ~(eta_p.isnan() | eta_q.isnan())
+    return (torch.where((eta_p.isinf() | eta_q.isinf()) & known, torch.inf, value),)
 
 
 def _gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
     eta_p, eta_q, d = inputs
     finite = eta_p.isfinite() & eta_q.isfinite()  # elsewhere the divergence is infinite, and constant
     eta_p, eta_q, d = (torch.where(finite, x, 0.0) for x in (eta_p, eta_q, d))
-    d = attached(d, eta_q - eta_p)
+    plain = eta_q - eta_p
+    d = torch.where(plain.isfinite(), attached(d, plain), d)
     close = d.abs() < _REACH
     near = d * _integral(torch.where(close, eta_p, 0.0), torch.where(close, d, 0.0), 0)
     # where both lean to one side by their distances from it
@@ -260,17 +265,7 @@ _kl = rowwise(_value, _gradient)
 
 def _logit(distribution: Distribution) -> Double:
     name, x = given(distribution)
-    if name == "logits":
-        return Double(widened(x), torch.zeros_like(widened(x)))
-    logs = log_outcomes(distribution)
-    success, failure = (Double(logs.hi[..., i], logs.lo[..., i]) for i in (0, 1))
-    with torch.no_grad():
-        finite = success.hi.isfinite() & failure.hi.isfinite()
-        exact = _double.subtract(success, _double.select(finite, failure, 0.0))
-    # of the value, with the derivative of the difference
-    hi = attached(torch.where(finite, exact.hi, 0.0), torch.where(finite, success.hi - failure.hi, 0.0))
-    ends = torch.where(success.hi > failure.hi, torch.inf, -torch.inf)
-    return Double(torch.where(finite, hi, ends), torch.where(finite, exact.lo, 0.0))
+    return logit(name, widened(x))
 
 
 def natural_parameters(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,7 +278,11 @@ def natural_parameters(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor
         if name_p == name_q == "probs":  # twice the digits of logarithms are not enough next to p = q
             odds = (widened(y) - widened(x)) / widened(x) / (1 - widened(y))
             d = torch.where(odds.abs() < 1e-10, torch.log1p(odds.clamp(-0.5, 0.5)), d)
-    return a.hi.expand(shape), b.hi.expand(shape), torch.where(d.isnan(), 0.0, d).expand(shape)
+        # logits whose difference is no float are on either side of 0, where the divergence hardly depends on it
+        plain, largest = b.hi - a.hi, torch.finfo(d.dtype).max
+        d = torch.where(plain.isinf(), largest * plain.sign(), d)
+        d = torch.where(a.hi.isinf() | b.hi.isinf(), torch.where(plain.isnan() & (a.hi != b.hi), plain, 0.0), d)
+    return a.hi.expand(shape), b.hi.expand(shape), d.expand(shape)
 
 
 @register_hardened(ContinuousBernoulli, ContinuousBernoulli)

@@ -4,24 +4,25 @@ That of one trial, divided by p's probability of success: with :math:`L(v) = v -
 
 .. math:: KL = L\!\left(\frac{q - p}{p}\right) + \frac{1 - p}{p}\,L\!\left(\frac{p - q}{1 - p}\right).
 
-torch subtracts p's entropy from a cross-entropy: 1e32 ulp off next to p = q, and NaN at p = 1.
+By logits, see `_trials`. torch subtracts p's entropy from a cross-entropy: 1e32 ulp off next to p = q, and NaN at
+p = 1.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.distributions import Geometric as TorchGeometric
 
-from .._autograd import masked_product, rowwise
-from .._double import Double
+from .._autograd import masked_product
 from ..registry import register_hardened
-from ..special import expm1mx_value
 from ._base import Checked, common_dtype, given, widened
 from ._density import checked, outcomes
-from ._outcomes import of_log_weights
 from ._scalar import scalar_rule
-from .bernoulli import failure_excess, log_outcomes, log_ratio, paired, success_excess
+from ._trials import by_kinds, by_parameter, trial, wait_kl, wait_slopes
+from .bernoulli import failure_excess, log_ratio, success_excess
 
 __all__ = ["Geometric"]
 
@@ -53,7 +54,7 @@ class Geometric(TorchGeometric, Checked):
 
 
 def _value(p: Tensor, q: Tensor) -> Tensor:
-    return success_excess(p, q) + failure_excess(p, q) / p
+    return success_excess(p, q) + failure_excess(p, q) / p + 0.0  # not -0
 
 
 def _gradient(p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
@@ -65,38 +66,24 @@ def _gradient(p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
     return torch.where(infinite, 0.0, by_p), torch.where(infinite, torch.inf, by_q)
 
 
-_kl = scalar_rule(_value, _gradient)
+def _wait_value(kind_p: str, kind_q: str) -> Callable[..., Tensor]:
+    return lambda x, y: wait_kl(trial(kind_p, x), trial(kind_q, y))
 
 
-def _log_value(a: Tensor, a_low: Tensor, b: Tensor, b_low: Tensor) -> tuple[Tensor]:
-    o = of_log_weights(Double(a, a_low), Double(b, b_low))
-    small = o.t.abs() < 1
-    # E(-t), or q/p - 1 + t; the failures' share in units of p, which is 0 where the success is no float
-    excess = torch.where(small, expm1mx_value(torch.where(small, -o.t, 0.0)), torch.exp(-o.t) - 1 + o.t)
-    odds = torch.exp(a[..., 1] - a[..., 0])
-    failures = torch.where(excess[..., 1] == 0, 0.0, odds * excess[..., 1])
-    return (torch.where(o.p[..., 1] == 0, torch.exp(-a[..., 0]) * o.q[..., 1], failures) + excess[..., 0],)
+def _wait_gradient(kind_p: str, kind_q: str) -> Callable[..., tuple[Tensor, ...]]:
+    def gradient(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        p, q = trial(kind_p, x), trial(kind_q, y)
+        by_p, by_q = wait_slopes(p, q)
+        return by_parameter(kind_p, p, by_p, (0.0, 0.0)), by_parameter(kind_q, q, by_q, (0.0, -1.0))
+
+    return gradient
 
 
-def _log_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
-    a, a_low, b, b_low = inputs
-    o = of_log_weights(Double(a, a_low.detach()), Double(b, b_low.detach()))
-    # by p's logit (1 - p)/p log((1 - p)/(1 - q)), by q's q/p - 1 = v
-    odds = torch.exp(a[..., 1] - a[..., 0])
-    by_a = -torch.where(o.t[..., 1] == 0, 0.0, odds * o.t[..., 1])
-    by_b = o.v[..., 0]
-    # each logit is the difference of two logarithms
-    return torch.stack([by_a, -by_a], -1), torch.zeros_like(a), torch.stack([by_b, -by_b], -1), torch.zeros_like(b)
-
-
-_log_kl = rowwise(_log_value, _log_gradient)
+_RULES = by_kinds(_wait_value, _wait_gradient) | {("probs", "probs"): scalar_rule(_value, _gradient)}
 
 
 @register_hardened(Geometric, Geometric)
 def kl_geometric_geometric(p: TorchGeometric, q: TorchGeometric) -> Tensor:
     """KL between geometric distributions, elementwise; by probabilities or logits, whichever were given."""
     (name_p, x), (name_q, y) = given(p), given(q)
-    if name_p == name_q == "probs":
-        return _kl(x, y)
-    a, b = paired(log_outcomes(p), log_outcomes(q))
-    return _log_kl(a.hi, a.lo.detach(), b.hi, b.lo.detach()).to(common_dtype(x, y))
+    return _RULES[name_p, name_q](x, y)

@@ -22,7 +22,8 @@ from .._double import Double
 from ..registry import register_hardened
 from ._base import Checked, common_dtype, given, moved, widened
 from ._density import checked
-from ._outcomes import log_of, log_weights_kl, weights_kl
+from ._outcomes import log_weights_kl, weights_kl
+from ._trials import log_of
 from .categorical import Categorical, categories_kl
 
 __all__ = ["Multinomial"]

@@ -16,6 +16,8 @@ counts that differ by 1 to 1e-15 of themselves; the sum 6 ulp, and 10 for equal 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributions import NegativeBinomial as TorchNegativeBinomial
@@ -29,6 +31,7 @@ from ._base import Checked, common_dtype, given, widened
 from ._count_gap import count_gap, count_gap_gradient
 from ._density import checked, outcomes
 from ._scalar import attached, scalar_rule
+from ._trials import by_kinds, by_parameter, failure_gain, log_gain, logit, mirrored, trial, wait_kl, wait_slopes
 
 __all__ = ["NegativeBinomial"]
 
@@ -89,24 +92,26 @@ def _sum(
 ) -> Tensor:
     """The divergence from t; q and ``rest`` are the probabilities of a success and a failure."""
     n = m + s
-    some = n > 0
+    some = n != 0
     log_n = torch.log(torch.where(some, n, 1.0))
     means = deviance(m, t, n * q, log_n + log_q) + deviance(s, -t, n * rest, log_n + log_rest)
-    value = _shape(r, m, s, s - r) + torch.where(some, means, 0.0)
+    value = _shape(r, m, s, s - r) + torch.where(some, means, 0.0) + 0.0  # not -0
     # no failure to wait for: X is 0
     return torch.where((s == 0) & (m > 0), torch.inf, value)
 
 
-def _slopes(r: Tensor, m: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _slopes(
+    r: Tensor, m: Tensor, s: Tensor, t: Tensor, log_q: Tensor, log_rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives by r, m and s. That of 0 log 0 is taken to be 0."""
     by_r, by_m, by_s = _shape_gradient(r, m, s, s - r)
-    some = (m > 0) & (t > -m)
-    over = torch.where(some, t, 0.0) / torch.where(some, m, 1.0)
-    other = s > 0
-    under = torch.where(other, -t, 0.0) / torch.where(other, s, 1.0)
-    infinite = (m > 0) & ((t <= -m) | ~other)
-    by_m = torch.where(infinite, torch.inf, by_m - torch.log1p(over))
-    return by_r, by_m, torch.where(infinite, -torch.inf, by_s - torch.log1p(under))
+    some, other = (m > 0) & (log_q > -torch.inf), (s > 0) & (log_rest > -torch.inf)
+    safe_m, safe_s = torch.where(some, m, 1.0), torch.where(other, s, 1.0)
+    log_n = torch.log(torch.where(m + s > 0, m + s, 1.0))
+    over = log_gain(safe_m, torch.where(some, t, 0.0), torch.where(some, log_n + log_q, 0.0))
+    under = log_gain(safe_s, torch.where(other, -t, 0.0), torch.where(other, log_n + log_rest, 0.0))
+    infinite = (m > 0) & ~(some & other)
+    return by_r, torch.where(infinite, torch.inf, by_m - over), torch.where(infinite, -torch.inf, by_s - under)
 
 
 # ---- of probabilities -------------------------------------------------------------------------------------------
@@ -119,9 +124,14 @@ def _mismatch(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> Tensor:
     return _double.rounded(_double.subtract(own, other)) / (1 - p)
 
 
+def _log(q: Tensor) -> Tensor:
+    some = q != 0
+    return torch.where(some, torch.log(torch.where(some, q, 1.0)), -torch.inf)
+
+
 def _value(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> Tensor:
-    log_q = torch.where(q > 0, torch.log(torch.where(q > 0, q, 1.0)), -torch.inf)
-    return _sum(r, r * p / (1 - p), s, q, 1 - q, log_q, torch.log1p(-q), _mismatch(r, p, s, q))
+    value = _sum(r, r * p / (1 - p), s, q, 1 - q, _log(q), torch.log1p(-q), _mismatch(r, p, s, q))
+    return torch.where((p >= 0) & (p <= 1) & (q >= 0) & (q <= 1), value, torch.nan)
 
 
 def _gradient(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, ...]:
@@ -129,7 +139,7 @@ def _gradient(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
         exact = _mismatch(*(x.detach() for x in (r, p, s, q)))
     t = attached(exact, s * q - m * (1 - q))
-    by_r, by_m, by_s = _slopes(r, m, s, t)
+    by_r, by_m, by_s = _slopes(r, m, s, t, _log(q), torch.log1p(-q))
     some = q > 0
     by_q = t / torch.where(some, q, 1.0) / (1 - q)
     by_q = torch.where(some, by_q, torch.where(m > 0, -torch.inf, s))
@@ -139,9 +149,6 @@ def _gradient(r: Tensor, p: Tensor, s: Tensor, q: Tensor) -> tuple[Tensor, ...]:
         by_s,
         by_q,
     )
-
-
-_kl = scalar_rule(_value, _gradient)
 
 
 # ---- of logits --------------------------------------------------------------------------------------------------
@@ -164,44 +171,86 @@ def _means(r: Tensor, x: Double, s: Tensor, y: Double) -> tuple[Tensor, Tensor, 
     return odds, q, rest, torch.where(near, attached(exact, plain), plain)
 
 
-def _logits_value(r: Tensor, x: Tensor, x_low: Tensor, s: Tensor, y: Tensor, y_low: Tensor) -> Tensor:
-    odds, q, rest, t = _means(r, Double(x, x_low), s, Double(y, y_low))
-    log_q, log_rest = torch.nn.functional.logsigmoid(y), torch.nn.functional.logsigmoid(-y)
-    return _sum(r, r * odds, s, q, rest, log_q, log_rest, t)
+def _logs(y: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.nn.functional.logsigmoid(y), torch.nn.functional.logsigmoid(-y)
 
 
-def _logits_gradient(r: Tensor, x: Tensor, x_low: Tensor, s: Tensor, y: Tensor, y_low: Tensor) -> tuple[Tensor, ...]:
-    odds, _, _, t = _means(r, Double(x, x_low.detach()), s, Double(y, y_low.detach()))
+def _unequal(r: Tensor, x: Double, s: Tensor, y: Double) -> Tensor:
+    odds, q, rest, t = _means(r, x, s, y)
+    value = _sum(
+        r, torch.where(odds.isinf(), 1.0, r * odds), s, q, rest, *_logs(y.hi), torch.where(odds.isinf(), 1.0, t)
+    )
+    return torch.where(odds.isinf() & (r > 0), torch.inf, value)
+
+
+def _unequal_gradient(r: Tensor, x: Double, s: Tensor, y: Double) -> tuple[Tensor, ...]:
+    odds, _, _, t = _means(r, x, s, y)
+    finite = odds < torch.inf  # the divergence is infinite elsewhere
+    odds, t = torch.where(finite, odds, 1.0), torch.where(finite, t, 0.0)
     m = r * odds
-    by_r, by_m, by_s = _slopes(r, m, s, t)
-    zero = torch.zeros_like(x)
-    return masked_product(odds, by_m) + by_r, masked_product(m, by_m), zero, by_s, t, zero
+    by_r, by_m, by_s = _slopes(r, m, s, t, *_logs(y.hi))
+    partials = masked_product(odds, by_m) + by_r, masked_product(m, by_m), by_s, t
+    return tuple(torch.where(finite, v, 0.0) for v in partials)
 
 
-_logits_kl = scalar_rule(_logits_value, _logits_gradient)
+# e^-45 is below 2^-53; logits whose odds are far from the end of the floats
+_DISCRETE, _FINITE, _LARGEST = 45.0, 300.0, 690.0
 
 
-def _logit(distribution: TorchNegativeBinomial) -> tuple[Tensor, Tensor]:
-    """The logit in two parts, of which the first has its derivative."""
-    name, x = given(distribution)
-    x = widened(x)
-    if name == "logits":
-        return x, torch.zeros_like(x)
-    some = x > 0
-    safe = torch.where(some, x, 0.5)
-    smooth = torch.log(safe) - torch.log1p(-safe)
+def _moderate(r: Tensor, x: Double, s: Tensor, y: Double, where: Tensor) -> tuple[Double, Double]:
+    """The logits there, and harmless ones elsewhere.
+
+    Large means with hardly a count below 1 are taken down together: the divergence is that of two Gamma distributions.
+    """
+    x, y = (Double(torch.where(where, v.hi, 0.0), torch.where(where, v.lo, 0.0)) for v in (x, y))
     with torch.no_grad():
-        precise = _double.log_quotient(safe, _double.exact_sum(torch.ones_like(safe), -safe))
-    return torch.where(some, attached(precise.hi, smooth), -torch.inf), torch.where(some, precise.lo, 0.0).detach()
+        still_x, still_y = x.hi.detach(), y.hi.detach()
+        least = torch.minimum(r, s).detach().clamp(max=1.0)
+        spare = torch.minimum(still_x, still_y) - _DISCRETE / torch.where(least > 0, least, 1e-3)
+        # of counts so small that this is no limit, the means are those of the largest floats at least
+        spare = torch.maximum(spare, torch.minimum(still_x, still_y + _LARGEST) - _LARGEST)
+        spare = torch.where((spare > 0) & spare.isfinite(), spare.floor(), 0.0)
+    return Double(x.hi - spare, x.lo), Double(y.hi - spare, y.lo)
+
+
+def _logits_value(kind_p: str, kind_q: str) -> Callable[..., Tensor]:
+    def value(r: Tensor, x: Tensor, s: Tensor, y: Tensor) -> Tensor:
+        # of one count: r times the divergence of a wait for a failure, which no mean overflows in
+        result = masked_product(r, wait_kl(mirrored(trial(kind_p, x)), mirrored(trial(kind_q, y))))
+        other = r != s
+        if may_hold(other):
+            a, b = _moderate(r, logit(kind_p, x), s, logit(kind_q, y), other)
+            result = torch.where(other, _unequal(r, a, s, b), result)
+        return result
+
+    return value
+
+
+def _logits_gradient(kind_p: str, kind_q: str) -> Callable[..., tuple[Tensor, ...]]:
+    def gradient(r: Tensor, x: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        p, q = trial(kind_p, x), trial(kind_q, y)
+        by_p, by_q = wait_slopes(mirrored(p), mirrored(q))
+        partials: tuple[Tensor, ...] = -by_p, masked_product(r, -by_p), -failure_gain(p, q), masked_product(r, -by_q)
+        other = r != s
+        if may_hold(other):
+            small = (p.hi.abs() < _FINITE) & (q.hi.abs() < _FINITE)
+            a, b = _moderate(r, logit(kind_p, x), s, logit(kind_q, y), other | small)
+            pairs = zip(_unequal_gradient(r, a, s, b), partials, strict=True)
+            # of one count with the second derivatives by the counts, which trials know nothing of
+            partials = tuple(
+                torch.where(other, u, torch.where(small, attached(v, torch.where(small, u, 0.0)), v)) for u, v in pairs
+            )
+        by_r, by_x, by_s, by_y = partials
+        return by_r, by_parameter(kind_p, p, by_x, (0.0, 0.0)), by_s, by_parameter(kind_q, q, by_y, (1.0, 0.0))
+
+    return gradient
+
+
+_RULES = by_kinds(_logits_value, _logits_gradient) | {("probs", "probs"): scalar_rule(_value, _gradient)}
 
 
 @register_hardened(NegativeBinomial, NegativeBinomial)
 def kl_negative_binomial_negative_binomial(p: TorchNegativeBinomial, q: TorchNegativeBinomial) -> Tensor:
     """KL between negative binomial distributions, elementwise; by what they were built from."""
     (name_p, x), (name_q, y) = given(p), given(q)
-    dtype = common_dtype(x, y)
-    if name_p == name_q == "probs":
-        value = _kl(*(widened(v) for v in (p.total_count, x, q.total_count, y)))
-    else:
-        value = _logits_kl(widened(p.total_count), *_logit(p), widened(q.total_count), *_logit(q))
-    return value.to(dtype)
+    return _RULES[name_p, name_q](widened(p.total_count), x, widened(q.total_count), y).to(common_dtype(x, y))

@@ -24,7 +24,7 @@ from ..._double import LOG_2, Double, rounded, select, subtract
 from ..._elementwise import horner
 from ..._opaque import opaque
 from ..._scaled import has_none, power_of_two, shifted
-from ..._wide import Wide, narrow, wide
+from ..._wide import Wide, alike, narrow, wide
 from ...special import _ATANH, log1pmx, log1pmx_value, log_ratio_bregman
 
 __all__ = [
@@ -74,8 +74,8 @@ def _excess(x: Wide, y: Wide) -> tuple[Tensor, Tensor, Tensor]:
 
 def excess(x: Operand, y: Operand) -> Tensor:
     """x/y - 1 - log(x/y) of positive numbers, whose quotient need not be a float."""
-    x, y = wide(x), wide(y)
-    if has_none(x.exponent, y.exponent):
+    x, y = alike(wide(x), wide(y))
+    if has_none(x.exponent):
         return _excess_of(x.number, y.number)[0]
     value, up, quotient = _excess(x, y)
     return torch.where(up, shifted(quotient, x.exponent - y.exponent), value)
@@ -83,10 +83,10 @@ def excess(x: Operand, y: Operand) -> Tensor:
 
 def deviance(x: Operand, y: Operand) -> Tensor:
     """X log(x/y) + y - x, y where x is 0; neither need be a float."""
-    x, y = wide(x), wide(y)
+    x, y = alike(wide(x), wide(y))
     none = x.number.hi == 0
     safe = Wide(select(none, 1.0, x.number), x.exponent)
-    if has_none(x.exponent, y.exponent):
+    if has_none(x.exponent):
         return torch.where(none, y.number.hi, x.number.hi * _excess_of(y.number, safe.number)[0])
     value, up, _ = _excess(y, safe)
     return torch.where(none | up, narrow(y).hi, shifted(x.number.hi * value, x.exponent))

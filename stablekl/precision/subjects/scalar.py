@@ -66,7 +66,7 @@ LIMITS: dict[str, dict[torch.dtype, str]] = {
 }
 # The largest error of a family's rule that the project aims at; of one between two families.
 _SHAPES = ("Beta", "Chi2", "Gamma", "InverseGamma", "NegativeBinomial", "StudentT", "VonMises", "Weibull")
-_SELF, _SHAPE, _CROSS = 8.0, 16.0, 64.0
+SELF, _SHAPE, CROSS = 8.0, 16.0, 64.0
 _DENSITY = 4.0
 
 
@@ -245,7 +245,7 @@ def divergence(p: str, q: str) -> Subject:
         valid=validity(*families),
         elementwise=p not in COSTS,
         cost=COSTS.get(p, 0.5),
-        bars=bars(_CROSS if p != q or p == "GeneralizedPareto" else _SHAPE if p in _SHAPES else _SELF),
+        bars=bars(CROSS if p != q or p == "GeneralizedPareto" else _SHAPE if p in _SHAPES else SELF),
     )
 
 
@@ -316,7 +316,7 @@ def unequal_counts() -> Subject:
         expand=expand,
         valid=valid,
         cost=3000,
-        bars=bars(_CROSS),
+        bars=bars(CROSS),
     )
 
 

@@ -13,6 +13,7 @@ from torch.distributions import Categorical, Dirichlet, Distribution, OneHotCate
 from torch.distributions import kl as torch_kl
 
 from ... import registry
+from ...distributions import Categorical as OurCategorical
 from ...distributions import Multinomial
 from ..batches import REACH, Batch, Plan, neighbours, plans
 from ..references import categorical, dirichlet, wishart
@@ -109,6 +110,62 @@ def _categorical(cls: type[Any]) -> Subject:
     )
 
 
+def _of_any_sum() -> Subject:
+    """Of weights whose sums are anything from the smallest to the largest float."""
+
+    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
+        rng = plan.generator()
+        info = torch.finfo(dtype)
+        low, high = np.log2(info.tiny), np.log2(info.max) - 1
+
+        def scaled(x: Tensor) -> Tensor:
+            shift = torch.from_numpy(np.floor(rng.uniform(low, high, (COUNT, 1))))
+            half = (shift / 2).floor()
+            return ((x.double() * torch.exp2(half)) * torch.exp2(shift - half)).clamp(max=info.max).to(dtype)
+
+        return tuple(scaled(x) for x in _weights(plan, dtype))
+
+    return replace(
+        _categorical(Categorical),
+        name="Categorical-Categorical of any sum",
+        rules={"stablekl": lambda p, q: registry.kl_divergence(*(OurCategorical(x) for x in (p, q)))},
+        expand=expand,
+        valid=lambda p, q: torch.stack([(x >= 0).all(-1) & x.isfinite().all(-1) & (x > 0).any(-1) for x in (p, q)]).all(
+            0
+        ),
+    )
+
+
+def _by_logits() -> Subject:
+    """Of logits up to 1e4 in size."""
+
+    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
+        rng = plan.generator()
+
+        def drawn() -> Tensor:
+            signs = rng.choice((-1, 1), (COUNT, plan.size))
+            return torch.from_numpy(np.exp2(plan.logs(rng, signs.shape, 13.3)) * signs).to(dtype)
+
+        q = drawn()
+        if plan.relation == "equal":
+            return q, q
+        if plan.relation == "near":
+            return _near(q, plan, rng), q
+        return (
+            drawn() if plan.relation == "apart" else (q.double() + torch.from_numpy(rng.normal(size=q.shape))).to(dtype)
+        ), q
+
+    return replace(
+        _categorical(Categorical),
+        name="Categorical-Categorical by logits",
+        parameters=("logits_p", "logits_q"),
+        rules={"stablekl": lambda p, q: registry.kl_divergence(*(OurCategorical(logits=x) for x in (p, q)))},
+        reference=divergence_of(categorical.kl_from_logits_at),
+        expand=expand,
+        valid=lambda p, q: ((p.abs() < 2e4) & (q.abs() < 2e4)).all(-1),
+    )
+
+
 # ---- Dirichlet ----------------------------------------------------------------------------------------------------
 
 
@@ -200,5 +257,7 @@ def subjects() -> Iterator[Subject]:
     yield _categorical(Categorical)
     yield _categorical(OneHotCategorical)
     yield _multinomial()
+    yield _of_any_sum()
+    yield _by_logits()
     yield from _dirichlet()
     yield _wishart()

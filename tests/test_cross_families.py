@@ -13,8 +13,8 @@ import stablekl
 from stablekl import distributions
 from stablekl.distributions.cross.infinite import INFINITE
 from stablekl.precision.references import FAMILIES
-from stablekl.precision.references.context import mp
-from stablekl.precision.references.family import divergence
+from stablekl.precision.references.context import exact, gradient, mp
+from stablekl.precision.references.family import divergence, kl
 
 F64 = torch.float64
 
@@ -289,3 +289,26 @@ def test_an_open_support_holds_as_much_as_a_closed_one():
     cb = distributions.ContinuousBernoulli(probs=torch.tensor(0.3, dtype=F64))
     for p, q in ((cb, unit), (unit, cb), (unit, distributions.Beta(torch.tensor(2.0, dtype=F64), 2.0))):
         assert stablekl.kl_divergence(p, q).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("p", "parameters", "mu", "b"),
+    [
+        ("Uniform", (1e-6, 1.001e-6), 0.0, 1e3),
+        ("Pareto", (1e-10, 1035.0), 0.0, 3975.0),
+        ("Normal", (1.0, 1.0), 0.0, 1e9),
+        ("Exponential", (1e12,), -1e-9, 1e3),
+        ("Gumbel", (1e-9, 1e-12), 0.0, 1e4),
+    ],
+)
+def test_gradients_against_a_wide_laplace(p, parameters, mu, b):
+    """By the mean deviation the derivative is 1/b; taken as 1/b - 1/A and 1/A it would lose the digits of b/A."""
+    leaves = [torch.tensor(x, dtype=F64, requires_grad=True) for x in (*parameters, mu, b)]
+    value = stablekl.kl_divergence(getattr(stablekl, p)(*leaves[:-2]), stablekl.Laplace(*leaves[-2:]))
+    found = torch.autograd.grad(value, leaves)
+
+    def at(*theta):
+        return kl(FAMILIES[p], theta[:-2], FAMILIES["Laplace"], theta[-2:])
+
+    for (truth,), slope in zip(gradient(at, *(exact(x.detach()) for x in leaves)), found, strict=True):
+        assert float(slope) == pytest.approx(float(truth), rel=1e-13)

@@ -1,0 +1,61 @@
+r"""Derivatives of the divergence from a distribution of mean m and variance v to a normal one.
+
+Of :math:`KL = J + (m - \mu)^2/(2 s^2) + [v/s^2 - 1 - \log(v/s^2)]/2` with :math:`M = m - \mu` and
+:math:`D = v - s^2`, both known to all their digits, by a parameter of p and by those of q,
+
+.. math::
+    \partial_\theta KL = J_\theta + \frac{M}{s^2} m_\theta + \frac{D}{2 s^2} (\log v)_\theta, \qquad
+    \partial_\mu KL = -\frac{M}{s^2}, \qquad \partial_s KL = -\frac{M^2 + D}{s^3}.
+
+Autograd through the textbook form cancels where the moments of p are nearly those of q, and its parts leave the range
+of floats where these do not: here numbers have an exponent of their own (`_scaled`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..._scaled import Scaled, scaled
+from ..._wide import Wide, attached, difference, product, total, wide
+
+__all__ = ["Slopes", "normal_slopes", "summed"]
+
+
+class Slopes(NamedTuple):
+    """What the derivatives consist of.
+
+    Attributes:
+        by_mean: M/s^2.
+        by_log_variance: D/(2 s^2).
+        by_q: the derivatives by mu and by s.
+    """
+
+    by_mean: Scaled
+    by_log_variance: Scaled
+    by_q: tuple[Tensor, Tensor]
+
+
+def normal_slopes(
+    mean: Wide, variance: Wide, smooth_mean: Scaled, smooth_variance: Scaled, mu: Tensor, s: Tensor
+) -> Slopes:
+    """From the moments without derivatives, and the same with derivatives, which may have lost digits."""
+    still = wide(s.detach())
+    shift, gap = difference(mean, wide(mu.detach())), difference(variance, product(still, still))
+    scale = scaled(s)
+    square = scale * scale
+    smooth_shift, smooth_gap = smooth_mean - scaled(mu), smooth_variance - square
+    both = attached(total(product(shift, shift), gap), smooth_shift * smooth_shift + smooth_gap)
+    by_mean = attached(shift, smooth_shift) / square
+    lag = attached(gap, smooth_gap) / square
+    by_s = -(both / square / scale).rounded()
+    return Slopes(by_mean, Scaled(lag.mantissa, lag.exponent - 1), (-by_mean.rounded(), by_s))
+
+
+def summed(*terms: Scaled) -> Tensor:
+    """The sum as a float."""
+    result = terms[0]
+    for x in terms[1:]:
+        result = result + x
+    return result.rounded()

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..._scaled import Scaled, scaled
+from ..._scaled import Scaled, power_of_two, scaled
 from ..._wide import Wide, attached, difference, product, total, wide
 
-__all__ = ["Slopes", "normal_slopes", "summed"]
+__all__ = ["Slopes", "added", "normal_slopes", "summed"]
 
 
 class Slopes(NamedTuple):
@@ -45,17 +46,27 @@ def normal_slopes(
     shift, gap = difference(mean, wide(mu.detach())), difference(variance, product(still, still))
     scale = scaled(s)
     square = scale * scale
-    smooth_shift, smooth_gap = smooth_mean - scaled(mu), smooth_variance - square
-    both = attached(total(product(shift, shift), gap), smooth_shift * smooth_shift + smooth_gap)
+    smooth_shift, smooth_gap = added(smooth_mean, -scaled(mu)), added(smooth_variance, -square)
+    both = attached(total(product(shift, shift), gap), added(smooth_shift * smooth_shift, smooth_gap))
     by_mean = attached(shift, smooth_shift) / square
     lag = attached(gap, smooth_gap) / square
     by_s = -(both / square / scale).rounded()
     return Slopes(by_mean, Scaled(lag.mantissa, lag.exponent - 1), (-by_mean.rounded(), by_s))
 
 
+def added(*terms: Scaled) -> Scaled:
+    """The sum, in which a term that is 0 keeps its derivatives: by the operator + of `Scaled` it would lose them."""
+    top = torch.full_like(terms[0].exponent, -torch.inf)
+    for x in terms:
+        top = torch.maximum(top, torch.where(x.mantissa == 0, -torch.inf, x.exponent))
+    for x in terms:
+        top = torch.where(top == -torch.inf, x.exponent, top)
+    total = torch.zeros_like(top)
+    for x in terms:
+        total = total + x.mantissa * power_of_two(x.exponent - top)
+    return Scaled(total, top)
+
+
 def summed(*terms: Scaled) -> Tensor:
     """The sum as a float."""
-    result = terms[0]
-    for x in terms[1:]:
-        result = result + x
-    return result.rounded()
+    return added(*terms).rounded()

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..._autograd import rowwise
 from ..._bregman import lgamma_bend
+from ..._bregman import lgamma_change as plain_change
 from ..._double import subtract
 from ..._elementwise import horner
 from ..._scaled import lgamma_change, scaled, trigamma, where
@@ -36,7 +37,7 @@ from .._scalar import attached
 from ..exponential import Exponential
 from ..gamma import Gamma
 from ..inverse_gamma import InverseGamma
-from ._moments import summed
+from ._moments import added, summed
 from ._pieces import deviance, lgamma_bregman
 from ._rule import register_pair
 
@@ -96,14 +97,15 @@ def _gradient(a: Tensor, b: Tensor, c: Tensor, r: Tensor) -> tuple[Tensor, ...]:
     exact = quotient(product(still[0], still[2]), wide(subtract(a.detach(), 1.0)))
     x, x_b, x_c, x_r, less, one = (scaled(v) for v in (a, b, c, r, a - 1, torch.ones_like(a)))
     y = x_b * x_r / less
-    gap = attached_to(difference(exact, still[1]), y - x_c)
+    gap = attached_to(difference(exact, still[1]), added(y, -x_c))
     log = attached(log_quotient(still[1], exact).hi, (x_c / y).log())
     # next to a = 1 of a small mean both c/(a - 1) and K' are large: K' + 1/(a - 1) = 2 trigamma(a) - 1/a
     near = (a < 2) & (y + y).less(x_c)
     apart = x_c * (trigamma(x) + trigamma(x) - one / x) - y / less
-    own = where(near, apart, x_c * scaled(_skewness_slope((a,), None)[0]) - gap / less)
-    by_a = summed(own, -(scaled(lgamma_bend(a)) * (x_c - x) / x / x))
-    by_c = summed(scaled(log), lgamma_change(x_c, x, x_c - x), scaled(_skewness(a)))
+    own = where(near, apart, added(x_c * scaled(_skewness_slope((a,), None)[0]), -(gap / less)))
+    by_a = summed(own, -(scaled(lgamma_bend(a)) * added(x_c, -x) / x / x))
+    change = attached(lgamma_change(x_c, x, x_c - x).rounded(), plain_change(c, a, c - a))
+    by_c = summed(scaled(log), scaled(change), scaled(_skewness(a)))
     partials = by_a, (gap / x_b).rounded(), by_c, (gap / x_r).rounded()
     return tuple(torch.where(finite, v, 0.0) for v in partials)
 

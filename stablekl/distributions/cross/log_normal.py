@@ -39,7 +39,7 @@ from ..exponential import Exponential
 from ..gamma import Gamma
 from ..log_normal import LogNormal
 from ..weibull import Weibull
-from ._moments import normal_slopes, summed
+from ._moments import added, normal_slopes, summed
 from ._pieces import deviance, excess, lgamma_bregman, remainders
 from ._rule import register_pair
 
@@ -189,10 +189,11 @@ def _shape_slopes(c: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gamma_log_normal_gradient(c: Tensor, r: Tensor, mu: Tensor, s: Tensor) -> tuple[Tensor, ...]:
     mean, variance = _gamma_moments(c.detach(), r.detach())
-    x, one = scaled(c), torch.ones_like(c)
-    trigamma = _scaled.trigamma(x)
-    smooth = scaled(torch.log(c) - torch.log(r) - _EULER) + _scaled.lgamma_change(x, scaled(one), x - scaled(one))
-    at = normal_slopes(wide(mean), variance, smooth, trigamma, mu, s)
+    x, trigamma = scaled(c), _scaled.trigamma(scaled(c))
+    # digamma(c), but for 1/c that may be no float
+    one = torch.ones_like(c)
+    later = torch.log1p(c) - _EULER + _bregman.lgamma_change(1 + c, one, c) - torch.log(r)
+    at = normal_slopes(wide(mean), variance, added(scaled(later), -(scaled(one) / x)), trigamma, mu, s)
     shape, lean = (scaled(v) for v in _shape_slopes(c))
     by_c = summed(at.by_mean * trigamma, at.by_log_variance * lean / x, shape)
     return by_c, -(at.by_mean / scaled(r)).rounded(), *at.by_q
@@ -216,7 +217,7 @@ def _weibull_log_normal_gradient(scale: Tensor, k: Tensor, mu: Tensor, s: Tensor
     variance = quotient(wide(add(zero, _VARIANCE)), product(still, still))
     x, euler = scaled(k), scaled(zero + _EULER)
     smooth_variance = scaled(zero + _VARIANCE.hi) / x / x
-    at = normal_slopes(mean, variance, scaled(torch.log(scale)) - euler / x, smooth_variance, mu, s)
+    at = normal_slopes(mean, variance, added(scaled(torch.log(scale)), -(euler / x)), smooth_variance, mu, s)
     lag = at.by_log_variance
     by_k = summed(at.by_mean * euler / x / x, -Scaled(lag.mantissa, lag.exponent + 1) / x)
     return (at.by_mean / scaled(scale)).rounded(), by_k, *at.by_q

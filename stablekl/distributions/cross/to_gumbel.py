@@ -50,7 +50,7 @@ from ..gumbel import Gumbel
 from ..normal import Normal
 from ..uniform import Uniform
 from . import _truncated
-from ._moments import summed
+from ._moments import added, summed
 from ._pieces import excess, gamma_shape
 from ._rule import register_pair, settled
 
@@ -169,11 +169,11 @@ def _gamma_gradient(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> tuple[Ten
     near = torch.where(exact.far, 1.0, inverse.rounded())
     log = torch.where(exact.far, inverse.log(), torch.log1p(near))
     gap = where(exact.far, inverse, scaled(-log1pmx(near)))
-    power = _power(exact.w, (z - x * scaled(log)).rounded())
+    power = _power(exact.w, summed(z, -(x * scaled(log))))
     share = x * inverse / (one + inverse)
-    by_theta = (one - share * inverse) + share * power
-    entropy = scaled(a - 1) * scaled(lgamma_bend(a)) / x / x - one / x
-    by_a = summed(gap, -(power * scaled(log)), entropy)
+    by_theta = added(one, -(share * inverse), share * power)
+    entropy = scaled(a - 1) * scaled(lgamma_bend(a)) / x / x
+    by_a = summed(gap, -(power * scaled(log)), entropy, -(one / x))
     return by_a, (by_theta / r).rounded(), (power / scale).rounded(), summed(by_theta / scale, -(power * z / scale))
 
 

@@ -60,7 +60,7 @@ from ..normal import Normal, normal_kl
 from ..pareto import Pareto
 from ..uniform import Uniform
 from . import _truncated
-from ._moments import normal_slopes, summed
+from ._moments import added, normal_slopes, summed
 from ._pieces import excess, gamma_shape, minus_log1pmx, remainders
 from ._rule import register_pair, settled
 
@@ -128,7 +128,7 @@ def _pareto_gradient(scale: Tensor, alpha: Tensor, mu: Tensor, s: Tensor) -> tup
     last, lag = unit / x / two, at.by_log_variance
     # near a = 2 of a small v D is all but -s^2: (1 + D/s^2)/(a (a - 2)) as one
     ratio = variance / scaled(s) / scaled(s)
-    last = where(a < 4, ratio * last, last + double * lag * last)
+    last = where(a < 4, ratio * last, added(last, double * lag * last))
     by_a = summed(-(at.by_mean * over / one), -(double * lag / one), -last, -(unit / x / x / one))
     by_scale = summed(at.by_mean * x / one, at.by_log_variance * double / m)
     return tuple(torch.where(finite, v, 0.0) for v in (by_scale, by_a, *at.by_q))
@@ -154,12 +154,13 @@ def _gamma(a: Tensor, rate: Tensor, mu: Tensor, s: Tensor) -> Tensor:
 
 
 def _gamma_gradient(a: Tensor, rate: Tensor, mu: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-    x, r, one = scaled(a), scaled(rate), scaled(torch.ones_like(a))
+    x, r = scaled(a), scaled(rate)
     mean = quotient(wide(a.detach()), wide(rate.detach()))
     at = normal_slopes(mean, quotient(mean, wide(rate.detach())), x / r, x / r / r, mu, s)
     large = a > _SERIES_FROM
     w = 1 / torch.where(large, a, _SERIES_FROM)
-    near = scaled(a - 1) * scaled(lgamma_bend(torch.where(large, 1.0, a))) / x / x - scaled(0.5 * one.mantissa) / x
+    near = scaled(a - 1) * scaled(lgamma_bend(torch.where(large, 1.0, a))) / x / x
+    near = added(near, -(scaled(torch.full_like(a, 0.5)) / x))
     shape = where(large, scaled(-w * w * horner(w, _T_SLOPE)), near)
     by_a = summed(at.by_mean / r, at.by_log_variance / x, shape)
     twice = Scaled(at.by_log_variance.mantissa, at.by_log_variance.exponent + 1)
@@ -223,14 +224,18 @@ def _beta_gradient(a: Tensor, b: Tensor, mu: Tensor, s: Tensor) -> tuple[Tensor,
     n, double = x + y, scaled(2 * one)
     at = normal_slopes(mean, variance, x / n, x / n * (y / n) / (n + unit), mu, s)
     rounded_n = n.rounded().clamp(max=torch.finfo(a.dtype).max)
-    shared = double / n - (n - double) * scaled(lgamma_bend(rounded_n)) / n / n
+    shared = added(double / n, added(double, -n) * scaled(lgamma_bend(rounded_n)) / n / n)
     lean = double / n + unit / (n + unit)
 
     def partial(v: Tensor, of_mean: Scaled) -> Tensor:
         z = scaled(v)
-        own = scaled(v - 1) * scaled(lgamma_bend(v)) / z / z - unit / z
+        own = added(scaled(v - 1) * scaled(lgamma_bend(v)) / z / z, -(unit / z))
         return summed(
-            at.by_mean * of_mean, at.by_log_variance * (unit / z - lean), at_half * (unit / z - lean), own, shared
+            at.by_mean * of_mean,
+            at.by_log_variance * (added(unit / z, -lean)),
+            at_half * (added(unit / z, -lean)),
+            own,
+            shared,
         )
 
     at_half = scaled(0.5 * one)

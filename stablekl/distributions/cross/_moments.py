@@ -18,10 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._scaled import Scaled, power_of_two, scaled
-from ..._wide import Wide, attached, difference, product, total, wide
+from ..._double import Double
+from ..._scaled import Scaled, power_of_two, scaled, shifted, where
+from ..._wide import Wide, attached, difference, exp, product, total, wide
+from .._scalar import attached as carried
 
-__all__ = ["Slopes", "added", "normal_slopes", "summed"]
+__all__ = ["Slopes", "added", "normal_slopes", "powers", "summed"]
+
+
+# From here on e^w and e^-w have derivatives no more, but those that are written down.
+_BEYOND = 600.0
 
 
 class Slopes(NamedTuple):
@@ -70,3 +76,29 @@ def added(*terms: Scaled) -> Scaled:
 def summed(*terms: Scaled) -> Tensor:
     """The sum as a float."""
     return added(*terms).rounded()
+
+
+class Powers(NamedTuple):
+    """Of w.
+
+    Attributes:
+        less_one: e^w - 1.
+        exp: e^w.
+    """
+
+    less_one: Scaled
+    exp: Scaled
+
+
+def powers(w: Double, smooth: Tensor) -> Powers:
+    """With the derivatives of ``smooth`` for w."""
+    low, power = w.hi < 1, exp(w)
+    value = Scaled(power.number.hi, power.exponent)
+    rise = value + scaled(-torch.ones_like(smooth))
+    less = where(low, scaled(torch.expm1(torch.where(low, w.hi, 0.0))), rise)
+    moving = torch.where(w.hi.abs() < _BEYOND, smooth, 0.0)
+    slope = shifted(value.mantissa, value.exponent - less.exponent)
+    return Powers(
+        Scaled(carried(less.mantissa, slope * moving), less.exponent),
+        Scaled(carried(value.mantissa, value.mantissa * moving), value.exponent),
+    )

@@ -32,14 +32,14 @@ from ..._autograd import may_hold
 from ..._double import EULER, Double, add, negative, select, subtract
 from ..._double_gamma import digamma
 from ..._elementwise import horner
-from ..._scaled import Scaled, scaled
+from ..._scaled import Scaled, scaled, where
 from ..._wide import Wide, difference, half, narrow, product, quotient, total, wide
-from ...special import bd0, expm1mx, expm1mx_value, log_ratio_bregman
+from ...special import bd0, expm1mx_value, log_ratio_bregman
 from ..exponential import Exponential
 from ..gamma import Gamma
 from ..log_normal import LogNormal
 from ..weibull import Weibull
-from ._moments import added, normal_slopes, summed
+from ._moments import added, normal_slopes, powers, summed
 from ._pieces import deviance, excess, lgamma_bregman, remainders
 from ._rule import register_pair
 
@@ -119,11 +119,16 @@ def _log_normal_exponential_smooth(mu: Tensor, s: Tensor, r: Tensor) -> Tensor:
     return _log_normal_gamma_smooth(mu, s, torch.ones_like(r), r)
 
 
-def _log_normal_weibull(mu: Tensor, s: Tensor, scale: Tensor, k: Tensor) -> Tensor:
+def _weibull_level(mu: Tensor, s: Tensor, scale: Tensor, k: Tensor) -> tuple[Double, Wide]:
+    """The w of the module's head, and (k s)^2."""
     spread = product(wide(k), wide(s))
     square = product(spread, spread)
     shift = product(difference(wide(_wide.log(wide(scale))), wide(mu)), wide(k))
-    w = narrow(difference(half(square), shift))
+    return narrow(difference(half(square), shift)), square
+
+
+def _log_normal_weibull(mu: Tensor, s: Tensor, scale: Tensor, k: Tensor) -> Tensor:
+    w, square = _weibull_level(mu, s, scale, k)
     large = w.hi > 1
     root = torch.exp(0.5 * w.hi)
     power = root * (1 + torch.where(w.hi < 1e3, w.lo, 0.0)) * root
@@ -132,10 +137,19 @@ def _log_normal_weibull(mu: Tensor, s: Tensor, scale: Tensor, k: Tensor) -> Tens
     return level + (0.5 * excess(square, torch.ones_like(k)) + _REMAINDER)
 
 
-def _log_normal_weibull_smooth(mu: Tensor, s: Tensor, scale: Tensor, k: Tensor) -> Tensor:
-    square = (k * s) * (k * s)
-    w = k * (mu - torch.log(scale)) + 0.5 * square
-    return expm1mx(w) + 0.5 * log_ratio_bregman(square, torch.ones_like(k))
+def _log_normal_weibull_gradient(mu: Tensor, s: Tensor, scale: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """By P = e^w - 1 and t = (k s)^2 e^w - 1: k P, t/s, -k P/scale and P (mu - log scale) + t/k."""
+    w, exact_square = _weibull_level(*(x.detach() for x in (mu, s, scale, k)))
+    one, x, spread = torch.ones_like(k), scaled(k), scaled(k) * scaled(s)
+    square, shift = spread * spread, added(scaled(mu), -scaled(torch.log(scale)))
+    half_square = Scaled(square.mantissa, square.exponent - 1)
+    power, exp = powers(w, summed(x * shift, half_square))
+    gap = _wide.attached(difference(exact_square, wide(one)), added(square, -scaled(one)))
+    # t next to its zero, and of small e^w
+    t = where(power.rounded() < -0.5, added(square * exp, -scaled(one)), added(gap, power * square))
+    by_mu = x * power
+    by_k = summed(power * shift, t / x)
+    return by_mu.rounded(), (t / scaled(s)).rounded(), -(by_mu / scaled(scale)).rounded(), by_k
 
 
 # ---- against a log-normal distribution ----------------------------------------------------------------------------
@@ -240,7 +254,7 @@ kl_log_normal_exponential = register_pair(
     LogNormal, Exponential, _log_normal_exponential, _log_normal_exponential_smooth, (0.0, 1.0, 1.0)
 )
 kl_log_normal_weibull = register_pair(
-    LogNormal, Weibull, _log_normal_weibull, _log_normal_weibull_smooth, (0.0, 1.0, 1.0, 1.0), torch_lacks_it=True
+    LogNormal, Weibull, _log_normal_weibull, gradient=_log_normal_weibull_gradient, torch_lacks_it=True
 )
 kl_gamma_log_normal = register_pair(Gamma, LogNormal, _gamma_log_normal, gradient=_gamma_log_normal_gradient)
 kl_weibull_log_normal = register_pair(

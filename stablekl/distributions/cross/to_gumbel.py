@@ -38,19 +38,17 @@ from ..._bregman import lgamma_bend
 from ..._double import PI, Double, divide, log, log1p, multiply, negative, rounded, select, subtract, total
 from ..._double_gamma import stirling
 from ..._opaque import where_needed
-from ..._scaled import Scaled, scaled, shifted, where
+from ..._scaled import scaled, shifted, where
 from ..._wide import Wide, difference, half, log_quotient, narrow, product, quotient, wide
-from ..._wide import exp as exp_of
 from ..._wide import log as log_of
 from ...special import expm1mx_value, log1pmx, log1pmx_value
-from .._scalar import attached
 from ..exponential import Exponential
 from ..gamma import Gamma
 from ..gumbel import Gumbel
 from ..normal import Normal
 from ..uniform import Uniform
 from . import _truncated
-from ._moments import added, summed
+from ._moments import added, powers, summed
 from ._pieces import excess, gamma_shape
 from ._rule import register_pair, settled
 
@@ -58,7 +56,6 @@ __all__: list[str] = []
 
 LOG_TAU = math.log(2 * math.pi)
 _LEAST = 1e-290
-_BEYOND = 600.0
 
 
 def _excess(w: Tensor, exp_w: Tensor) -> Tensor:
@@ -151,16 +148,6 @@ def _gamma(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> Tensor:
     return settled(terms, _gamma_precise, (a, *safe, excess_w), usual)
 
 
-def _power(w: Double, smooth: Tensor) -> Scaled:
-    """e^w - 1, with the derivatives of ``smooth`` for w."""
-    low = w.hi < 1
-    exp = exp_of(w)
-    rise = Scaled(exp.number.hi, exp.exponent) - scaled(torch.ones_like(smooth))
-    value = where(low, scaled(torch.expm1(torch.where(low, w.hi, 0.0))), rise)
-    slope = shifted(exp.number.hi, exp.exponent - value.exponent)
-    return Scaled(attached(value.mantissa, slope * torch.where(w.hi.abs() < _BEYOND, smooth, 0.0)), value.exponent)
-
-
 def _gamma_gradient(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     """By P = e^w - 1, theta dKL/dtheta = 1 - a/[theta (theta + 1)] + P a/(theta + 1) and z = mu/b."""
     exact = _gamma_level(*(x.detach() for x in (a, rate, mu, b)))
@@ -169,7 +156,7 @@ def _gamma_gradient(a: Tensor, rate: Tensor, mu: Tensor, b: Tensor) -> tuple[Ten
     near = torch.where(exact.far, 1.0, inverse.rounded())
     log = torch.where(exact.far, inverse.log(), torch.log1p(near))
     gap = where(exact.far, inverse, scaled(-log1pmx(near)))
-    power = _power(exact.w, summed(z, -(x * scaled(log))))
+    power = powers(exact.w, summed(z, -(x * scaled(log)))).less_one
     share = x * inverse / (one + inverse)
     by_theta = added(one, -(share * inverse), share * power)
     entropy = scaled(a - 1) * scaled(lgamma_bend(a)) / x / x

@@ -312,3 +312,52 @@ def test_gradients_against_a_wide_laplace(p, parameters, mu, b):
 
     for (truth,), slope in zip(gradient(at, *(exact(x.detach()) for x in leaves)), found, strict=True):
         assert float(slope) == pytest.approx(float(truth), rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "parameters"),
+    [
+        ("Gamma", "LogNormal", (1.0898997480354894e-12, 4.137922151908733, -917515580497.2994, 917515580494.875)),
+        ("Weibull", "LogNormal", (1e-80, 1e-40, 1e60, 1e-70)),
+        ("Pareto", "Normal", (1e-300, 1e300, 1.0, 1e-30)),
+        ("Gamma", "Normal", (8e8, 2.4e-74, -1e15, 2e12)),
+        ("Exponential", "HalfNormal", (1e100, 1e100)),
+        ("InverseGamma", "Gamma", (2.5, 1e150, 3.0, 1e-149)),
+    ],
+)
+def test_gradients_at_the_ends_of_the_range(p, q, parameters):
+    leaves = [torch.tensor(x, dtype=F64, requires_grad=True) for x in parameters]
+    width = len(FAMILIES[p].parameters)
+    value = stablekl.kl_divergence(getattr(stablekl, p)(*leaves[:width]), getattr(stablekl, q)(*leaves[width:]))
+    found = torch.autograd.grad(value, leaves)
+
+    def at(*theta):
+        return kl(FAMILIES[p], theta[:width], FAMILIES[q], theta[width:])
+
+    for (truth,), slope in zip(gradient(at, *(exact(x.detach()) for x in leaves)), found, strict=True):
+        if abs(truth) > torch.finfo(F64).max:
+            assert float(slope) == math.copysign(math.inf, truth)
+        else:
+            # of the first its terms, 4e11 each, leave 12 digits less
+            assert float(slope) == pytest.approx(float(truth), rel=1e-3 if width == 2 and q == "LogNormal" else 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "parameters"),
+    [
+        ("Gamma", "Normal", (1.0, 2.0, 0.5, 0.7)),
+        ("Beta", "Normal", (1.0, 1.0, 0.0, 0.7)),
+        ("Pareto", "Normal", (1.0, 3.0, 1.5, 0.7)),
+        ("Gamma", "Gumbel", (1.0, 1.0, 0.0, 0.7)),
+        ("Gamma", "LogNormal", (1.0, 1.0, 0.0, 0.7)),
+        ("InverseGamma", "Gamma", (30.0, 29.0, 30.0, 30.0)),
+    ],
+)
+def test_second_derivatives_where_a_term_of_the_first_is_zero(p, q, parameters):
+    leaves = tuple(torch.tensor(x, dtype=F64, requires_grad=True) for x in parameters)
+    width = len(FAMILIES[p].parameters)
+
+    def f(*x):
+        return stablekl.kl_divergence(getattr(stablekl, p)(*x[:width]), getattr(stablekl, q)(*x[width:]))
+
+    assert torch.autograd.gradgradcheck(f, leaves)

@@ -13,8 +13,8 @@ import stablekl
 from stablekl import distributions
 from stablekl.distributions.cross.infinite import INFINITE
 from stablekl.precision.references import FAMILIES
-from stablekl.precision.references.context import mp
-from stablekl.precision.references.family import divergence
+from stablekl.precision.references.context import exact, gradient, mp
+from stablekl.precision.references.family import divergence, kl
 
 F64 = torch.float64
 
@@ -289,3 +289,74 @@ def test_an_open_support_holds_as_much_as_a_closed_one():
     cb = distributions.ContinuousBernoulli(probs=torch.tensor(0.3, dtype=F64))
     for p, q in ((cb, unit), (unit, cb), (unit, distributions.Beta(torch.tensor(2.0, dtype=F64), 2.0))):
         assert stablekl.kl_divergence(p, q).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("p", "parameters", "mu", "b"),
+    [
+        ("Uniform", (1e-6, 1.001e-6), 0.0, 1e3),
+        ("Pareto", (1e-10, 1035.0), 0.0, 3975.0),
+        ("Normal", (1.0, 1.0), 0.0, 1e9),
+        ("Exponential", (1e12,), -1e-9, 1e3),
+        ("Gumbel", (1e-9, 1e-12), 0.0, 1e4),
+    ],
+)
+def test_gradients_against_a_wide_laplace(p, parameters, mu, b):
+    """By the mean deviation the derivative is 1/b; taken as 1/b - 1/A and 1/A it would lose the digits of b/A."""
+    leaves = [torch.tensor(x, dtype=F64, requires_grad=True) for x in (*parameters, mu, b)]
+    value = stablekl.kl_divergence(getattr(stablekl, p)(*leaves[:-2]), stablekl.Laplace(*leaves[-2:]))
+    found = torch.autograd.grad(value, leaves)
+
+    def at(*theta):
+        return kl(FAMILIES[p], theta[:-2], FAMILIES["Laplace"], theta[-2:])
+
+    for (truth,), slope in zip(gradient(at, *(exact(x.detach()) for x in leaves)), found, strict=True):
+        assert float(slope) == pytest.approx(float(truth), rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "parameters"),
+    [
+        ("Gamma", "LogNormal", (1e-12, 4.0, -9e11, 8e11)),
+        ("Weibull", "LogNormal", (1e-80, 1e-40, 1e60, 1e-70)),
+        ("Pareto", "Normal", (1e-300, 1e300, 1.0, 1e-30)),
+        ("Gamma", "Normal", (8e8, 2.4e-74, -1e15, 2e12)),
+        ("Exponential", "HalfNormal", (1e100, 1e100)),
+        ("InverseGamma", "Gamma", (2.5, 1e150, 3.0, 1e-149)),
+    ],
+)
+def test_gradients_at_the_ends_of_the_range(p, q, parameters):
+    leaves = [torch.tensor(x, dtype=F64, requires_grad=True) for x in parameters]
+    width = len(FAMILIES[p].parameters)
+    value = stablekl.kl_divergence(getattr(stablekl, p)(*leaves[:width]), getattr(stablekl, q)(*leaves[width:]))
+    found = torch.autograd.grad(value, leaves)
+
+    def at(*theta):
+        return kl(FAMILIES[p], theta[:width], FAMILIES[q], theta[width:])
+
+    for (truth,), slope in zip(gradient(at, *(exact(x.detach()) for x in leaves)), found, strict=True):
+        if abs(truth) > torch.finfo(F64).max:
+            assert float(slope) == math.copysign(math.inf, truth)
+        else:
+            assert float(slope) == pytest.approx(float(truth), rel=1e-11, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "parameters"),
+    [
+        ("Gamma", "Normal", (1.0, 2.0, 0.5, 0.7)),
+        ("Beta", "Normal", (1.0, 1.0, 0.0, 0.7)),
+        ("Pareto", "Normal", (1.0, 3.0, 1.5, 0.7)),
+        ("Gamma", "Gumbel", (1.0, 1.0, 0.0, 0.7)),
+        ("Gamma", "LogNormal", (1.0, 1.0, 0.0, 0.7)),
+        ("InverseGamma", "Gamma", (30.0, 29.0, 30.0, 30.0)),
+    ],
+)
+def test_second_derivatives_where_a_term_of_the_first_is_zero(p, q, parameters):
+    leaves = tuple(torch.tensor(x, dtype=F64, requires_grad=True) for x in parameters)
+    width = len(FAMILIES[p].parameters)
+
+    def f(*x):
+        return stablekl.kl_divergence(getattr(stablekl, p)(*x[:width]), getattr(stablekl, q)(*x[width:]))
+
+    assert torch.autograd.gradgradcheck(f, leaves)

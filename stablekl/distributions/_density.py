@@ -60,7 +60,7 @@ def product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """A product, and what rounding took from it, without derivatives."""
     p = a * b
     with torch.no_grad():
-        lost = product_error(a, b, p)
+        lost = product_error(a.detach(), b.detach(), p.detach())
         lost = torch.where(lost.isfinite(), lost, 0.0)
     return p, lost
 
@@ -70,7 +70,7 @@ def exponential(z: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
     smooth = torch.exp(z.clamp(max=710.0))  # infinite, and flat, from there on
     with torch.no_grad():
         fits = z.abs() < 708
-        found = _double.exp(Double(torch.where(fits, z, 0.0), torch.where(fits, lost, 0.0)))
+        found = _double.exp(Double(*(torch.where(fits, x.detach(), 0.0) for x in (z, lost))))
     close = torch.where(fits, smooth, 0.0)
     return torch.where(fits, found.hi + (close - close.detach()), smooth), torch.where(fits, found.lo, 0.0)
 
@@ -85,8 +85,9 @@ def standardised(x: Tensor, m: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     d = x - m
     z = d / s
     with torch.no_grad():
-        whole = z * s
-        lost = ((d - whole) - product_error(z, s, whole) + sum_error(x, -m, d)) / s
+        x, m, s, d, still = (v.detach() for v in (x, m, s, d, z))
+        whole = still * s
+        lost = ((d - whole) - product_error(still, s, whole) + sum_error(x, -m, d)) / s
         lost = torch.where(lost.isfinite(), lost, 0.0)
     return z, lost
 
@@ -110,7 +111,8 @@ def normal_log_density(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
     square, level = half * z, -k * LOG_2_HIGH
     leading = level - square
     with torch.no_grad():
-        rest = sum_error(level, -square, leading) - product_error(half, z, square)
+        level, square, half, still = (v.detach() for v in (level, square, half, z))
+        rest = sum_error(level, -square, leading.detach()) - product_error(half, still, square)
         rest = torch.where(rest.isfinite(), rest, 0.0)
     return leading + (rest - z * lost - k * LOG_2_LOW - torch.log(mantissa * _SQRT_TAU))
 

@@ -230,7 +230,7 @@ def _integrated(parts: _Parts) -> _Terms:
     # of equal ends 1/R is the same everywhere
     span = torch.where(gap == 0, span.clamp(max=_MOST), span)
     with torch.no_grad():  # a rounding of large exponents would show
-        lost = product_error(slope, e, span)
+        lost = product_error(slope.detach(), e.detach(), span.detach())
         lost = torch.where(lost.abs() < 1, lost, 0.0)
     fall, z = torch.exp(-span) * (1 - lost), e * growth(-span)  # z: (1 - fall)/slope
     growing = xi_p < 0  # then 1/R is divided by e^(slope e)

@@ -91,7 +91,8 @@ def _gradient(mu_p: Tensor, s_p: Tensor, mu_q: Tensor, s_q: Tensor) -> tuple[Ten
     by_mu = (scaled(torch.full_like(s_p, 2.0)) * d / square).rounded()
     # 2 (s_p + s_q)/[(s_p + s_q)^2 + d^2] - 1/s_p, and likewise for s_q: s_p^2 - s_q^2 - d^2 in twice the digits
     with torch.no_grad():
-        x, y, z = wide(s_p), wide(s_q), difference(wide(mu_p), wide(mu_q))
+        x, y = wide(s_p.detach()), wide(s_q.detach())
+        z = difference(wide(mu_p.detach()), wide(mu_q.detach()))
         squares, far = difference(product(x, x), product(y, y)), product(z, z)
         exact_p, exact_q = difference(squares, far), difference(negative(squares), far)
     by_p = attached(exact_p, gap * total - d * d) / square / p

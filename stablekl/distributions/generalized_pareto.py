@@ -91,7 +91,8 @@ def _rise(x: Tensor, m: Tensor, s: Tensor, xi: Tensor) -> Tensor:
     """1 + xi (x - m)/s, to its relative accuracy near 0 too."""
     plain = 1 + xi * ((x - m) / s)
     with torch.no_grad():
-        exact = distilled([s, *products((xi,), difference(x, m))]) / s
+        still_xi, still_s, d = xi.detach(), s.detach(), difference(x.detach(), m.detach())
+        exact = distilled([still_s, *products((still_xi,), d)]) / still_s
     return attached(torch.where(exact.isfinite(), exact, plain), torch.where(plain.isfinite(), plain, 0.0))
 
 

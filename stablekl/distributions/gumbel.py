@@ -193,8 +193,8 @@ def slopes(z: Double, smooth: Tensor, up: Tensor, down: Tensor) -> Slopes:
     edge = where(tiny, -(scaled(one) / ratio), scaled(ratio.log() + _EULER))
     digamma = where(usual, scaled(log + lgamma_change(r, one, d)), edge)
 
-    with torch.no_grad():
-        w, exp = _exponent(z, up, down)
+    with torch.no_grad():  # which stops no tangent of forward mode: inputs are detached
+        w, exp = _exponent(Double(*(x.detach() for x in z)), up.detach(), down.detach())
         low = w < _LARGE
         value = where(low, scaled(expm1_value(torch.where(low, w, 0.0))), exp + scaled(-one))
         slope = shifted(exp.mantissa, exp.exponent - value.exponent)
@@ -219,7 +219,7 @@ def _gradient(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> tuple[Ten
     scale = scaled(b_q)
     z, r = (scaled(mu_q) - scaled(mu_p)) / scale, scaled(b_p) / scale
     with torch.no_grad():
-        exact = _shift(mu_p, mu_q, b_q)
+        exact = _shift(mu_p.detach(), mu_q.detach(), b_q.detach())
     s = slopes(exact, z.rounded(), b_p, b_q)
     by_mu = (s.power / scale).rounded()
     by_q = (s.power * z + r * s.by_ratio) / scale

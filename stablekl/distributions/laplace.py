@@ -84,7 +84,7 @@ def _log_density(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
     level, size = -k * LOG_2_HIGH, z.abs()
     leading = level - size  # may be all but nothing of either: see `_density.normal_log_density`
     with torch.no_grad():
-        rest = sum_error(level, -size, leading)
+        rest = sum_error(level, -size.detach(), leading.detach())
         rest = torch.where(rest.isfinite(), rest, 0.0) - torch.where(z < 0, -lost, lost)
     return leading + (rest - k * LOG_2_LOW - torch.log(2 * mantissa))
 

@@ -55,7 +55,7 @@ def _standardised(x: Tensor, m: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     log_x = torch.log(safe)
     z, lost = standardised(log_x, m, s)
     with torch.no_grad():
-        more = _double.subtract(_double.log(safe), log_x).hi / s
+        more = _double.subtract(_double.log(safe.detach()), log_x.detach()).hi / s.detach()
         lost = torch.where(inside, lost + torch.where(more.isfinite(), more, 0.0), 0.0)
     return torch.where(inside, z, -torch.inf), lost
 
@@ -70,7 +70,7 @@ def _log_density(x: Tensor, m: Tensor, s: Tensor) -> Tensor:
     safe = torch.where(inside, x, 1.0)
     log_x = torch.log(safe)
     with torch.no_grad():
-        lost = _double.subtract(_double.log(safe), log_x).hi / s
+        lost = _double.subtract(_double.log(safe.detach()), log_x.detach()).hi / s.detach()
         lost = torch.where(lost.isfinite(), lost, 0.0)
     z = (log_x - m) / s
     value = normal_log_density(log_x, m, s) - (z + 0.5 * lost) * lost - log_x

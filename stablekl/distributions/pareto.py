@@ -63,7 +63,7 @@ def _hazard(x: Tensor, m: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     safe = torch.where(x > m, x, m)
     smooth = a * log_ratio_value(safe, m)
     with torch.no_grad():
-        h = _double.multiply(_double.log_quotient(safe, m), a)
+        h = _double.multiply(_double.log_quotient(safe.detach(), m.detach()), a.detach())
         fits = h.lo.isfinite()
     close = torch.where(fits, smooth, 0.0)
     return torch.where(fits, attached(h.hi, close), smooth), torch.where(fits, h.lo, 0.0)

@@ -71,7 +71,7 @@ def _hazard(x: Tensor, scale: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor
     """(x/scale)^k, what is lost of it, and its logarithm, to twice the digits: pow is off by its exponent in ulps."""
     smooth = k * (torch.log(x) - torch.log(scale))
     with torch.no_grad():
-        z = _double.multiply(_double.log_quotient(x, scale), k)
+        z = _double.multiply(_double.log_quotient(x.detach(), scale.detach()), k.detach())
         fits = z.lo.isfinite()
     log = torch.where(fits, attached(z.hi, torch.where(fits, smooth, 0.0)), smooth)
     return *exponential(log, torch.where(fits, z.lo, 0.0)), log
@@ -105,7 +105,7 @@ def _value(s_p: Tensor, k_p: Tensor, s_q: Tensor, k_q: Tensor) -> Tensor:
 
 def _gradient(s_p: Tensor, k_p: Tensor, s_q: Tensor, k_q: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        exact, z = _shift(s_p, k_q, s_q)
+        exact, z = _shift(s_p.detach(), k_q.detach(), s_q.detach())
     log = attached(exact.hi, torch.log(s_p) - torch.log(s_q))
     s = slopes(z, k_q * log, k_q, k_p)
     power, by_ratio = scaled(k_q) * s.power, s.by_ratio / scaled(k_p)

@@ -40,8 +40,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._bregman import lgamma_curvature
 from ..._deviance import binomial_deviance, deviance, gamma_scale
 from ..._double import exact_sum, multiply, rounded, subtract
+from ..._elementwise import elementwise
 from ...special import expm1mx, log1pmx
 from .._scalar import attached
 from ._pieces import remainders
@@ -95,11 +97,12 @@ def _gamma_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     far = x >= 1
     scale, rest = gamma_scale(torch.where(far, 0.5, x))
     large = torch.where(far, x, 1.0)
-    return torch.where(far, torch.sqrt(large / (2 * math.pi)), scale), torch.where(far, remainders(large)[0], rest)
+    return torch.where(far, torch.sqrt(large / (2 * math.pi)), scale), torch.where(far, _remainder(large), rest)
 
 
-def _log_less_digamma(x: Tensor) -> Tensor:
-    return 0.5 / x + remainders(x)[1]
+# `remainders` has no derivatives under torch.func: forward over reverse would take none of them into account.
+_log_less_digamma = elementwise(lambda x, *, lifted=False: 0.5 / x + remainders(x)[1], lambda x: -lgamma_curvature(x))
+_remainder = elementwise(lambda x, *, lifted=False: remainders(x)[0], lambda x: 0.5 / x - _log_less_digamma(x))
 
 
 def _log_ratio(x: Tensor, d: Tensor, y: Tensor) -> Tensor:

@@ -110,6 +110,7 @@ def register_pair(
     smooth: Value | None = None,
     safe: tuple[float, ...] = (),
     *,
+    gradient: Callable[..., tuple[Tensor, ...]] | None = None,
     torch_lacks_it: bool = False,
 ) -> Value:
     """Register the rule of a pair of families; a ContinuousBernoulli stands in it by its logit.
@@ -120,6 +121,7 @@ def register_pair(
         value: of the parameters of p and then of q. With ``smooth``, a logit is a `Double`.
         smooth: as in `cross_rule`; without it the value is differentiable itself.
         safe: as in `cross_rule`; 0.5 will do for a probability and for a logit.
+        gradient: the partial derivatives as in `scalar_rule`, in the place of ``smooth``; of no ContinuousBernoulli.
         torch_lacks_it: as in `register_hardened`.
     """
     width = len(PARAMETERS[family_p])
@@ -135,7 +137,7 @@ def register_pair(
 
     def built(plain: Callable[[Tensor], Tensor], precise: Callable[[Tensor], Double]) -> Value:
         if smooth is None:
-            return scalar_rule(converted(value, plain, plain))
+            return scalar_rule(converted(value, plain, plain), gradient)
         return cross_rule(converted(value, plain, precise), converted(smooth, plain, plain), safe)
 
     rules = {"probs": built(_logit, precise_logit), "logits": built(lambda y: y, double)}

@@ -16,18 +16,19 @@ Accuracy, float64: 14 ulp at most (Gamma against HalfNormal; the others 5) in 1,
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._double import Double, add
-from ..._wide import Wide, product, quotient, wide
+from ..._scaled import scaled
+from ..._wide import Wide, attached, difference, product, quotient, wide
 from ...special import bd0, log_ratio_bregman
 from ..exponential import Exponential
 from ..gamma import Gamma
 from ..half_normal import HalfNormal
+from ._moments import added
 from ._pieces import deviance, excess, gamma_entropy, gamma_shape, lgamma_bregman
 from ._rule import register_pair
 
@@ -85,8 +86,13 @@ def _exponential_half_normal(r: Tensor, s: Tensor) -> Tensor:
     return 0.5 * excess(2 * one, product(scale, scale)) + _FROM_EXPONENTIAL
 
 
-def _exponential_half_normal_smooth(r: Tensor, s: Tensor) -> Tensor:
-    return 0.5 * log_ratio_bregman(math.sqrt(2) / r / s * (math.sqrt(2) / r / s), torch.ones_like(s))
+def _exponential_half_normal_gradient(r: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+    """Of E(y)/2, y = 2/(r s)^2: -(y - 1)/r and -(y - 1)/s."""
+    one, scale = torch.ones_like(s), product(wide(r.detach()), wide(s.detach()))
+    exact = difference(quotient(wide(2 * one), product(scale, scale)), wide(one))
+    x, y = scaled(r), scaled(s)
+    gap = attached(exact, added(scaled(2 * one) / x / x / y / y, -scaled(one)))
+    return -(gap / x).rounded(), -(gap / y).rounded()
 
 
 kl_half_normal_gamma = register_pair(HalfNormal, Gamma, _half_normal_gamma, _half_normal_gamma_smooth, (1.0, 1.0, 1.0))
@@ -95,5 +101,5 @@ kl_half_normal_exponential = register_pair(
 )
 kl_gamma_half_normal = register_pair(Gamma, HalfNormal, _gamma_half_normal, _gamma_half_normal_smooth, (1.0, 1.0, 1.0))
 kl_exponential_half_normal = register_pair(
-    Exponential, HalfNormal, _exponential_half_normal, _exponential_half_normal_smooth, (1.0, 1.0)
+    Exponential, HalfNormal, _exponential_half_normal, gradient=_exponential_half_normal_gradient
 )

@@ -75,7 +75,7 @@ def _weibull_exponential_value(s: Tensor, k: Tensor, rate: Tensor) -> Tensor:
 
 def _weibull_exponential_gradient(s: Tensor, k: Tensor, rate: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        z = narrow(_shift(s, rate))
+        z = narrow(_shift(s.detach(), rate.detach()))
     at = slopes(z, attached(z.hi, torch.log(s) + torch.log(rate)), torch.ones_like(k), k)
     by_t = at.by_ratio / scaled(k) / scaled(k)
     return (at.power / scaled(s)).rounded(), -by_t.rounded(), (at.power / scaled(rate)).rounded()
@@ -87,8 +87,8 @@ def _exponential_weibull_value(rate: Tensor, s: Tensor, k: Tensor) -> Tensor:
 
 def _exponential_weibull_gradient(rate: Tensor, s: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        level = _shift(s, rate)
-        z = narrow(product(level, wide(-k)))
+        level = _shift(s.detach(), rate.detach())
+        z = narrow(product(level, wide(-k.detach())))
     smooth = attached(narrow(level).hi, torch.log(s) + torch.log(rate))
     at = slopes(z, -k * smooth, k, torch.ones_like(k))
     by_k = at.by_ratio - at.power * scaled(smooth)
@@ -241,7 +241,7 @@ def _gamma_weibull_near(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> Tensor:
 
 def _gamma_weibull_gradient(a: Tensor, b: Tensor, s: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        w = _log_moment(a, b, s, k).hi
+        w = _log_moment(*(x.detach() for x in (a, b, s, k))).hi
     level = torch.log(b) + torch.log(s)
     w = attached(w, torch.lgamma(a + k) - torch.lgamma(a) - k * level)
     finite = w < 709

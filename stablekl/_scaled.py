@@ -118,14 +118,15 @@ def alike(*numbers: Scaled) -> tuple[Scaled, ...]:
 
 
 def _aligned(x: Scaled, y: Scaled) -> tuple[Tensor, Tensor, Tensor]:
-    """The mantissas of two of them for one exponent, and that; a zero has none."""
+    """The mantissas of two of them for one exponent, and that: the larger of those that are not 0."""
     x, y = alike(x, y)
     if has_none(x.exponent, y.exponent):
         return x.mantissa, y.mantissa, x.exponent
     k, m = (torch.where(v.mantissa == 0, -torch.inf, v.exponent) for v in (x, y))
     top = torch.maximum(k, m)
-    top = torch.where(top == -torch.inf, 0.0, top)
-    return x.mantissa * power_of_two(k - top), y.mantissa * power_of_two(m - top), top
+    top = torch.where(top == -torch.inf, torch.maximum(x.exponent, y.exponent), top)
+    # a zero, too, by its own exponent: its derivative may be none
+    return x.mantissa * power_of_two(x.exponent - top), y.mantissa * power_of_two(y.exponent - top), top
 
 
 class Scaled(NamedTuple):
@@ -194,8 +195,8 @@ def scaled_sum(x: Scaled) -> Scaled:
         return Scaled(x.mantissa.sum(-1, keepdim=True), x.exponent)
     k = torch.where(x.mantissa == 0, -torch.inf, x.exponent)
     top = k.amax(-1, keepdim=True)
-    top = torch.where(top == -torch.inf, 0.0, top)
-    return Scaled((x.mantissa * power_of_two(k - top)).sum(-1, keepdim=True), top)
+    top = torch.where(top == -torch.inf, x.exponent.amax(-1, keepdim=True), top)
+    return Scaled((x.mantissa * power_of_two(x.exponent - top)).sum(-1, keepdim=True), top)
 
 
 def difference_of_products(a: Scaled, b: Scaled, c: Scaled, d: Scaled) -> Scaled:
@@ -264,7 +265,8 @@ def lgamma_change(x: Scaled, y: Scaled, d: Scaled) -> Scaled:
     rest = plain_change(a, b, e, first=1)
     falls = d.mantissa > 0
     u, v = where(falls, x, y), where(falls, y, x)
-    w = d.size() / (u + scaled(torch.ones_like(rest))) / v
+    # not the absolute value, which has no derivative at 0
+    w = where(falls, d, -d) / (u + scaled(torch.ones_like(rest))) / v
     value = w.rounded()
     far = value > 2.0**_FAR
     step = where(far, w, scaled(-log1pmx(torch.where(far, 0.0, value)))) + w / u

@@ -112,8 +112,11 @@ def _quantile(u: Tensor, m: Tensor, b: Tensor) -> Tensor:
 
 def _over(mu_p: Tensor, mu_q: Tensor, b: Tensor) -> Tensor:
     """The distance of the locations in units of b, by their halves where it overflows."""
-    d = (mu_p - mu_q).abs()
-    return torch.where(d.isinf(), 2 * ((0.5 * mu_p - 0.5 * mu_q).abs() / b), d / b)
+    # not the absolute value, which has no derivative at 0
+    left = mu_p < mu_q
+    low, high = torch.where(left, mu_p, mu_q), torch.where(left, mu_q, mu_p)
+    d = high - low
+    return torch.where(d.isinf(), 2 * ((0.5 * high - 0.5 * low) / b), d / b)
 
 
 def _value(mu_p: Tensor, b_p: Tensor, mu_q: Tensor, b_q: Tensor) -> Tensor:

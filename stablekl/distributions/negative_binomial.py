@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions import NegativeBinomial as TorchNegativeBinomial
 
 from .. import _double
-from .._autograd import masked_product, may_hold
+from .._autograd import is_dual, is_plain, masked_product, may_hold
 from .._deviance import binomial_deviance, binomial_rest, deviance
 from .._double import Double
 from ..registry import register_hardened
@@ -80,7 +80,8 @@ def _shape(r: Tensor, m: Tensor, s: Tensor, d: Tensor) -> Tensor:
 
 def _shape_gradient(r: Tensor, m: Tensor, s: Tensor, d: Tensor) -> tuple[Tensor, ...]:
     inside = (m > 0) & (r > 0) & (s > 0)
-    if not may_hold(inside & (d != 0)):
+    # 0 for equal counts, but not so its own derivatives
+    if is_plain((r, m, s)) and not is_dual((r, m, s)) and not may_hold(inside & (d != 0)):
         return (torch.zeros_like(d),) * 3
     r, m, s = (torch.where(inside, x, 1.0) for x in (r, m, s))
     partials = count_gap_gradient(r, m, s, s - r)

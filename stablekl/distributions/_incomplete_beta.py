@@ -27,6 +27,7 @@ from .._bregman import lgamma_change, product_difference
 from .._deviance import binomial_deviance, digamma
 from .._double import EULER
 from .._elementwise import sum_error
+from .._opaque import opaque
 from ._incomplete import (
     DIFFERENTIABLE,
     NOTHING,
@@ -177,10 +178,21 @@ def _slopes(f: Functions, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]
     return torch.where(upper, -of_u, of_u), torch.where(upper, of_q, of_p), torch.where(upper, of_p, of_q)
 
 
-_log_tail = rowwise(
-    lambda *inputs: in_blocks(_value, *inputs),
-    lambda inputs, saved: in_blocks(partial(_slopes, DIFFERENTIABLE if saved is None else PLAIN), *inputs),
-)
+@opaque(1)
+def _log(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return in_blocks(_value, *inputs)
+
+
+@opaque(3)
+def _plain_slopes(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return in_blocks(partial(_slopes, PLAIN), *inputs)
+
+
+def _gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
+    return _slopes(DIFFERENTIABLE, *inputs) if saved is None else _plain_slopes(*inputs)
+
+
+_log_tail = rowwise(_log, _gradient)
 
 
 def beta_tail(x: Tensor, a: Tensor, b: Tensor) -> Tail:

@@ -18,7 +18,6 @@ of terms of one sign, but for 1/(2a) or so. torch's gammainc has no derivative b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -28,6 +27,7 @@ from .._autograd import rowwise
 from .._bregman import product_difference
 from .._deviance import deviance, digamma
 from .._double import EULER
+from .._opaque import opaque
 from ._incomplete import (
     DIFFERENTIABLE,
     NOTHING,
@@ -97,12 +97,13 @@ def _place(x: Tensor, a: Tensor, b: Tensor, inverse: bool) -> tuple[Tensor, ...]
     else:
         z = b * x
         d = product_difference(b, x, a, one)
-    z = z.clamp(max=_LARGEST)
-    d = torch.where(d.isfinite(), d, z.detach())
-    plain = z > torch.finfo(z.dtype).tiny
-    log_z = torch.where(
-        plain, torch.log(torch.where(plain, z, 1.0)), torch.log(b) + torch.log(x) * (-1 if inverse else 1)
-    )
+    d = torch.where(d.isfinite(), d, z.detach().clamp(max=_LARGEST))
+    # the product may leave the range of floats, where its logarithm does not
+    tiny = torch.finfo(z.dtype).tiny
+    plain = z > tiny
+    by_logs = torch.log(b) - torch.log(x) if inverse else torch.log(b) + torch.log(x)
+    log_z = torch.where(plain, torch.log(torch.where(plain, z, 1.0)), by_logs)
+    z = torch.where(plain, z.clamp(max=_LARGEST), tiny)
     small = (a < 1) & (z < _SMALL)
     return z, log_z, attached(d, z - a), small, (a >= 1) & (d <= 0)
 
@@ -131,7 +132,9 @@ def _slopes(inverse: bool, f: Functions, x: Tensor, a: Tensor, b: Tensor) -> tup
     shape, point, slope = _inner(a, z, d, small, lower)
     integral, moment = _integrals(slope, point, lower, f)
     mean = moment / integral
-    far = log_ratio(shape, torch.where(small, 1.0, d), point) + log_less_digamma(shape)
+    plain = point > torch.finfo(z.dtype).tiny
+    change = torch.where(plain, log_ratio(shape, torch.where(small, 1.0, d), point), log_z - torch.log(shape))
+    far = change + log_less_digamma(shape)
     far = far + torch.where(lower, -mean, mean)
     part, near = torch.where(small, a, 0.5), torch.where(small, z, 0.1)
     total, change = _series(part, near)
@@ -141,14 +144,35 @@ def _slopes(inverse: bool, f: Functions, x: Tensor, a: Tensor, b: Tensor) -> tup
     return (-by_log if inverse else by_log) / x, by_shape, by_log / b
 
 
-def _log_tail(inverse: bool) -> Callable[..., Tensor]:
-    def gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
-        return in_blocks(partial(_slopes, inverse, DIFFERENTIABLE if saved is None else PLAIN), *inputs)
-
-    return rowwise(lambda *inputs: in_blocks(partial(_value, inverse), *inputs), gradient)
+@opaque(1)
+def _gamma_log(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return in_blocks(partial(_value, False), *inputs)
 
 
-_GAMMA, _INVERSE = _log_tail(False), _log_tail(True)
+@opaque(1)
+def _inverse_log(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return in_blocks(partial(_value, True), *inputs)
+
+
+@opaque(3)
+def _gamma_slopes(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return in_blocks(partial(_slopes, False, PLAIN), *inputs)
+
+
+@opaque(3)
+def _inverse_slopes(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return in_blocks(partial(_slopes, True, PLAIN), *inputs)
+
+
+def _gamma_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
+    return _slopes(False, DIFFERENTIABLE, *inputs) if saved is None else _gamma_slopes(*inputs)
+
+
+def _inverse_gradient(inputs: tuple[Tensor, ...], saved: object) -> tuple[Tensor, ...]:
+    return _slopes(True, DIFFERENTIABLE, *inputs) if saved is None else _inverse_slopes(*inputs)
+
+
+_GAMMA, _INVERSE = rowwise(_gamma_log, _gamma_gradient), rowwise(_inverse_log, _inverse_gradient)
 
 
 def _tail(x: Tensor, a: Tensor, b: Tensor, inverse: bool) -> Tail:

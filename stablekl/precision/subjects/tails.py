@@ -29,6 +29,9 @@ PLAIN = {
     "log_cdf": lambda d, x: d.cdf(x).log(),
     "log_sf": lambda d, x: (-d.cdf(x)).log1p(),
 }
+# Incomplete gamma and beta functions; milliseconds of a reference that is an integral.
+INCOMPLETE = ("Beta", "Chi2", "Gamma", "InverseGamma")
+COST = 300.0
 # Whose expectations are in the references; of counts they are not.
 ENTROPIES = (
     *("Beta", "Cauchy", "Exponential", "Gamma", "Gumbel", "HalfCauchy", "HalfNormal", "InverseGamma", "Laplace"),
@@ -53,16 +56,23 @@ def _tail(name: str, function: str) -> Subject:
     rules: dict[str, Rule] = {"torch": lambda x, *theta: PLAIN[function](build(torch_class(name), theta), x)}
     if (own := _ours(name, function)) is not None:
         rules["stablekl"] = lambda x, *theta: getattr(build(own, theta), function)(x)
+    own_unit = name in INCOMPLETE
     return replace(
         base,
         name=f"{function} {name}",
         rules=rules,
         reference=settled(partial(function_at, name, function)),
-        scale=None,
+        scale=_by_logarithm if own_unit else None,
         floor=0.0,
-        unit="ulp",
+        unit="eps max(1, abs(log))" if own_unit else "ulp",
+        cost=COST if own_unit else base.cost,
         bars=bars(_BAR),
     )
+
+
+def _by_logarithm(top: Any, row: Any) -> Any:
+    """Of a number whose logarithm is what is computed, and has an ulp of its own."""
+    return top * max(mp.mpf(1), abs(mp.log(top))) if top else mp.mpf(0)
 
 
 def _entropy(name: str) -> Subject:

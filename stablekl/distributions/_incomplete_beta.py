@@ -146,7 +146,10 @@ def _value(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor]:
     integral = _integrals(p, q, u, v, d)[0]
     (of_p, rest_p), (of_q, rest_q), (of_n, rest_n) = lgamma_rest(p), lgamma_rest(q), lgamma_rest(p + q)
     size = torch.minimum(of_p, of_q) * (torch.maximum(of_p, of_q) / of_n)
-    gap = binomial_deviance(p, q, u, v, torch.log(u), torch.log(v))
+    # unmirrored: what the complement of x has lost is known of the second alone
+    whole = zip((2.0, 2.0, 0.5, 0.5), (a, b, x, 1 - x), strict=True)
+    first, second, low, high = (torch.where(series, safe, w) for safe, w in whole)
+    gap = binomial_deviance(first, second, low, high, torch.log(low), torch.log1p(-low))
     far = torch.log(size * integral) - ((rest_p + rest_q - rest_n) + gap)
     p, q, u = _outer(series, *inputs[:3])
     one = torch.ones_like(p)

@@ -16,6 +16,7 @@ from .._deviance import binomial_deviance, digamma, gamma_entropy, gamma_scale
 from ..registry import register_hardened
 from ._base import Checked
 from ._density import checked, evaluated
+from ._incomplete_beta import beta_tail
 from .dirichlet import Dirichlet, dirichlet_kl
 
 __all__ = ["Beta"]
@@ -46,6 +47,26 @@ class Beta(TorchBeta, Checked):
     def entropy(self) -> Tensor:
         """The entropy, by those of Gammas (see `Dirichlet.entropy`)."""
         return evaluated(_entropy, self.concentration1, self.concentration0)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value), to its relative accuracy in the lower tail; torch has none (see `_incomplete_beta`)."""
+        return evaluated(lambda *x: beta_tail(*x).cdf(), checked(self, value), self.concentration1, self.concentration0)
+
+    def sf(self, value: Tensor) -> Tensor:
+        """P(X > value), to its relative accuracy in the upper tail."""
+        return evaluated(lambda *x: beta_tail(*x).sf(), checked(self, value), self.concentration1, self.concentration0)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """Log of P(X <= value), also where that is no float or nearly 1."""
+        return evaluated(
+            lambda *x: beta_tail(*x).log_cdf(), checked(self, value), self.concentration1, self.concentration0
+        )
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        """Log of P(X > value), likewise."""
+        return evaluated(
+            lambda *x: beta_tail(*x).log_sf(), checked(self, value), self.concentration1, self.concentration0
+        )
 
 
 def _entropy(a: Tensor, b: Tensor) -> Tensor:

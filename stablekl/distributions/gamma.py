@@ -24,6 +24,7 @@ from .._scaled import log_of_ratio, ratio, scaled, weighted_remainder
 from ..registry import register_hardened
 from ._base import Checked
 from ._density import checked, evaluated
+from ._incomplete_gamma import gamma_tail
 from ._scalar import scalar_rule
 
 __all__ = ["Gamma", "gamma_kl"]
@@ -55,6 +56,22 @@ class Gamma(TorchGamma, Checked):
     def entropy(self) -> Tensor:
         """The entropy, by Stirling's series where torch's terms of the size of a log a cancel."""
         return evaluated(lambda a, b: gamma_entropy(a) - torch.log(b), self.concentration, self.rate)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value), to its relative accuracy, differentiable in all (see `_incomplete_gamma`)."""
+        return evaluated(lambda *x: gamma_tail(*x).cdf(), checked(self, value), self.concentration, self.rate)
+
+    def sf(self, value: Tensor) -> Tensor:
+        """P(X > value), to its relative accuracy in the upper tail."""
+        return evaluated(lambda *x: gamma_tail(*x).sf(), checked(self, value), self.concentration, self.rate)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """Log of P(X <= value), also where that is no float or nearly 1."""
+        return evaluated(lambda *x: gamma_tail(*x).log_cdf(), checked(self, value), self.concentration, self.rate)
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        """Log of P(X > value), likewise."""
+        return evaluated(lambda *x: gamma_tail(*x).log_sf(), checked(self, value), self.concentration, self.rate)
 
 
 def gamma_log_density(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from .._deviance import digamma, gamma_entropy, gamma_scale, quotient_deviance
 from ..registry import register_hardened
 from ._base import Checked
 from ._density import checked, evaluated
+from ._incomplete_gamma import inverse_gamma_tail
 from .gamma import gamma_kl
 
 __all__ = ["InverseGamma"]
@@ -35,6 +36,26 @@ class InverseGamma(TorchInverseGamma, Checked):
     def entropy(self) -> Tensor:
         """The entropy, by that of a Gamma (see `Gamma.entropy`), whose terms do not cancel."""
         return evaluated(_entropy, self.concentration, self.rate)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value), to its relative accuracy in the lower tail (see `_incomplete_gamma`)."""
+        return evaluated(lambda *x: inverse_gamma_tail(*x).cdf(), checked(self, value), self.concentration, self.rate)
+
+    def sf(self, value: Tensor) -> Tensor:
+        """P(X > value), to its relative accuracy in the upper tail."""
+        return evaluated(lambda *x: inverse_gamma_tail(*x).sf(), checked(self, value), self.concentration, self.rate)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """Log of P(X <= value), also where that is no float or nearly 1."""
+        return evaluated(
+            lambda *x: inverse_gamma_tail(*x).log_cdf(), checked(self, value), self.concentration, self.rate
+        )
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        """Log of P(X > value), likewise."""
+        return evaluated(
+            lambda *x: inverse_gamma_tail(*x).log_sf(), checked(self, value), self.concentration, self.rate
+        )
 
 
 def _entropy(a: Tensor, b: Tensor) -> Tensor:

@@ -10,21 +10,23 @@ __all__ = ["tail_moment"]
 
 
 def tail_moment(
-    log_density: Callable[[Number], Number], at: Callable[[Number], Number], start: Number, up: bool
+    log_density: Callable[[Number], Number], at: Callable[[Number], Number] | None, start: Number, up: bool
 ) -> Number:
-    """E[|X - at(start)|] over the x beyond ``at(start)``.
+    """E[|X - at(start)|] over the x beyond ``at(start)``, or the probability of these x.
 
     Args:
         log_density: the logarithm of the density on an axis on which it is log-concave and falls from ``start`` on.
-        at: from that axis to x, rising.
+        at: from that axis to x, rising; None for the probability.
         start: a point of the axis.
         up: whether beyond is above.
     """
-    direction, top, mu = (1 if up else -1), log_density(start), at(start)
+    direction, top = (1 if up else -1), log_density(start)
+    mu = at(start) if at else None
 
     def integrand(t: Number) -> Number:
         y = start + direction * t
-        return abs(at(y) - mu) * mp.exp(log_density(y) - top)
+        density = mp.exp(log_density(y) - top)
+        return abs(at(y) - mu) * density if at else density
 
     edges = [mp.mpf(0), *_edges(lambda t: top - log_density(start + direction * t), mp.prec)]
     return mp.exp(top) * mp.quad(integrand, edges, method="gauss-legendre", maxdegree=7)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .context import Number, mp
+from .deviation import tail_moment
 from .family import ONE, Family
 from .room import room
 
 __all__ = ["FUNCTIONS", "TAILS", "entropy_at", "function_at"]
 
 _MOST = 10**6  # of an exponent: e to the minus that is 0 in every dtype
+_SLOW = 50  # from here on the incomplete gamma and beta functions take long, or do not converge
 
 
 class Tail(NamedTuple):
@@ -82,12 +84,50 @@ def _gumbel(x: Number, loc: Number, scale: Number) -> Tail:
     return _turned(_surviving(h))
 
 
+def _gamma(x: Number, a: Number, rate: Number) -> Tail:
+    """From the tail on x's side of the mean, which is where the density of log x falls."""
+    z = rate * x
+    up = bool(z > a)
+    if max(a, z) <= _SLOW:
+        near = mp.gammainc(a, z, mp.inf, regularized=True) if up else mp.gammainc(a, 0, z, regularized=True)
+    else:
+        norm = mp.loggamma(a)
+        near = tail_moment(lambda y: a * y - mp.exp(y) - norm, None, mp.log(z), up)
+    tail = _of_smaller(near)
+    return _turned(tail) if up else tail
+
+
+def _beta(x: Number, a: Number, b: Number) -> Tail:
+    """From the tail on x's side of the mean, which is where the density of the logit falls."""
+    up = bool(x * (a + b) > a)
+    if max(a, b) <= _SLOW:
+        near = mp.betainc(b, a, 0, 1 - x, True) if up else mp.betainc(a, b, 0, x, True)
+    else:
+        norm = mp.loggamma(a) + mp.loggamma(b) - mp.loggamma(a + b)
+
+        def log_density(y: Number) -> Number:
+            return -a * mp.log1p(mp.exp(-y)) - b * mp.log1p(mp.exp(y)) - norm
+
+        near = tail_moment(log_density, None, mp.log(x) - mp.log1p(-x), up)
+    tail = _of_smaller(near)
+    return _turned(tail) if up else tail
+
+
+def _of_smaller(low: Number) -> Tail:
+    """Of the lower tail, itself to its relative accuracy."""
+    return Tail(low, 1 - low, mp.log(low), mp.log1p(-low))
+
+
 TAILS: dict[str, Callable[..., Tail]] = {
+    "Beta": _beta,
     "Cauchy": _cauchy,
+    "Chi2": lambda x, df: _gamma(x, df / 2, mp.mpf(1) / 2),
     "Exponential": lambda x, rate: _surviving(rate * x),
+    "Gamma": _gamma,
     "Gumbel": _gumbel,
     "HalfCauchy": _half_cauchy,
     "HalfNormal": _half_normal,
+    "InverseGamma": lambda x, a, rate: _turned(_gamma(1 / x, a, rate)),
     "Laplace": _laplace,
     "LogNormal": lambda x, loc, scale: _normal(mp.log(x), loc, scale),
     "Normal": _normal,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import distributions
-from ..batches import Batch, Plan, plans
+from ..batches import Batch, Plan, narrowed, plans
 from ..references import FAMILIES
 from ..references.context import mp
 from ..references.tails import FUNCTIONS, TAILS, entropy_at, function_at
@@ -29,6 +29,9 @@ PLAIN = {
     "log_cdf": lambda d, x: d.cdf(x).log(),
     "log_sf": lambda d, x: (-d.cdf(x)).log1p(),
 }
+# Incomplete gamma and beta functions; milliseconds of a reference that is an integral.
+INCOMPLETE = ("Beta", "Chi2", "Gamma", "InverseGamma")
+COST = 300.0
 # Whose expectations are in the references; of counts they are not.
 ENTROPIES = (
     *("Beta", "Cauchy", "Exponential", "Gamma", "Gumbel", "HalfCauchy", "HalfNormal", "InverseGamma", "Laplace"),
@@ -51,18 +54,33 @@ def _tail(name: str, function: str) -> Subject:
         return cls(**dict(zip(names, theta, strict=True)), validate_args=False)
 
     rules: dict[str, Rule] = {"torch": lambda x, *theta: PLAIN[function](build(torch_class(name), theta), x)}
+    if name == "Beta":  # torch has none
+        del rules["torch"]
     if (own := _ours(name, function)) is not None:
         rules["stablekl"] = lambda x, *theta: getattr(build(own, theta), function)(x)
+    own_unit = name in INCOMPLETE
+
+    def expand(plan: Plan, dtype: torch.dtype) -> Batch:
+        return base.expand(narrowed(plan, dtype) if own_unit else plan, dtype)
+
     return replace(
         base,
+        expand=expand,
         name=f"{function} {name}",
         rules=rules,
         reference=settled(partial(function_at, name, function)),
-        scale=None,
+        scale=_by_logarithm if own_unit else None,
         floor=0.0,
-        unit="ulp",
+        unit="eps max(1, abs(log))" if own_unit else "ulp",
+        cost=COST if own_unit else base.cost,
         bars=bars(_BAR),
     )
+
+
+def _by_logarithm(top: Any, row: Any) -> Any:
+    """Of a number whose logarithm is what is computed, and has an ulp of its own."""
+    unit = top * max(mp.mpf(1), abs(mp.log(top))) if top else mp.mpf(0)
+    return max(unit, mp.mpf(torch.finfo(row[0].dtype).tiny))
 
 
 def _entropy(name: str) -> Subject:

@@ -78,5 +78,7 @@ def test_compiled_with_a_tensor_that_p_and_q_share(family):
 
     compiled = torch.compile(rule, backend="aot_eager", fullgraph=True)(a, b, s)
     expected = rule(a, b, s)
-    assert compiled == expected
-    assert torch.autograd.grad(compiled, (a, b, s)) == torch.autograd.grad(expected, (a, b, s))
+    torch.testing.assert_close(compiled, expected, rtol=1e-14, atol=0)  # kernels in C, or the same operations
+    gradients = (torch.autograd.grad(value, (a, b, s)) for value in (compiled, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-14, atol=0)

@@ -99,6 +99,9 @@ def _gamma(x: Number, a: Number, rate: Number) -> Tail:
 
 def _beta(x: Number, a: Number, b: Number) -> Tail:
     """From the tail on x's side of the mean, which is where the density of the logit falls."""
+    if x in (0, 1):
+        nothing = Tail(mp.mpf(0), mp.mpf(1), mp.ninf, mp.mpf(0))
+        return nothing if x == 0 else _turned(nothing)
     up = bool(x * (a + b) > a)
     if max(a, b) <= _SLOW:
         near = mp.betainc(b, a, 0, 1 - x, True) if up else mp.betainc(a, b, 0, x, True)

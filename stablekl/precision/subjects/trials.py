@@ -35,7 +35,9 @@ def unequal_trials() -> Subject:
         # means that all but agree
         some = torch.from_numpy(rng.uniform(size=COUNT) < 0.5)
         q = torch.where(some, (counts[0] * p.double() / counts[1]).to(dtype), q)
-        return counts[0].to(dtype), p, counts[1].to(dtype), q
+        batch = counts[0].to(dtype), p, counts[1].to(dtype), q
+        good = valid(*batch)
+        return tuple(x[good] for x in batch)
 
     def valid(n: Tensor, p: Tensor, m: Tensor, q: Tensor) -> Tensor:
         return value.valid(n, p, m, q) & (n < 64) & (n < m) & (p > 0) & (q > 0)

@@ -81,3 +81,12 @@ def test_exponents_change_nothing_where_none_is_needed(p, q, decades, with_expon
     torch.testing.assert_close(value, other, rtol=1e-14, atol=0)
     for a, b in zip(gradient, other_gradient, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(("p", "q"), PAIRS)
+def test_an_extreme_row_changes_no_bit_of_the_others(p, q):
+    x = spread(4)
+    extreme = torch.cat([x, torch.full((4, 1), 1e-60, dtype=F64)], 1)
+    rows = stablekl.kl_divergence(p(*x[:2]), q(*x[2:]))
+    others = stablekl.kl_divergence(p(*extreme[:2]), q(*extreme[2:]))[:-1]
+    assert torch.equal(rows, others)
